@@ -1,0 +1,336 @@
+// Derivatives. Rotation is linear in x, so that its backward is the same operator with conjugate flipped, and saves no
+// activation. The gradients of what makes the angles (positions, inv_freq, cos, sin) are in ATen operators, computed
+// only when asked for.
+#include <ATen/ATen.h>
+#include <ATen/OpMathType.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "call.h"
+#include "checks.h"
+#include "composed.h"
+
+namespace rope {
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Gradients of what makes the angles
+
+at::Tensor reduce_to(const at::Tensor& gradient, c10::SymIntArrayRef sizes) {
+  // Leading dimensions of size 1 beyond those of the gradient change nothing but the shape.
+  const auto extra = std::max<std::int64_t>(std::ssize(sizes) - gradient.dim(), 0);
+  return gradient.sum_to_size_symint(sizes.slice(extra)).reshape_symint(sizes);
+}
+
+// The shape of what the pairs' gradients are summed to: one row of pairs for each position, or for each row of tables
+// that move along with x.
+c10::SymDimVector token_sizes(const Call& call) {
+  c10::SymIntArrayRef sizes = call.cos.defined() ? call.cos.sym_sizes() : c10::SymIntArrayRef();
+  if (call.positions.defined()) {
+    const auto& inv_freq = call.options.inv_freq;
+    sizes = call.positions.sym_sizes().slice(inv_freq.has_value() && inv_freq->dim() == 2 ? 1 : 0);
+  } else {
+    sizes = sizes.slice(0, sizes.size() - 1);
+  }
+  c10::SymDimVector result(sizes.begin(), sizes.end());
+  result.push_back(rotary_dim(call, call.q) / 2);
+  return result;
+}
+
+at::Tensor sum_to_tokens(const Call& call, const at::Tensor& gradient) {
+  return reduce_to(gradient, token_sizes(call));
+}
+
+Pair<at::Tensor> real_pairs(const Call& call, const at::Tensor& x) {
+  const at::ScalarType real = at::toOpMathType(x.scalar_type());
+  const Pair<at::Tensor> views = pairs(call, x);
+  return {views.a.to(real), views.b.to(real)};
+}
+
+// The gradient with respect to the angle of each pair, summed over what shares the angle. With y = R(t) x the
+// derivative dy/dt is y turned by a right angle, so that the output is all it takes.
+at::Tensor angle_gradient(const Call& call, const at::Tensor& grad, const at::Tensor& y) {
+  const Pair<at::Tensor> g = real_pairs(call, grad);
+  const Pair<at::Tensor> turned = real_pairs(call, y);
+  const at::Tensor gradient = g.b * turned.a - g.a * turned.b;
+  return sum_to_tokens(call, call.options.conjugate ? -gradient : gradient);
+}
+
+// The gradients with respect to the cosine and the sine of each pair, summed likewise.
+Rotation<at::Tensor> table_gradient(const Call& call, const at::Tensor& grad, const at::Tensor& x) {
+  const Pair<at::Tensor> g = real_pairs(call, grad);
+  const Pair<at::Tensor> pair = real_pairs(call, x);
+  const at::Tensor sin = g.b * pair.a - g.a * pair.b;
+  return {sum_to_tokens(call, g.a * pair.a + g.b * pair.b),
+          sum_to_tokens(call, call.options.conjugate ? -sin : sin)};
+}
+
+at::Tensor positions_gradient(const Call& call, const at::Tensor& angle) {
+  const at::Tensor frequency = frequencies(call);
+  const at::Tensor scaled = (angle / call.options.scale_factor).to(frequency.scalar_type());
+  const at::Tensor gradient = frequency.dim() == 1
+                                  ? (scaled * frequency).sum(-1)
+                                  : scaled.matmul(frequency.t()).movedim(-1, 0);
+  return gradient.to(call.positions.scalar_type());
+}
+
+at::Tensor inv_freq_gradient(const Call& call, const at::Tensor& angle) {
+  const at::Tensor& inv_freq = *call.options.inv_freq;
+  const at::Tensor scaled = angle.to(inv_freq.scalar_type());
+  const at::Tensor positions = call.positions.to(inv_freq.scalar_type()).unsqueeze(-1);
+  if (inv_freq.dim() == 1) {
+    return (scaled * positions).sum_to_size_symint(inv_freq.sym_sizes());
+  }
+  return (scaled * positions).flatten(1, -2).sum(1);
+}
+
+// Rows of a table gather the gradients of all positions that used them, in a fixed order on every device.
+at::Tensor table_rows_gradient(const Call& call, const at::Tensor& table, const at::Tensor& gradient) {
+  if (!call.positions.defined()) {
+    return gradient.to(table.scalar_type());
+  }
+  const at::Tensor rows = call.positions.to(at::kLong).flatten();
+  return at::zeros_symint(table.sym_sizes(), gradient.options())
+      .index_put({rows}, gradient.flatten(0, -2), /*accumulate=*/true)
+      .to(table.scalar_type());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The autograd function
+
+// What backward needs of the call, without its tensors.
+void save_options(AutogradContext* ctx, const ApplyOptions& options) {
+  auto& saved = ctx->saved_data;
+  saved["embedding_axis"] = options.embedding_axis;
+  saved["rotary_dim"] = options.rotary_dim;
+  saved["rotary_offset"] = options.rotary_offset;
+  saved["max_wavelength"] = options.max_wavelength;
+  saved["scale_factor"] = options.scale_factor;
+  saved["attention_factor"] = options.attention_factor;
+  saved["interleaved"] = options.interleaved;
+  saved["conjugate"] = options.conjugate;
+}
+
+ApplyOptions load_options(AutogradContext* ctx) {
+  auto& saved = ctx->saved_data;
+  ApplyOptions options;
+  options.embedding_axis = saved["embedding_axis"].toInt();
+  options.rotary_dim = saved["rotary_dim"].toOptional<std::int64_t>();
+  options.rotary_offset = saved["rotary_offset"].toInt();
+  options.max_wavelength = saved["max_wavelength"].toDouble();
+  options.scale_factor = saved["scale_factor"].toDouble();
+  options.attention_factor = saved["attention_factor"].toDouble();
+  options.interleaved = saved["interleaved"].toBool();
+  options.conjugate = saved["conjugate"].toBool();
+  return options;
+}
+
+bool requires_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
+
+at::Tensor inv_freq_of(const Call& call) { return call.options.inv_freq.value_or(at::Tensor()); }
+
+bool angles_require_grad(const Call& call) {
+  return requires_grad(call.positions) || requires_grad(call.cos) || requires_grad(call.sin) ||
+         requires_grad(inv_freq_of(call));
+}
+
+struct Rotate : torch::autograd::Function<Rotate> {
+  static constexpr bool is_traceable = true;
+
+  // The order of the tensors among the arguments of forward, of the saved tensors, and of the gradients.
+  enum Argument : std::size_t { kQ, kK, kPositions, kInvFreq, kCos, kSin, kNumArguments };
+
+  // The tensors are those of the call: autograd sees only arguments.
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& q, const at::Tensor& k,
+                               const at::Tensor& positions, const at::Tensor& inv_freq,
+                               const at::Tensor& cos, const at::Tensor& sin, const Call& call) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    const Outputs outputs = dispatch(call);
+    variable_list results{outputs.q};
+    if (call.is_pair) {
+      results.push_back(outputs.k);
+    }
+    if (call.in_place) {
+      ctx->mark_dirty(results);
+    }
+    ctx->set_materialize_grads(false);
+    save_options(ctx, call.options);
+    ctx->saved_data["uses_tables"] = call.uses_tables;
+
+    // Gradients of angles take the output, gradients of tables the input; the gradient of x takes neither.
+    variable_list saved(kNumArguments);
+    if (angles_require_grad(call)) {
+      saved[kQ] = call.uses_tables ? q : outputs.q;
+      saved[kK] = call.uses_tables ? k : outputs.k;
+    }
+    saved[kPositions] = positions;
+    saved[kInvFreq] = inv_freq;
+    saved[kCos] = cos;
+    saved[kSin] = sin;
+    ctx->save_for_backward(std::move(saved));
+    return results;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    Call call;
+    call.options = load_options(ctx);
+    call.uses_tables = ctx->saved_data["uses_tables"].toBool();
+    call.positions = saved[kPositions];
+    call.cos = saved[kCos];
+    call.sin = saved[kSin];
+    if (saved[kInvFreq].defined()) {
+      call.options.inv_freq = saved[kInvFreq];
+    }
+    const at::Tensor& grad_q = grads[0];
+    const at::Tensor grad_k = grads.size() > 1 ? grads[1] : at::Tensor();
+
+    variable_list results(kNumArguments + 1);
+    const bool wants_q = grad_q.defined() && ctx->needs_input_grad(kQ);
+    const bool wants_k = grad_k.defined() && ctx->needs_input_grad(kK);
+    if (wants_q || wants_k) {
+      Call transposed = call;
+      transposed.options.conjugate = !call.options.conjugate;
+      if (wants_q && wants_k) {
+        const Outputs outputs = dispatch(transposed.on(grad_q, grad_k));
+        results[kQ] = outputs.q;
+        results[kK] = outputs.k;
+      } else if (wants_q) {
+        results[kQ] = dispatch(transposed.on(grad_q)).q;
+      } else {
+        results[kK] = dispatch(transposed.on(grad_k)).q;
+      }
+    }
+
+    if (call.uses_tables) {
+      const bool wants_cos = ctx->needs_input_grad(kCos);
+      const bool wants_sin = ctx->needs_input_grad(kSin);
+      if (wants_cos || wants_sin) {
+        Rotation<at::Tensor> total;
+        for (const auto& [grad, x] : {std::pair(&grad_q, &saved[kQ]), {&grad_k, &saved[kK]}}) {
+          if (grad->defined()) {
+            const Rotation<at::Tensor> one = table_gradient(call.on(*x), *grad, *x);
+            total = {add(total.cos, one.cos), add(total.sin, one.sin)};
+          }
+        }
+        if (total.cos.defined() && wants_cos) {
+          results[kCos] = table_rows_gradient(call, call.cos, total.cos);
+        }
+        if (total.sin.defined() && wants_sin) {
+          results[kSin] = table_rows_gradient(call, call.sin, total.sin);
+        }
+      }
+      return results;
+    }
+
+    const bool wants_positions = ctx->needs_input_grad(kPositions);
+    const bool wants_inv_freq = ctx->needs_input_grad(kInvFreq);
+    if (wants_positions || wants_inv_freq) {
+      // Tensors of different rotary_dim have angles of their own, so that each adds to the gradients by itself.
+      for (const auto& [grad, y] : {std::pair(&grad_q, &saved[kQ]), {&grad_k, &saved[kK]}}) {
+        if (!grad->defined()) {
+          continue;
+        }
+        const Call one = call.on(*y);
+        const at::Tensor angle = angle_gradient(one, *grad, *y);
+        if (wants_positions) {
+          results[kPositions] = add(results[kPositions], positions_gradient(one, angle));
+        }
+        if (wants_inv_freq) {
+          results[kInvFreq] = add(results[kInvFreq], inv_freq_gradient(one, angle));
+        }
+      }
+    }
+    return results;
+  }
+
+ private:
+  static at::Tensor add(const at::Tensor& sum, const at::Tensor& term) {
+    return sum.defined() ? sum + term : term;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The kernels of the Autograd and ADInplaceOrView keys
+
+bool has_tangent(const at::Tensor& tensor) {
+  return tensor.defined() && tensor._fw_grad(/*level=*/0).defined();
+}
+
+// C++ autograd functions know neither forward-mode derivatives nor the levels of torch.func: ATen operators do.
+bool must_compose(const Call& call) {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
+         has_tangent(call.q) || has_tangent(call.k) || has_tangent(call.positions) ||
+         has_tangent(inv_freq_of(call)) || has_tangent(call.cos) || has_tangent(call.sin);
+}
+
+Outputs rotate_with_autograd(const Call& call) {
+  if (must_compose(call)) {
+    return rotate_composed(call);
+  }
+  const bool angles = angles_require_grad(call);
+  const bool q = requires_grad(call.q);
+  const bool k = requires_grad(call.k);
+  if (!at::GradMode::is_enabled() || !(angles || q || k)) {
+    const at::AutoDispatchBelowAutograd guard;
+    return dispatch(call);
+  }
+  check(call);
+  if (call.in_place) {
+    // Before anything is written.
+    torch::autograd::check_inplace(call.q, true);
+    if (call.is_pair) {
+      torch::autograd::check_inplace(call.k, true);
+    }
+    if (angles) {
+      // The backward pass reads what a rotation in place would overwrite.
+      const Outputs outputs = dispatch(call.is_pair ? call.on(call.q, call.k) : call.on(call.q));
+      call.q.copy_(outputs.q);
+      if (call.is_pair) {
+        call.k.copy_(outputs.k);
+      }
+      return {call.q, call.k};
+    }
+  }
+  if (call.is_pair && !angles && q != k) {
+    // Only one of the two has a gradient: the other's output must not come to require one.
+    const auto one = [&](const at::Tensor& x) {
+      return dispatch(call.in_place ? call.in_place_on(x) : call.on(x)).q;
+    };
+    return {one(call.q), one(call.k)};
+  }
+  const variable_list outputs = Rotate::apply(call.q, call.k, call.positions, inv_freq_of(call),
+                                              call.cos, call.sin, call);
+  return {outputs[0], call.is_pair ? outputs[1] : at::Tensor()};
+}
+
+// Lets autograd know that the tensors changed.
+Outputs rotate_and_bump_version(const Call& call) {
+  Outputs outputs;
+  {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    outputs = dispatch(call);
+  }
+  torch::autograd::impl::bump_version(call.q);
+  if (call.is_pair) {
+    torch::autograd::impl::bump_version(call.k);
+  }
+  return outputs;
+}
+
+}  // namespace
+
+}  // namespace rope
+
+TORCH_LIBRARY_IMPL(rope, Autograd, library) {
+  rope::Operators<rope::rotate_with_autograd>::register_all(library);
+}
+
+TORCH_LIBRARY_IMPL(rope, ADInplaceOrView, library) {
+  rope::Operators<rope::rotate_and_bump_version>::register_in_place(library);
+}

@@ -1,0 +1,110 @@
+// One call of any of the eight operators as one value, and the two ways between it and the dispatcher: Operators turns
+// the arguments of a schema into a Call, dispatch sends a Call to the operator it stands for.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "rope/rope.h"
+
+namespace rope {
+
+struct ROPE_API Call {
+  at::Tensor q;  // x, where the call has one tensor
+  at::Tensor k;  // undefined where the call has one tensor
+  bool is_pair = false;
+  bool in_place = false;
+  bool uses_tables = false;
+  at::Tensor positions;  // undefined where tables broadcast with x themselves
+  at::Tensor cos;        // both undefined where angles come from positions and frequencies
+  at::Tensor sin;
+  ApplyOptions options;  // a call with tables leaves what makes an angle at its defaults
+
+  // The operator's name without its namespace.
+  std::string name() const;
+
+  // The same call, functional, on one other tensor or on two.
+  Call on(const at::Tensor& x) const;
+  Call on(const at::Tensor& other_q, const at::Tensor& other_k) const;
+
+  // The same call in place.
+  Call in_place_on(const at::Tensor& x) const;
+  Call in_place_on(const at::Tensor& other_q, const at::Tensor& other_k) const;
+};
+
+// What a call returns. An in-place call returns what it was given, in C++; its operator returns nothing.
+struct Outputs {
+  at::Tensor q;
+  at::Tensor k;
+};
+
+// Calls the operator through the dispatcher of PyTorch. (The module torch_rope._C uses this and make_call too.)
+ROPE_API Outputs dispatch(const Call& call);
+
+// The arguments behind x (or q and k) in each family of schemas, in the schemas' order.
+template <template <typename...> typename Template>
+using WithPositionArguments =
+    Template<const at::Tensor& /*positions*/, const std::optional<at::Tensor>& /*inv_freq*/,
+             std::int64_t /*embedding_axis*/, std::optional<std::int64_t> /*rotary_dim*/,
+             std::int64_t /*rotary_offset*/, double /*max_wavelength*/, double /*scale_factor*/,
+             double /*attention_factor*/, bool /*interleaved*/, bool /*conjugate*/>;
+template <template <typename...> typename Template>
+using WithTableArguments =
+    Template<const at::Tensor& /*cos*/, const at::Tensor& /*sin*/,
+             const std::optional<at::Tensor>& /*positions*/, std::int64_t /*embedding_axis*/,
+             std::int64_t /*rotary_offset*/, bool /*interleaved*/, bool /*conjugate*/>;
+
+ROPE_API Call make_call(const at::Tensor& positions, const std::optional<at::Tensor>& inv_freq,
+               std::int64_t embedding_axis, std::optional<std::int64_t> rotary_dim,
+               std::int64_t rotary_offset, double max_wavelength, double scale_factor,
+               double attention_factor, bool interleaved, bool conjugate);
+ROPE_API Call make_call(const at::Tensor& cos, const at::Tensor& sin,
+               const std::optional<at::Tensor>& positions, std::int64_t embedding_axis,
+               std::int64_t rotary_offset, bool interleaved, bool conjugate);
+
+// The kernels that one function over calls makes, with the signatures of the schemas.
+template <Outputs (*rotate)(const Call&)>
+struct Operators {
+  template <typename... Arguments>
+  struct Family {
+    static at::Tensor single(const at::Tensor& x, Arguments... arguments) {
+      return rotate(make_call(arguments...).on(x)).q;
+    }
+    static std::tuple<at::Tensor, at::Tensor> pair(const at::Tensor& q, const at::Tensor& k,
+                                                   Arguments... arguments) {
+      Outputs outputs = rotate(make_call(arguments...).on(q, k));
+      return {std::move(outputs.q), std::move(outputs.k)};
+    }
+    static void single_in_place(const at::Tensor& x, Arguments... arguments) {
+      rotate(make_call(arguments...).in_place_on(x));
+    }
+    static void pair_in_place(const at::Tensor& q, const at::Tensor& k, Arguments... arguments) {
+      rotate(make_call(arguments...).in_place_on(q, k));
+    }
+  };
+  using Apply = WithPositionArguments<Family>;
+  using ApplyCosSin = WithTableArguments<Family>;
+
+  static void register_functional(torch::Library& library) {
+    library.impl("apply", TORCH_FN(Apply::single));
+    library.impl("apply_qk", TORCH_FN(Apply::pair));
+    library.impl("apply_cos_sin", TORCH_FN(ApplyCosSin::single));
+    library.impl("apply_cos_sin_qk", TORCH_FN(ApplyCosSin::pair));
+  }
+  static void register_in_place(torch::Library& library) {
+    library.impl("apply_", TORCH_FN(Apply::single_in_place));
+    library.impl("apply_qk_", TORCH_FN(Apply::pair_in_place));
+    library.impl("apply_cos_sin_", TORCH_FN(ApplyCosSin::single_in_place));
+    library.impl("apply_cos_sin_qk_", TORCH_FN(ApplyCosSin::pair_in_place));
+  }
+  static void register_all(torch::Library& library) {
+    register_functional(library);
+    register_in_place(library);
+  }
+};
+
+}  // namespace rope

@@ -1,0 +1,286 @@
+#include "checks.h"
+
+#include <c10/core/ScalarType.h>
+#include <c10/core/SymIntArrayRef.h>
+#include <c10/util/Exception.h>
+#include <c10/util/irange.h>
+
+#include <cmath>
+#include <string>
+
+#include "overlap.h"
+
+namespace rope {
+
+namespace {
+
+// Every message begins so: rope::apply(): expected <argument> to <rule>, but got <value>
+std::string expected(const Call& call, const char* argument) {
+  return c10::str("rope::", call.name(), "(): expected ", argument, " to ");
+}
+
+std::string name_of(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
+
+bool is_supported_float(at::ScalarType dtype) {
+  return dtype == at::kDouble || dtype == at::kFloat || dtype == at::kHalf ||
+         dtype == at::kBFloat16;
+}
+
+// True, and remembered as a fact, for sizes that are symbols.
+bool holds(const c10::SymBool& condition) { return condition.expect_true(__FILE__, __LINE__); }
+
+// The sizes of x without the embedding axis. Only after the axis was checked.
+c10::SymDimVector batch_sizes(const at::Tensor& x, std::int64_t embedding_axis) {
+  c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
+  sizes.erase(sizes.begin() + c10::maybe_wrap_dim(embedding_axis, x.dim()));
+  return sizes;
+}
+
+bool broadcasts_to(c10::SymIntArrayRef sizes, c10::SymIntArrayRef target) {
+  for (const auto i : c10::irange(sizes.size())) {
+    const c10::SymInt& size = sizes[sizes.size() - 1 - i];
+    if (TORCH_GUARD_OR_FALSE(size.sym_eq(1))) {
+      continue;
+    }
+    if (i >= target.size() || !holds(size.sym_eq(target[target.size() - 1 - i]))) {
+      return false;
+    }
+  }
+  return true;
+}
+
+void check_defined(const Call& call, const at::Tensor& tensor, const char* argument) {
+  TORCH_CHECK_TYPE(tensor.defined(), expected(call, argument), "be a tensor, but got none");
+}
+
+void check_device(const Call& call, const at::Tensor& tensor, const char* argument) {
+  TORCH_CHECK_TYPE(tensor.device() == call.q.device(), expected(call, argument), "be on ",
+                   call.q.device(), " with ", call.is_pair ? "q" : "x", ", but got a tensor on ",
+                   tensor.device());
+}
+
+void check_broadcasts(const Call& call, const char* argument, c10::SymIntArrayRef sizes,
+                      const at::Tensor& x, const char* x_name) {
+  const c10::SymDimVector target = batch_sizes(x, call.options.embedding_axis);
+  TORCH_CHECK_VALUE(broadcasts_to(sizes, target), expected(call, argument),
+                    "be broadcastable with the shape of ", x_name, " without embedding_axis, ",
+                    c10::SymIntArrayRef(target), ", but got ", sizes);
+}
+
+// One of the tensors that are rotated, and where its pairs are.
+void check_rotated(const Call& call, const at::Tensor& x, const char* argument) {
+  const ApplyOptions& options = call.options;
+  check_defined(call, x, argument);
+  TORCH_CHECK_TYPE(is_supported_float(x.scalar_type()), expected(call, argument),
+                   "be float64, float32, float16 or bfloat16, but got ",
+                   name_of(x.scalar_type()));
+  check_device(call, x, argument);
+  TORCH_CHECK_VALUE(x.dim() >= 1, expected(call, argument),
+                    "have at least one dimension, but got a tensor with none");
+  TORCH_CHECK_INDEX(-x.dim() <= options.embedding_axis && options.embedding_axis < x.dim(),
+                    expected(call, "embedding_axis"), "be in [", -x.dim(), ", ", x.dim() - 1,
+                    "] for the dimensions of ", argument, ", but got ", options.embedding_axis);
+
+  const c10::SymInt size = x.sym_size(options.embedding_axis);
+  TORCH_CHECK_VALUE(options.rotary_offset >= 0, expected(call, "rotary_offset"),
+                    "be at least 0, but got ", options.rotary_offset);
+  TORCH_CHECK_VALUE(holds(size.sym_ge(options.rotary_offset)), expected(call, "rotary_offset"),
+                    "be at most ", size, ", the size of ", argument,
+                    " along embedding_axis, but got ", options.rotary_offset);
+  const c10::SymInt room = size - options.rotary_offset;
+  const c10::SymInt dim = rotary_dim(call, x);
+  TORCH_CHECK_VALUE(holds(dim.sym_ge(0)), expected(call, "rotary_dim"), "be at least 0, but got ",
+                    dim);
+  TORCH_CHECK_VALUE(holds((dim % 2).sym_eq(0)), expected(call, "rotary_dim"),
+                    "be even, but got ", dim);
+  if (call.uses_tables) {
+    TORCH_CHECK_VALUE(holds(dim.sym_le(room)), expected(call, "cos and sin"), "have at most ",
+                      room / 2, " columns, one a pair of the ", room, " elements of ",
+                      argument, " from rotary_offset on (take cos[..., :N] and sin[..., :N] of ",
+                      "tables that hold each value twice, as Hugging Face's do), but got ",
+                      dim / 2);
+  } else {
+    TORCH_CHECK_VALUE(holds(dim.sym_le(room)), expected(call, "rotary_dim"), "be at most ", room,
+                      ", the elements of ", argument, " from rotary_offset on, but got ", dim);
+  }
+}
+
+void check_positions_dtype(const Call& call) {
+  const at::ScalarType dtype = call.positions.scalar_type();
+  if (call.uses_tables) {
+    TORCH_CHECK_TYPE(dtype == at::kInt || dtype == at::kLong, expected(call, "positions"),
+                     "be int32 or int64, rows of cos and sin, but got ", name_of(dtype));
+    return;
+  }
+  const char* reason = dtype == at::kHalf       ? " (float16 loses integers above 2048)"
+                       : dtype == at::kBFloat16 ? " (bfloat16 loses integers above 256)"
+                                                : "";
+  TORCH_CHECK_TYPE(
+      dtype == at::kInt || dtype == at::kLong || dtype == at::kFloat || dtype == at::kDouble,
+      expected(call, "positions"), "be int32, int64, float32 or float64", reason, ", but got ",
+      name_of(dtype));
+}
+
+void check_inv_freq(const Call& call) {
+  const ApplyOptions& options = call.options;
+  const at::Tensor& inv_freq = *options.inv_freq;
+  check_defined(call, inv_freq, "inv_freq");
+  TORCH_CHECK_TYPE(inv_freq.scalar_type() == at::kFloat || inv_freq.scalar_type() == at::kDouble,
+                   expected(call, "inv_freq"), "be float32 or float64, but got ",
+                   name_of(inv_freq.scalar_type()));
+  check_device(call, inv_freq, "inv_freq");
+  TORCH_CHECK_VALUE(inv_freq.dim() == 1 || inv_freq.dim() == 2, expected(call, "inv_freq"),
+                    "have shape (N) or (A, N), but got ", inv_freq.sym_sizes());
+  TORCH_CHECK_VALUE(inv_freq.dim() == 1 || holds(inv_freq.sym_size(0).sym_ge(1)),
+                    expected(call, "inv_freq"), "have at least one row, but got ",
+                    inv_freq.sym_sizes());
+  if (options.rotary_dim.has_value()) {
+    TORCH_CHECK_VALUE(holds((inv_freq.sym_size(-1) * 2).sym_eq(*options.rotary_dim)),
+                      expected(call, "inv_freq"), "have rotary_dim / 2 = ",
+                      static_cast<double>(*options.rotary_dim) / 2, " columns, but got ",
+                      inv_freq.sym_sizes());
+  }
+  constexpr const char* kOrInvFreq = "be left at its default together with inv_freq, but got ";
+  TORCH_CHECK_VALUE(options.max_wavelength == ApplyOptions().max_wavelength,
+                    expected(call, "max_wavelength"), kOrInvFreq, options.max_wavelength);
+  TORCH_CHECK_VALUE(options.scale_factor == ApplyOptions().scale_factor,
+                    expected(call, "scale_factor"), kOrInvFreq, options.scale_factor);
+}
+
+void check_positive(const Call& call, const char* argument, double value) {
+  TORCH_CHECK_VALUE(value > 0 && std::isfinite(value), expected(call, argument),
+                    "be positive and finite, but got ", value);
+}
+
+// The sizes of positions that broadcast with x: without the leading dimension of the axes of a (A, N) inv_freq.
+c10::SymIntArrayRef checked_position_sizes(const Call& call) {
+  const c10::SymIntArrayRef sizes = call.positions.sym_sizes();
+  const auto& inv_freq = call.options.inv_freq;
+  if (!inv_freq.has_value() || inv_freq->dim() == 1) {
+    return sizes;
+  }
+  TORCH_CHECK_VALUE(!sizes.empty() && holds(sizes[0].sym_eq(inv_freq->sym_size(0))),
+                    expected(call, "positions"), "have a leading dimension of size ",
+                    inv_freq->sym_size(0), ", one for each row of inv_freq, but got ", sizes);
+  return sizes.slice(1);
+}
+
+void check_tables(const Call& call) {
+  for (const auto& [table, argument] : {std::pair(&call.cos, "cos"), {&call.sin, "sin"}}) {
+    check_defined(call, *table, argument);
+    TORCH_CHECK_TYPE(is_supported_float(table->scalar_type()), expected(call, argument),
+                     "be float64, float32, float16 or bfloat16, but got ",
+                     name_of(table->scalar_type()));
+    check_device(call, *table, argument);
+    TORCH_CHECK_VALUE(table->dim() >= 1, expected(call, argument),
+                      "have at least one dimension, but got a tensor with none");
+  }
+  TORCH_CHECK_TYPE(call.cos.scalar_type() == call.sin.scalar_type(), expected(call, "sin"),
+                   "have the dtype of cos, ", name_of(call.cos.scalar_type()), ", but got ",
+                   name_of(call.sin.scalar_type()));
+  bool same_shape = call.cos.dim() == call.sin.dim();
+  for (std::int64_t d = 0; same_shape && d < call.cos.dim(); ++d) {
+    same_shape = holds(call.cos.sym_size(d).sym_eq(call.sin.sym_size(d)));
+  }
+  TORCH_CHECK_VALUE(same_shape, expected(call, "sin"), "have the shape of cos, ",
+                    call.cos.sym_sizes(), ", but got ", call.sin.sym_sizes());
+  TORCH_CHECK_VALUE(!call.positions.defined() || call.cos.dim() == 2, expected(call, "cos"),
+                    "have shape (P, N) together with positions, but got ", call.cos.sym_sizes());
+}
+
+// What only calls in place must meet.
+void check_memory(const Call& call, const at::Tensor& x, const char* argument) {
+  if (x.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
+    return;
+  }
+  TORCH_CHECK_VALUE(!overlaps_itself(x), expected(call, argument),
+                    "have each element at its own place in memory, but got sizes ", x.sizes(),
+                    " with strides ", x.strides());
+  const at::Tensor inv_freq = call.options.inv_freq.value_or(at::Tensor());
+  for (const auto& [other, name] : {std::pair(&call.positions, "positions"),
+                                    {&inv_freq, "inv_freq"},
+                                    {&call.cos, "cos"},
+                                    {&call.sin, "sin"}}) {
+    TORCH_CHECK_VALUE(!other->defined() || !share_memory(x, *other), expected(call, argument),
+                      "share no memory with ", name, ", but got overlapping tensors");
+  }
+}
+
+}  // namespace
+
+std::optional<c10::SymInt> num_columns(const Call& call) {
+  if (call.uses_tables) {
+    return call.cos.sym_size(-1);
+  }
+  if (call.options.inv_freq.has_value()) {
+    return call.options.inv_freq->sym_size(-1);
+  }
+  return std::nullopt;
+}
+
+c10::SymInt rotary_dim(const Call& call, const at::Tensor& x) {
+  if (call.options.rotary_dim.has_value()) {
+    return *call.options.rotary_dim;
+  }
+  if (const auto columns = num_columns(call)) {
+    return *columns * 2;
+  }
+  return x.sym_size(call.options.embedding_axis) - call.options.rotary_offset;
+}
+
+void check(const Call& call) {
+  const char* q_name = call.is_pair ? "q" : "x";
+  check_defined(call, call.q, q_name);
+  if (call.uses_tables) {
+    check_tables(call);
+  } else {
+    check_defined(call, call.positions, "positions");
+    check_positive(call, "max_wavelength", call.options.max_wavelength);
+    check_positive(call, "scale_factor", call.options.scale_factor);
+    if (call.options.inv_freq.has_value()) {
+      check_inv_freq(call);
+    }
+  }
+  if (call.positions.defined()) {
+    check_positions_dtype(call);
+    check_device(call, call.positions, "positions");
+  }
+
+  const bool by_position = call.positions.defined();
+  const char* broadcast_name = by_position ? "positions" : "cos";
+  const c10::SymIntArrayRef broadcast_sizes =
+      by_position ? checked_position_sizes(call)
+                  : call.cos.sym_sizes().slice(0, call.cos.dim() - 1);
+  check_rotated(call, call.q, q_name);
+  check_broadcasts(call, broadcast_name, broadcast_sizes, call.q, q_name);
+  if (call.is_pair) {
+    check_rotated(call, call.k, "k");
+    check_broadcasts(call, broadcast_name, broadcast_sizes, call.k, "k");
+  }
+  if (call.in_place) {
+    check_memory(call, call.q, q_name);
+    if (call.is_pair) {
+      check_memory(call, call.k, "k");
+      TORCH_CHECK_VALUE(call.k.unsafeGetTensorImpl()->has_symbolic_sizes_strides() ||
+                            call.q.unsafeGetTensorImpl()->has_symbolic_sizes_strides() ||
+                            !share_memory(call.q, call.k),
+                        expected(call, "q and k"),
+                        "share no element, but got overlapping views of one memory");
+    }
+  }
+}
+
+void check_rows_exist(const Call& call) {
+  if (!call.uses_tables || !call.positions.defined() || call.positions.numel() == 0) {
+    return;
+  }
+  const std::int64_t num_rows = call.cos.size(0);
+  const at::Tensor positions = call.positions.to(at::kLong).contiguous();
+  const auto* rows = positions.const_data_ptr<std::int64_t>();
+  for (const auto i : c10::irange(positions.numel())) {
+    TORCH_CHECK_INDEX(0 <= rows[i] && rows[i] < num_rows, expected(call, "positions"), "be in [0, ",
+                      num_rows, "), the rows of cos and sin, but got ", rows[i]);
+  }
+}
+
+}  // namespace rope

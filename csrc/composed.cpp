@@ -1,0 +1,110 @@
+#include "composed.h"
+
+#include <ATen/ATen.h>
+#include <ATen/OpMathType.h>
+
+#include "checks.h"
+
+namespace rope {
+
+namespace {
+
+Rotation<at::Tensor> rotations_by_position(const Call& call, at::ScalarType real) {
+  const ApplyOptions& options = call.options;
+  const at::Tensor frequency = frequencies(call);
+  const at::Tensor position = call.positions.to(frequency.scalar_type()).unsqueeze(-1);
+  at::Tensor angle;
+  if (frequency.dim() == 1) {
+    angle = position * frequency;
+  } else {
+    // From left to right, as the kernels add.
+    for (std::int64_t axis = 0; axis < frequency.size(0); ++axis) {
+      const at::Tensor term = position.select(0, axis) * frequency.select(0, axis);
+      angle = axis == 0 ? term : angle + term;
+    }
+  }
+  if (options.scale_factor != 1.0) {
+    angle = angle / options.scale_factor;
+  }
+  angle = angle.to(at::kDouble);
+  return {(angle.cos() * options.attention_factor).to(real), (angle.sin() * options.attention_factor).to(real)};
+}
+
+Rotation<at::Tensor> rotations_of_tables(const Call& call, at::ScalarType real) {
+  if (!call.positions.defined()) {
+    return {call.cos.to(real), call.sin.to(real)};
+  }
+  const at::Tensor rows = call.positions.to(at::kLong);
+  return {at::embedding(call.cos, rows).to(real), at::embedding(call.sin, rows).to(real)};
+}
+
+at::Tensor rotate_one(const Call& call, const at::Tensor& x) {
+  const ApplyOptions& options = call.options;
+  const at::ScalarType real = at::toOpMathType(x.scalar_type());
+  Rotation<at::Tensor> angle =
+      call.uses_tables ? rotations_of_tables(call, real) : rotations_by_position(call, real);
+  if (options.conjugate) {
+    angle.sin = -angle.sin;
+  }
+  const Pair<at::Tensor> pair = pairs(call, x);
+  const at::Tensor a = pair.a.to(real);
+  const at::Tensor b = pair.b.to(real);
+  const at::Tensor turned_a = (a * angle.cos - b * angle.sin).to(x.scalar_type());
+  const at::Tensor turned_b = (b * angle.cos + a * angle.sin).to(x.scalar_type());
+  const at::Tensor turned = options.interleaved ? at::stack({turned_a, turned_b}, -1).flatten(-2)
+                                                : at::cat({turned_a, turned_b}, -1);
+
+  const at::Tensor last = x.movedim(options.embedding_axis, -1);
+  const c10::SymInt end = rotary_dim(call, x) + options.rotary_offset;
+  const at::Tensor before = last.narrow_symint(-1, 0, options.rotary_offset);
+  const at::Tensor after = last.narrow_symint(-1, end, last.sym_size(-1) - end);
+  return at::cat({before, turned, after}, -1).movedim(-1, options.embedding_axis);
+}
+
+}  // namespace
+
+at::Tensor frequencies(const Call& call) {
+  const ApplyOptions& options = call.options;
+  if (options.inv_freq.has_value()) {
+    return *options.inv_freq;
+  }
+  const c10::SymInt dim = rotary_dim(call, call.q);
+  const at::Tensor two_n =
+      at::arange(dim / 2, call.q.options().dtype(at::kDouble)) * 2;
+  return at::pow(options.max_wavelength, -two_n / dim);
+}
+
+Pair<at::Tensor> pairs(const Call& call, const at::Tensor& x) {
+  const ApplyOptions& options = call.options;
+  const c10::SymInt dim = rotary_dim(call, x);
+  const c10::SymInt begin = options.rotary_offset;
+  const c10::SymInt end = begin + dim;
+  const at::Tensor last = x.movedim(options.embedding_axis, -1);
+  if (options.interleaved) {
+    return {last.slice_symint(-1, begin, end, 2), last.slice_symint(-1, begin + 1, end, 2)};
+  }
+  const c10::SymInt half = begin + dim / 2;
+  return {last.slice_symint(-1, begin, half), last.slice_symint(-1, half, end)};
+}
+
+Outputs rotate_composed(const Call& call) {
+  check(call);
+  Outputs outputs{rotate_one(call, call.q), call.is_pair ? rotate_one(call, call.k) : at::Tensor()};
+  if (!call.in_place) {
+    return outputs;
+  }
+  call.q.copy_(outputs.q);
+  if (call.is_pair) {
+    call.k.copy_(outputs.k);
+  }
+  return {call.q, call.k};
+}
+
+}  // namespace rope
+
+TORCH_LIBRARY_IMPL(rope, CompositeImplicitAutograd, library) {
+  using rope::Operators;
+  using rope::rotate_composed;
+  library.impl("apply_composed", TORCH_FN(Operators<rotate_composed>::Apply::single));
+  library.impl("apply_cos_sin_composed", TORCH_FN(Operators<rotate_composed>::ApplyCosSin::single));
+}

@@ -1,0 +1,140 @@
+#include "cpu/launch.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <memory>
+#include <new>
+#include <string>
+
+#include "cpu/kernel.h"
+
+namespace rope::cpu {
+
+namespace {
+
+using Kernel = void (*)(const Launch&, const Workspace&, const Block&);
+
+Kernel choose_kernel() {
+#ifdef ROPE_X86_KERNELS
+  const std::string capability = at::get_cpu_capability();
+  if (capability == "AVX512") {
+    return rotate_AVX512;
+  }
+  if (capability == "AVX2") {
+    return rotate_AVX2;
+  }
+#endif
+  return rotate_DEFAULT;
+}
+
+// Cosines and sines of the tokens of one block, small enough to stay in a first-level cache of 32 KiB with the rows.
+constexpr std::int64_t kBlockBytes = 16 * 1024;
+constexpr std::int64_t kMaxBlockTokens = 64;
+
+// Elements that are worth a thread of their own: ATen's own number (at::internal::GRAIN_SIZE).
+constexpr std::int64_t kGrainElements = 32768;
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// How a launch is cut into blocks.
+struct Plan {
+  std::int64_t num_tokens;
+  std::int64_t block_tokens;
+  std::int64_t num_parts;
+  std::int64_t num_blocks;
+  std::int64_t grain;  // blocks
+
+  Block block(std::int64_t index) const {
+    const std::int64_t begin = index / num_parts * block_tokens;
+    return {begin, std::min(begin + block_tokens, num_tokens), index % num_parts, num_parts};
+  }
+};
+
+Plan plan(const Launch& launch, std::int64_t row_bytes) {
+  std::int64_t most_shared = 1;
+  std::int64_t elements_per_token = 0;
+  for (int i = 0; i < launch.num_operands; ++i) {
+    const std::int64_t shared = launch.operands[i].shared.count();
+    most_shared = std::max(most_shared, shared);
+    elements_per_token += shared * launch.operands[i].axis_size;
+  }
+  Plan plan{};
+  plan.num_tokens = launch.tokens.count();
+  const std::int64_t threads = at::get_num_threads();
+  const std::int64_t fitting = kBlockBytes / std::max<std::int64_t>(2 * row_bytes, 1);
+  plan.block_tokens = std::clamp<std::int64_t>(
+      std::min(fitting, ceil_div(plan.num_tokens, threads)), 1, kMaxBlockTokens);
+  const std::int64_t token_blocks = ceil_div(plan.num_tokens, plan.block_tokens);
+  plan.num_parts = std::clamp<std::int64_t>(threads / token_blocks, 1, most_shared);
+  plan.num_blocks = token_blocks * plan.num_parts;
+  const std::int64_t elements_per_block =
+      ceil_div(plan.block_tokens * elements_per_token, plan.num_parts);
+  plan.grain = std::max<std::int64_t>(kGrainElements / std::max<std::int64_t>(elements_per_block, 1), 1);
+  return plan;
+}
+
+// Cuts the pieces of a Workspace from one allocation, each at a cache line of its own.
+class Memory {
+ public:
+  Memory(const Launch& launch, std::int64_t block_tokens, std::int64_t row_bytes) {
+    const std::int64_t frequencies = launch.uses_tables ? 0 : launch.by_position.num_axes;
+    const std::int64_t row = padded(launch.num_pairs) * static_cast<std::int64_t>(sizeof(double));
+    const std::int64_t sizes[] = {
+        block_tokens * row_bytes,
+        block_tokens * row_bytes,
+        row,
+        frequencies * row,
+        2 * row,
+        block_tokens * kTokenArrays * static_cast<std::int64_t>(sizeof(std::int64_t)),
+        kSharedChunk * 2 * static_cast<std::int64_t>(sizeof(std::int64_t)),
+    };
+    std::int64_t total = 0;
+    std::int64_t begins[std::size(sizes)];
+    for (std::size_t i = 0; i < std::size(sizes); ++i) {
+      begins[i] = total;
+      total += ceil_div(sizes[i], kAlignment) * kAlignment;
+    }
+    bytes_.reset(static_cast<std::byte*>(::operator new(total, std::align_val_t(kAlignment))));
+    std::byte* base = bytes_.get();
+    workspace_ = {base + begins[0],
+                  base + begins[1],
+                  reinterpret_cast<double*>(base + begins[2]),
+                  base + begins[3],
+                  base + begins[4],
+                  reinterpret_cast<std::int64_t*>(base + begins[5]),
+                  reinterpret_cast<std::int64_t*>(base + begins[6])};
+  }
+
+  const Workspace& workspace() const { return workspace_; }
+
+ private:
+  static constexpr std::int64_t kAlignment = 64;
+  struct Free {
+    void operator()(std::byte* bytes) const {
+      ::operator delete(bytes, std::align_val_t(kAlignment));
+    }
+  };
+  std::unique_ptr<std::byte, Free> bytes_;
+  Workspace workspace_{};
+};
+
+}  // namespace
+
+void launch(const Launch& launch) {
+  static const Kernel kernel = choose_kernel();
+  const auto real_size =
+      static_cast<std::int64_t>(launch.dtype == c10::ScalarType::Double ? sizeof(double) : sizeof(float));
+  const std::int64_t row_bytes = padded(launch.num_pairs) * real_size;
+  const Plan blocks = plan(launch, row_bytes);
+  at::parallel_for(0, blocks.num_blocks, blocks.grain, [&](std::int64_t begin, std::int64_t end) {
+    const Memory memory(launch, blocks.block_tokens, row_bytes);
+    for (std::int64_t i = begin; i < end; ++i) {
+      kernel(launch, memory.workspace(), blocks.block(i));
+    }
+  });
+}
+
+}  // namespace rope::cpu

@@ -1,0 +1,48 @@
+// The schemas, and nothing else.
+//
+// x            The tensor to rotate; q and k: two tensors rotated by the same angles. Any shape with at least one
+//              dimension, any strides; float64, float32, float16 or bfloat16. The forms that end in _ work in place.
+// positions    Broadcast with the shape of x without embedding_axis. int32, int64, float32 or float64; with a (A, N)
+//              inv_freq, a leading dimension of size A comes first. For tables: int32 or int64 rows of (P, N) tables.
+// inv_freq     (N) or (A, N), float32 or float64: radians per unit of position.
+// cos, sin     Tables of shape (..., N) that broadcast with x without embedding_axis, or (P, N) with positions.
+// embedding_axis    The dimension of x that is rotated; negative counts from the end.
+// rotary_dim        How many elements are rotated: even; by default 2 N, or all from rotary_offset on.
+// rotary_offset     The first element that is rotated; those outside come out unchanged.
+// max_wavelength    The base of the frequencies where no inv_freq is given; positive.
+// scale_factor      Divides the angle where no inv_freq is given; positive.
+// attention_factor  Multiplies the rotated elements.
+// interleaved       Pairs are (2n, 2n + 1) instead of (n, n + N).
+// conjugate         Turns by the negative angle: the transpose of the same call without it.
+//
+// The forms in place return nothing: schemas that return a mutated argument are not supported by torch.compile.
+#include <torch/library.h>
+
+#include <string>
+
+namespace {
+
+void define_family(torch::Library& library, const std::string& name, const std::string& angles,
+                   const std::string& options) {
+  const auto define = [&](const std::string& schema) {
+    library.def(schema.c_str(), {at::Tag::pt2_compliant_tag});
+  };
+  const std::string rest = angles + ", *, " + options + ")";
+  define(name + "(Tensor x, " + rest + " -> Tensor");
+  define(name + "_qk(Tensor q, Tensor k, " + rest + " -> (Tensor, Tensor)");
+  define(name + "_(Tensor(a!) x, " + rest + " -> ()");
+  define(name + "_qk_(Tensor(a!) q, Tensor(b!) k, " + rest + " -> ()");
+  define(name + "_composed(Tensor x, " + rest + " -> Tensor");
+}
+
+}  // namespace
+
+TORCH_LIBRARY(rope, library) {
+  define_family(library, "apply", "Tensor positions, Tensor? inv_freq=None",
+                "int embedding_axis=-1, int? rotary_dim=None, int rotary_offset=0, "
+                "float max_wavelength=10000.0, float scale_factor=1.0, float attention_factor=1.0, "
+                "bool interleaved=False, bool conjugate=False");
+  define_family(library, "apply_cos_sin", "Tensor cos, Tensor sin, Tensor? positions=None",
+                "int embedding_axis=-1, int rotary_offset=0, bool interleaved=False, "
+                "bool conjugate=False");
+}

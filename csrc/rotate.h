@@ -1,0 +1,109 @@
+// The description of one launch: everything a kernel needs, as plain numbers and raw pointers.
+#pragma once
+
+#include <c10/core/ScalarType.h>
+#include <c10/macros/Macros.h>
+
+#include <cstdint>
+
+namespace rope {
+
+// Dimensions of a nest of loops, after those that can be walked as one have been joined.
+inline constexpr int kMaxDims = 12;
+
+// A nest of loops, outermost first, over which several arrays move, each by strides of its own (in elements).
+template <int kArrays>
+struct Nest {
+  int num_dims;
+  std::int64_t sizes[kMaxDims];
+  std::int64_t strides[kArrays][kMaxDims];
+
+  C10_HOST_DEVICE std::int64_t count() const {
+    std::int64_t product = 1;
+    for (int d = 0; d < num_dims; ++d) {
+      product *= sizes[d];
+    }
+    return product;
+  }
+
+  // Where each array is at the index-th turn of the whole nest.
+  template <typename Index>
+  C10_HOST_DEVICE void offsets(Index index, Index (&result)[kArrays]) const {
+    for (int array = 0; array < kArrays; ++array) {
+      result[array] = 0;
+    }
+    for (int d = num_dims - 1; d >= 0; --d) {
+      const auto size = static_cast<Index>(sizes[d]);
+      const Index coordinate = index % size;
+      index /= size;
+      for (int array = 0; array < kArrays; ++array) {
+        result[array] += coordinate * static_cast<Index>(strides[array][d]);
+      }
+    }
+  }
+};
+
+// A tensor that is rotated: q or k. Its elements are those of the token nest, times those of its own shared nest (the
+// heads, say: what turns by the same angles), times the embedding axis.
+struct Operand {
+  const void* in;
+  void* out;
+  std::int64_t axis_size;
+  std::int64_t in_axis_stride;
+  std::int64_t out_axis_stride;
+  Nest<2> shared;  // in, out
+};
+
+// Positions times frequencies.
+struct PositionAngles {
+  const void* positions;
+  c10::ScalarType positions_dtype;
+  int num_axes;  // A: rows of inv_freq and leading size of positions
+  std::int64_t positions_axis_stride;
+  const void* inv_freq;  // null: the frequencies of max_wavelength
+  c10::ScalarType inv_freq_dtype;
+  std::int64_t inv_freq_axis_stride;
+  std::int64_t inv_freq_stride;
+  const double* wavelength_frequencies;  // host memory, num_pairs of them; null with inv_freq
+  double scale_factor;
+  double attention_factor;
+};
+
+// Tables of cosines and sines. Without rows, they move along with the tokens themselves.
+struct TableAngles {
+  const void* cos;
+  const void* sin;
+  c10::ScalarType dtype;
+  std::int64_t cos_stride;  // from one pair to the next
+  std::int64_t sin_stride;
+  const void* rows;  // null, or for each token the row of the (num_rows, N) tables
+  c10::ScalarType rows_dtype;
+  std::int64_t num_rows;
+  std::int64_t cos_row_stride;
+  std::int64_t sin_row_stride;
+};
+
+// The arrays that move along the token nest.
+enum TokenArray : int {
+  kAngle,      // positions, rows, or cos
+  kSin,        // sin, where tables move along with the tokens
+  kIn,         // in and out of operand i are kIn + 2 * i and kOut + 2 * i
+  kOut,
+  kTokenArrays = kIn + 4,
+};
+
+struct Launch {
+  c10::ScalarType dtype;  // of all operands
+  int num_operands;
+  Operand operands[2];
+  Nest<kTokenArrays> tokens;  // the dimensions over which angles differ
+  std::int64_t num_pairs;
+  std::int64_t rotary_offset;
+  bool interleaved;
+  bool conjugate;
+  bool uses_tables;
+  PositionAngles by_position;
+  TableAngles by_table;
+};
+
+}  // namespace rope

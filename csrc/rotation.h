@@ -1,0 +1,97 @@
+// The mathematics of one angle and of one pair: written once, for host and device, for numbers and for vectors.
+#pragma once
+
+#include <c10/macros/Macros.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace rope {
+
+// The two elements of x that turn together.
+template <typename Real>
+struct Pair {
+  Real a;
+  Real b;
+};
+
+// The cosine and the sine of an angle.
+template <typename Real>
+struct Rotation {
+  Real cos;
+  Real sin;
+};
+
+// a * b + c and a * b - c, rounded once. For vectors, at::vec has functions of these names.
+C10_HOST_DEVICE inline float fmadd(float a, float b, float c) { return std::fma(a, b, c); }
+C10_HOST_DEVICE inline double fmadd(double a, double b, double c) { return std::fma(a, b, c); }
+C10_HOST_DEVICE inline float fmsub(float a, float b, float c) { return std::fma(a, b, -c); }
+C10_HOST_DEVICE inline double fmsub(double a, double b, double c) { return std::fma(a, b, -c); }
+
+// (a cos t - b sin t, b cos t + a sin t)
+template <typename Real>
+C10_HOST_DEVICE inline Pair<Real> rotate(const Pair<Real>& x, const Rotation<Real>& angle) {
+  return {fmsub(x.a, angle.cos, x.b * angle.sin), fmadd(x.b, angle.cos, x.a * angle.sin)};
+}
+
+// The transpose of a rotation turns the other way; attention_factor scales it.
+template <typename Real>
+C10_HOST_DEVICE inline Rotation<Real> scale(const Rotation<Real>& angle, Real attention_factor,
+                                            bool conjugate) {
+  return {angle.cos * attention_factor, angle.sin * (conjugate ? -attention_factor : attention_factor)};
+}
+
+// NOTE [ Cosine and sine of any angle ]
+//
+// An angle t in radians, a float64 of any size, is reduced to r = t - k * pi / 2 with |r| <= pi / 4 by two fused
+// multiply-adds with pi / 2 split into a sum of two float64 numbers (Cody and Waite, 1980). The first is exact but for
+// its one rounding of a result below 1; the second adds the rest of pi / 2, so that r is right to some 1e-16 while k is
+// exact, which holds below kReducible. Then float32 minimax polynomials on the reduced range, with errors below 2e-9,
+// give sine and cosine, and k modulo 4 says which is which and with what sign. With the rounding of r to float32 the
+// result is within 1.2e-7 of the truth. There is no branch and no call, so that compilers turn a loop of it into
+// vector code. Angles beyond kReducible (a position of 2^31 at a frequency above 512) take the C library's way.
+
+inline constexpr double kReducible = 0x1p40;
+
+// Cosine and sine of t where |t| < kReducible; meaningless numbers, but no harm, elsewhere.
+C10_HOST_DEVICE inline Rotation<float> reduced_rotation(double t) {
+  constexpr double kTwoOverPi = 0x1.45f306dc9c883p-1;
+  constexpr double kHalfPi = 0x1.921fb54442d18p+0;
+  constexpr double kHalfPiRest = 0x1.1a62633145c07p-54;
+  // Adding 1.5 * 2^52 rounds to an integer, and leaves that integer in the low bits of the sum.
+  constexpr double kRound = 0x1.8p52;
+
+  const double shifted = t * kTwoOverPi + kRound;
+  const double k = shifted - kRound;
+  const float r = static_cast<float>(fmadd(-k, kHalfPiRest, fmadd(-k, kHalfPi, t)));
+  std::uint64_t bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  const auto quarter = static_cast<std::uint32_t>(bits);
+
+  const float z = r * r;
+  const float sin_r =
+      fmadd(r * z, fmadd(z, fmadd(z, -0x1.98d88cp-13f, 0x1.1105aep-7f), -0x1.55554p-3f), r);
+  const float cos_r =
+      fmadd(z * z, fmadd(z, fmadd(z, 0x1.9a00dp-16f, -0x1.6c0c86p-10f), 0x1.55554ap-5f),
+            fmadd(z, -0.5f, 1.0f));
+
+  const float cos_t = (quarter & 1) ? sin_r : cos_r;
+  const float sin_t = (quarter & 1) ? cos_r : sin_r;
+  return {((quarter + 1) & 2) ? -cos_t : cos_t, (quarter & 2) ? -sin_t : sin_t};
+}
+
+template <typename Real>
+C10_HOST_DEVICE inline Rotation<Real> rotation(double t) {
+  return {static_cast<Real>(std::cos(t)), static_cast<Real>(std::sin(t))};
+}
+
+template <>
+C10_HOST_DEVICE inline Rotation<float> rotation<float>(double t) {
+  if (std::fabs(t) < kReducible) {
+    return reduced_rotation(t);
+  }
+  return {static_cast<float>(std::cos(t)), static_cast<float>(std::sin(t))};
+}
+
+}  // namespace rope

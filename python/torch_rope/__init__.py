@@ -1,0 +1,20 @@
+"""Rotary position embedding (arXiv 2104.09864) as PyTorch operators.
+
+``apply`` rotates by positions, ``apply_cos_sin`` by the caller's tables; ``apply_`` and ``apply_cos_sin_`` do so in
+place. The same operators are ``torch.ops.rope.apply`` and so on in TorchScript, and ``rope::apply`` in C++.
+"""
+
+from importlib.metadata import version as _version
+from pathlib import Path as _Path
+
+import torch as _torch  # Loads the libraries that librope.so needs, before librope.so itself.
+
+from torch_rope import _C as _C
+from torch_rope._operators import apply, apply_, apply_cos_sin, apply_cos_sin_
+
+__all__ = ["apply", "apply_", "apply_cos_sin", "apply_cos_sin_", "cmake_prefix_path"]
+
+__version__ = _version("torch-rope")
+
+#: The folder for ``CMAKE_PREFIX_PATH`` with which a CMake project finds the package ``rope``.
+cmake_prefix_path = str(_Path(__file__).parent)
