@@ -5,6 +5,7 @@
 #include <ATen/OpMathType.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <c10/util/irange.h>
 #include <torch/library.h>
 
 #include "call.h"
@@ -20,12 +21,6 @@ using torch::autograd::variable_list;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Gradients of what makes the angles
-
-at::Tensor reduce_to(const at::Tensor& gradient, c10::SymIntArrayRef sizes) {
-  // Leading dimensions of size 1 beyond those of the gradient change nothing but the shape.
-  const auto extra = std::max<std::int64_t>(std::ssize(sizes) - gradient.dim(), 0);
-  return gradient.sum_to_size_symint(sizes.slice(extra)).reshape_symint(sizes);
-}
 
 // The shape of what the pairs' gradients are summed to: one row of pairs for each position, or for each row of tables
 // that move along with x.
@@ -43,7 +38,7 @@ c10::SymDimVector token_sizes(const Call& call) {
 }
 
 at::Tensor sum_to_tokens(const Call& call, const at::Tensor& gradient) {
-  return reduce_to(gradient, token_sizes(call));
+  return gradient.sum_to_size_symint(token_sizes(call));
 }
 
 Pair<at::Tensor> real_pairs(const Call& call, const at::Tensor& x) {
@@ -86,7 +81,8 @@ at::Tensor inv_freq_gradient(const Call& call, const at::Tensor& angle) {
   if (inv_freq.dim() == 1) {
     return (scaled * positions).sum_to_size_symint(inv_freq.sym_sizes());
   }
-  return (scaled * positions).flatten(1, -2).sum(1);
+  const at::Tensor products = scaled * positions;  // (A, tokens..., N)
+  return products.dim() == 2 ? products : products.flatten(1, -2).sum(1);
 }
 
 // Rows of a table gather the gradients of all positions that used them, in a fixed order on every device.
@@ -130,6 +126,12 @@ ApplyOptions load_options(AutogradContext* ctx) {
   return options;
 }
 
+using OptionalTensor = std::optional<at::Tensor>;
+
+OptionalTensor as_optional(const at::Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
 bool requires_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
 
 at::Tensor inv_freq_of(const Call& call) { return call.options.inv_freq.value_or(at::Tensor()); }
@@ -146,9 +148,10 @@ struct Rotate : torch::autograd::Function<Rotate> {
   enum Argument : std::size_t { kQ, kK, kPositions, kInvFreq, kCos, kSin, kNumArguments };
 
   // The tensors are those of the call: autograd sees only arguments.
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& q, const at::Tensor& k,
-                               const at::Tensor& positions, const at::Tensor& inv_freq,
-                               const at::Tensor& cos, const at::Tensor& sin, const Call& call) {
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& q, const OptionalTensor& k,
+                               const OptionalTensor& positions, const OptionalTensor& inv_freq,
+                               const OptionalTensor& cos, const OptionalTensor& sin,
+                               const Call& call) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     const Outputs outputs = dispatch(call);
     variable_list results{outputs.q};
@@ -166,12 +169,12 @@ struct Rotate : torch::autograd::Function<Rotate> {
     variable_list saved(kNumArguments);
     if (angles_require_grad(call)) {
       saved[kQ] = call.uses_tables ? q : outputs.q;
-      saved[kK] = call.uses_tables ? k : outputs.k;
+      saved[kK] = call.uses_tables ? k.value_or(at::Tensor()) : outputs.k;
     }
-    saved[kPositions] = positions;
-    saved[kInvFreq] = inv_freq;
-    saved[kCos] = cos;
-    saved[kSin] = sin;
+    saved[kPositions] = positions.value_or(at::Tensor());
+    saved[kInvFreq] = inv_freq.value_or(at::Tensor());
+    saved[kCos] = cos.value_or(at::Tensor());
+    saved[kSin] = sin.value_or(at::Tensor());
     ctx->save_for_backward(std::move(saved));
     return results;
   }
@@ -190,9 +193,19 @@ struct Rotate : torch::autograd::Function<Rotate> {
     const at::Tensor& grad_q = grads[0];
     const at::Tensor grad_k = grads.size() > 1 ? grads[1] : at::Tensor();
 
+    // Autograd counts only the tensors that were given.
+    bool wants[kNumArguments] = {};
+    std::size_t edge = 0;
+    for (const std::size_t argument : c10::irange(std::size_t{kNumArguments})) {
+      const bool given = argument == kQ || (argument == kK && grads.size() > 1) ||
+                         (argument > kK && saved[argument].defined());
+      wants[argument] = given && ctx->needs_input_grad(edge);
+      edge += given ? 1 : 0;
+    }
+
     variable_list results(kNumArguments + 1);
-    const bool wants_q = grad_q.defined() && ctx->needs_input_grad(kQ);
-    const bool wants_k = grad_k.defined() && ctx->needs_input_grad(kK);
+    const bool wants_q = grad_q.defined() && wants[kQ];
+    const bool wants_k = grad_k.defined() && wants[kK];
     if (wants_q || wants_k) {
       Call transposed = call;
       transposed.options.conjugate = !call.options.conjugate;
@@ -208,9 +221,7 @@ struct Rotate : torch::autograd::Function<Rotate> {
     }
 
     if (call.uses_tables) {
-      const bool wants_cos = ctx->needs_input_grad(kCos);
-      const bool wants_sin = ctx->needs_input_grad(kSin);
-      if (wants_cos || wants_sin) {
+      if (wants[kCos] || wants[kSin]) {
         Rotation<at::Tensor> total;
         for (const auto& [grad, x] : {std::pair(&grad_q, &saved[kQ]), {&grad_k, &saved[kK]}}) {
           if (grad->defined()) {
@@ -218,19 +229,17 @@ struct Rotate : torch::autograd::Function<Rotate> {
             total = {add(total.cos, one.cos), add(total.sin, one.sin)};
           }
         }
-        if (total.cos.defined() && wants_cos) {
+        if (total.cos.defined() && wants[kCos]) {
           results[kCos] = table_rows_gradient(call, call.cos, total.cos);
         }
-        if (total.sin.defined() && wants_sin) {
+        if (total.sin.defined() && wants[kSin]) {
           results[kSin] = table_rows_gradient(call, call.sin, total.sin);
         }
       }
       return results;
     }
 
-    const bool wants_positions = ctx->needs_input_grad(kPositions);
-    const bool wants_inv_freq = ctx->needs_input_grad(kInvFreq);
-    if (wants_positions || wants_inv_freq) {
+    if (wants[kPositions] || wants[kInvFreq]) {
       // Tensors of different rotary_dim have angles of their own, so that each adds to the gradients by itself.
       for (const auto& [grad, y] : {std::pair(&grad_q, &saved[kQ]), {&grad_k, &saved[kK]}}) {
         if (!grad->defined()) {
@@ -238,10 +247,10 @@ struct Rotate : torch::autograd::Function<Rotate> {
         }
         const Call one = call.on(*y);
         const at::Tensor angle = angle_gradient(one, *grad, *y);
-        if (wants_positions) {
+        if (wants[kPositions]) {
           results[kPositions] = add(results[kPositions], positions_gradient(one, angle));
         }
-        if (wants_inv_freq) {
+        if (wants[kInvFreq]) {
           results[kInvFreq] = add(results[kInvFreq], inv_freq_gradient(one, angle));
         }
       }
@@ -288,8 +297,9 @@ Outputs rotate_with_autograd(const Call& call) {
       torch::autograd::check_inplace(call.k, true);
     }
     if (angles) {
-      // The backward pass reads what a rotation in place would overwrite.
-      const Outputs outputs = dispatch(call.is_pair ? call.on(call.q, call.k) : call.on(call.q));
+      // The backward pass reads the input or the output: both must outlive the change.
+      const Outputs outputs = call.is_pair ? dispatch(call.on(call.q.clone(), call.k.clone()))
+                                           : dispatch(call.on(call.q.clone()));
       call.q.copy_(outputs.q);
       if (call.is_pair) {
         call.k.copy_(outputs.k);
@@ -297,15 +307,17 @@ Outputs rotate_with_autograd(const Call& call) {
       return {call.q, call.k};
     }
   }
-  if (call.is_pair && !angles && q != k) {
-    // Only one of the two has a gradient: the other's output must not come to require one.
+  if (call.is_pair && !angles && (q != k || call.in_place)) {
+    // Where only one of the two has a gradient, the other's output must not come to require one; and autograd allows
+    // views, such as q and k of one packed buffer, to be changed by functions of one output only.
     const auto one = [&](const at::Tensor& x) {
       return dispatch(call.in_place ? call.in_place_on(x) : call.on(x)).q;
     };
     return {one(call.q), one(call.k)};
   }
-  const variable_list outputs = Rotate::apply(call.q, call.k, call.positions, inv_freq_of(call),
-                                              call.cos, call.sin, call);
+  const variable_list outputs =
+      Rotate::apply(call.q, as_optional(call.k), as_optional(call.positions), call.options.inv_freq,
+                    as_optional(call.cos), as_optional(call.sin), call);
   return {outputs[0], call.is_pair ? outputs[1] : at::Tensor()};
 }
 

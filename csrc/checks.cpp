@@ -36,13 +36,15 @@ c10::SymDimVector batch_sizes(const at::Tensor& x, std::int64_t embedding_axis) 
   return sizes;
 }
 
+// Whether sizes expand to the target: ordinary broadcasting, which the shape of x bounds.
 bool broadcasts_to(c10::SymIntArrayRef sizes, c10::SymIntArrayRef target) {
+  if (sizes.size() > target.size()) {
+    return false;
+  }
   for (const auto i : c10::irange(sizes.size())) {
     const c10::SymInt& size = sizes[sizes.size() - 1 - i];
-    if (TORCH_GUARD_OR_FALSE(size.sym_eq(1))) {
-      continue;
-    }
-    if (i >= target.size() || !holds(size.sym_eq(target[target.size() - 1 - i]))) {
+    if (!TORCH_GUARD_OR_FALSE(size.sym_eq(1)) &&
+        !holds(size.sym_eq(target[target.size() - 1 - i]))) {
       return false;
     }
   }
@@ -93,12 +95,14 @@ void check_rotated(const Call& call, const at::Tensor& x, const char* argument) 
                     dim);
   TORCH_CHECK_VALUE(holds((dim % 2).sym_eq(0)), expected(call, "rotary_dim"),
                     "be even, but got ", dim);
-  if (call.uses_tables) {
-    TORCH_CHECK_VALUE(holds(dim.sym_le(room)), expected(call, "cos and sin"), "have at most ",
-                      room / 2, " columns, one a pair of the ", room, " elements of ",
-                      argument, " from rotary_offset on (take cos[..., :N] and sin[..., :N] of ",
-                      "tables that hold each value twice, as Hugging Face's do), but got ",
-                      dim / 2);
+  if (num_columns(call).has_value()) {
+    constexpr const char* kDoubledTables =
+        " (of tables that hold each value twice, as Hugging Face's do, take cos[..., :N])";
+    TORCH_CHECK_VALUE(holds(dim.sym_le(room)),
+                      expected(call, call.uses_tables ? "cos" : "inv_freq"), "have at most ",
+                      room / 2, " columns, one for each pair of the ", room, " elements of ",
+                      argument, " from rotary_offset on", call.uses_tables ? kDoubledTables : "",
+                      ", but got ", dim / 2);
   } else {
     TORCH_CHECK_VALUE(holds(dim.sym_le(room)), expected(call, "rotary_dim"), "be at most ", room,
                       ", the elements of ", argument, " from rotary_offset on, but got ", dim);
