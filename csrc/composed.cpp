@@ -108,3 +108,8 @@ TORCH_LIBRARY_IMPL(rope, CompositeImplicitAutograd, library) {
   library.impl("apply_composed", TORCH_FN(Operators<rotate_composed>::Apply::single));
   library.impl("apply_cos_sin_composed", TORCH_FN(Operators<rotate_composed>::ApplyCosSin::single));
 }
+
+// vmap of a call from C++: the tensors are seen with one dimension less.
+TORCH_LIBRARY_IMPL(rope, FuncTorchBatchedDecomposition, library) {
+  rope::Operators<rope::rotate_composed>::register_all(library);
+}

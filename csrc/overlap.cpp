@@ -39,18 +39,21 @@ struct Footprint {
   }
 };
 
-Footprint footprint(const at::Tensor& x) {
+// begin is the address of the storage, or 0 to count from there.
+Footprint footprint(const at::Tensor& x, std::intptr_t begin) {
   Footprint result{0, x.element_size(), {}};
-  // Meta tensors have no address: their offset in their storage serves, since storages are compared first.
-  const auto* address = static_cast<const char*>(x.is_meta() ? nullptr : x.const_data_ptr());
-  result.begin = address != nullptr ? reinterpret_cast<std::intptr_t>(address)
-                                    : x.storage_offset() * result.element;
+  result.begin = begin + x.storage_offset() * result.element;
   for (std::int64_t d = 0; d < x.dim(); ++d) {
     if (x.size(d) > 1) {
       result.dims.push_back({x.size(d), x.stride(d) * result.element});
     }
   }
   return result;
+}
+
+// Where the memory of a tensor begins: 0 for tensors without memory, such as meta tensors.
+std::intptr_t storage_address(const at::Tensor& x) {
+  return reinterpret_cast<std::intptr_t>(x.storage().data());
 }
 
 // Calls visit(first byte of an element) for every element until it returns false; says whether it never did.
@@ -136,10 +139,10 @@ bool disjoint_in_every_period(const Footprint& x, const Footprint& y, std::int64
 }  // namespace
 
 bool overlaps_itself(const at::Tensor& x) {
-  if (x.numel() < 2 || x.is_non_overlapping_and_dense()) {
+  if (x.numel() < 2 || !x.has_storage() || x.is_non_overlapping_and_dense()) {
     return false;
   }
-  Footprint elements = footprint(x);
+  Footprint elements = footprint(x, 0);
   std::sort(elements.dims.begin(), elements.dims.end(),
             [](const Dim& left, const Dim& right) { return left.stride < right.stride; });
   // Each step leads past everything that the smaller steps reach: nothing is reached twice.
@@ -164,11 +167,16 @@ bool overlaps_itself(const at::Tensor& x) {
 }
 
 bool share_memory(const at::Tensor& x, const at::Tensor& y) {
-  if (x.numel() == 0 || y.numel() == 0 || (x.is_meta() && !x.is_alias_of(y))) {
+  if (x.numel() == 0 || y.numel() == 0 || !x.has_storage() || !y.has_storage()) {
     return false;
   }
-  const Footprint a = footprint(x);
-  const Footprint b = footprint(y);
+  // Views of one storage are compared within it; others by address, where they have one.
+  const bool same_storage = x.is_alias_of(y);
+  if (!same_storage && (storage_address(x) == 0 || storage_address(y) == 0)) {
+    return false;
+  }
+  const Footprint a = footprint(x, same_storage ? 0 : storage_address(x));
+  const Footprint b = footprint(y, same_storage ? 0 : storage_address(y));
   const std::int64_t begin = std::max(a.begin, b.begin);
   const std::int64_t end = std::min(a.end(), b.end());
   if (begin >= end) {

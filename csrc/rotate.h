@@ -33,9 +33,12 @@ struct Nest {
       result[array] = 0;
     }
     for (int d = num_dims - 1; d >= 0; --d) {
-      const auto size = static_cast<Index>(sizes[d]);
-      const Index coordinate = index % size;
-      index /= size;
+      Index coordinate = index;  // The outermost loop's is what is left.
+      if (d > 0) {
+        const auto size = static_cast<Index>(sizes[d]);
+        coordinate = index % size;
+        index /= size;
+      }
       for (int array = 0; array < kArrays; ++array) {
         result[array] += coordinate * static_cast<Index>(strides[array][d]);
       }

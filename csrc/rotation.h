@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace rope {
 
@@ -81,17 +82,23 @@ C10_HOST_DEVICE inline Rotation<float> reduced_rotation(double t) {
   return {((quarter + 1) & 2) ? -cos_t : cos_t, (quarter & 2) ? -sin_t : sin_t};
 }
 
-template <typename Real>
-C10_HOST_DEVICE inline Rotation<Real> rotation(double t) {
-  return {static_cast<Real>(std::cos(t)), static_cast<Real>(std::sin(t))};
+// The C library's cosine and sine: on a device one function that is called, since it is long and seldom needed.
+#ifdef __CUDACC__
+__noinline__
+#endif
+C10_HOST_DEVICE inline Rotation<double> library_rotation(double t) {
+  return {std::cos(t), std::sin(t)};
 }
 
-template <>
-C10_HOST_DEVICE inline Rotation<float> rotation<float>(double t) {
-  if (std::fabs(t) < kReducible) {
-    return reduced_rotation(t);
+template <typename Real>
+C10_HOST_DEVICE inline Rotation<Real> rotation(double t) {
+  if constexpr (std::is_same_v<Real, float>) {
+    if (std::fabs(t) < kReducible) {
+      return reduced_rotation(t);
+    }
   }
-  return {static_cast<float>(std::cos(t)), static_cast<float>(std::sin(t))};
+  const Rotation<double> exact = library_rotation(t);
+  return {static_cast<Real>(exact.cos), static_cast<Real>(exact.sin)};
 }
 
 }  // namespace rope

@@ -9,6 +9,7 @@
 
 #include <type_traits>
 
+#include "angle.h"
 #include "rotation.h"
 
 // Everything is inlined into the entry.
@@ -124,20 +125,6 @@ ROPE_INLINE void rotate_interleaved(const Row<scalar_t>& row, std::int64_t num_p
 // ---------------------------------------------------------------------------------------------------------------------
 // Cosines and sines of a token
 
-template <typename Frequency>
-ROPE_INLINE Frequency load_position(const void* positions, c10::ScalarType dtype, std::int64_t offset) {
-  switch (dtype) {
-    case c10::ScalarType::Int:
-      return static_cast<Frequency>(static_cast<const std::int32_t*>(positions)[offset]);
-    case c10::ScalarType::Long:
-      return static_cast<Frequency>(static_cast<const std::int64_t*>(positions)[offset]);
-    case c10::ScalarType::Float:
-      return static_cast<Frequency>(static_cast<const float*>(positions)[offset]);
-    default:
-      return static_cast<Frequency>(static_cast<const double*>(positions)[offset]);
-  }
-}
-
 // Frequencies of all axes, contiguous and padded: those of the launch, or a copy.
 template <typename Frequency>
 ROPE_INLINE void load_frequencies(const Launch& launch, const Workspace& workspace) {
@@ -158,30 +145,27 @@ ROPE_INLINE void load_frequencies(const Launch& launch, const Workspace& workspa
   }
 }
 
-// The angles of one token, in radians: products and sums rounded to Frequency, as the contract says.
+// The angles of one token.
 template <typename Frequency>
 ROPE_INLINE void form_angles(const Launch& launch, const Workspace& workspace, std::int64_t position_offset) {
   const PositionAngles& source = launch.by_position;
   const auto* frequencies = static_cast<const Frequency*>(workspace.frequencies);
   const std::int64_t length = padded(launch.num_pairs);
-  double* angles = workspace.angles;
-  for (int axis = 0; axis < source.num_axes; ++axis) {
-    const auto position = load_position<Frequency>(source.positions, source.positions_dtype,
-                                                   position_offset + axis * source.positions_axis_stride);
-    if (axis == 0) {
-      for (std::int64_t n = 0; n < length; ++n) {
-        angles[n] = position * frequencies[n];
-      }
-    } else {
-      for (std::int64_t n = 0; n < length; ++n) {
-        angles[n] = static_cast<Frequency>(angles[n]) + position * frequencies[axis * length + n];
-      }
-    }
-  }
-  if (source.scale_factor != 1.0) {
+  const auto load = [&](int axis) {
+    return load_position<Frequency>(source.positions, source.positions_dtype,
+                                    position_offset + axis * source.positions_axis_stride);
+  };
+  const auto form = [&](int num_axes, const auto& position) __attribute__((always_inline)) {
     for (std::int64_t n = 0; n < length; ++n) {
-      angles[n] /= source.scale_factor;
+      const auto inv_freq = [&](int axis) { return frequencies[axis * length + n]; };
+      workspace.angles[n] = form_angle<Frequency>(num_axes, position, inv_freq, source.scale_factor);
     }
+  };
+  if (source.num_axes == 1) {
+    const Frequency position = load(0);
+    form(1, [=](int) { return position; });
+  } else {
+    form(source.num_axes, load);
   }
 }
 
@@ -212,19 +196,9 @@ ROPE_INLINE void rotations_of_angles(const Launch& launch, const Workspace& work
 template <typename Real, typename Table>
 ROPE_INLINE void rotations_of_table(const Launch& launch, const std::int64_t* offsets, Real* cos, Real* sin) {
   const TableAngles& table = launch.by_table;
-  std::int64_t cos_offset = offsets[kAngle];
-  std::int64_t sin_offset = offsets[kSin];
-  if (table.rows != nullptr) {
-    const auto row = load_position<std::int64_t>(table.rows, table.rows_dtype, offsets[kAngle]);
-    cos_offset = row * table.cos_row_stride;
-    sin_offset = row * table.sin_row_stride;
-  }
-  const Table* cos_row = static_cast<const Table*>(table.cos) + cos_offset;
-  const Table* sin_row = static_cast<const Table*>(table.sin) + sin_offset;
+  const auto row = find_table_row<Table>(table, offsets[kAngle], offsets[kSin]);
   for (std::int64_t n = 0; n < launch.num_pairs; ++n) {
-    const auto angle = scale<Real>({static_cast<Real>(cos_row[n * table.cos_stride]),
-                                    static_cast<Real>(sin_row[n * table.sin_stride])},
-                                   Real(1), launch.conjugate);
+    const auto angle = scale(load_rotation<Real>(table, row, n), Real(1), launch.conjugate);
     cos[n] = angle.cos;
     sin[n] = angle.sin;
   }

@@ -1,0 +1,155 @@
+// How a launch is spread over the threads of a CUDA device: plain host code, so that tests see the same choices.
+#pragma once
+
+#include <c10/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "cuda/thread.h"
+#include "rotate.h"
+
+namespace rope::cuda {
+
+struct Plan {
+  Work work;
+  Frequencies frequencies;
+  bool uses_words;     // 16 bytes at a time, instead of single elements
+  bool index_is_64bit;
+  std::int64_t blocks;
+};
+
+// Elements of a 16-byte word.
+inline std::int64_t word_elements(c10::ScalarType dtype) {
+  return 16 / static_cast<std::int64_t>(c10::elementSize(dtype));
+}
+
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Whether each word of each row begins at a multiple of 16 bytes, and the slice and what is around it are whole words.
+inline bool can_use_words(const Launch& launch) {
+  const std::int64_t word = word_elements(launch.dtype);
+  const std::int64_t second_half = launch.interleaved ? 2 * launch.num_pairs : launch.num_pairs;
+  bool aligned = launch.num_pairs % word == 0 && second_half % word == 0 && launch.rotary_offset % word == 0;
+  for (int i = 0; i < launch.num_operands; ++i) {
+    const Operand& x = launch.operands[i];
+    aligned = aligned && x.in_axis_stride == 1 && x.out_axis_stride == 1;
+    aligned = aligned && reinterpret_cast<std::uintptr_t>(x.in) % 16 == 0;
+    aligned = aligned && reinterpret_cast<std::uintptr_t>(x.out) % 16 == 0;
+    for (int d = 0; d < x.shared.num_dims; ++d) {
+      aligned = aligned && x.shared.strides[0][d] % word == 0 && x.shared.strides[1][d] % word == 0;
+    }
+    for (int d = 0; d < launch.tokens.num_dims; ++d) {
+      aligned = aligned && launch.tokens.strides[kIn + 2 * i][d] % word == 0 &&
+                launch.tokens.strides[kOut + 2 * i][d] % word == 0;
+    }
+  }
+  return aligned;
+}
+
+// The farthest that a nest leads for any of its arrays, in elements.
+template <int kArrays>
+std::int64_t extent(const Nest<kArrays>& nest) {
+  std::int64_t farthest = 0;
+  for (const auto& strides : nest.strides) {
+    std::int64_t sum = 0;
+    for (int d = 0; d < nest.num_dims; ++d) {
+      sum += (nest.sizes[d] - 1) * strides[d];
+    }
+    farthest = std::max(farthest, sum);
+  }
+  return farthest;
+}
+
+// The plan for the pairs [first_pair, last_pair) of a launch; the elements around them are copied with the first.
+inline Plan make_plan(const Launch& launch, std::int64_t first_pair, std::int64_t last_pair) {
+  // Enough threads to fill the largest devices; beyond that, a thread takes more rows for the angles it has found.
+  constexpr std::int64_t kEnoughThreads = std::int64_t{1} << 18;
+  constexpr std::int64_t kMaxRowsPerThread = 2 * kRowsInFlight;
+
+  Plan plan{};
+  plan.uses_words = can_use_words(launch);
+  const std::int64_t pairs_per_chunk = plan.uses_words ? word_elements(launch.dtype) : 1;
+  std::int64_t most_outside = 0;
+  std::int64_t farthest = extent(launch.tokens);
+  Work& work = plan.work;
+  for (int i = 0; i < launch.num_operands; ++i) {
+    const Operand& x = launch.operands[i];
+    work.shared_rows += x.shared.count();
+    // In place, what is around the slice is there already.
+    if (x.in != x.out && first_pair == 0) {
+      most_outside = std::max(most_outside, x.axis_size - 2 * launch.num_pairs);
+    }
+    farthest = std::max(farthest, extent(launch.tokens) + extent(x.shared));
+  }
+  work.first_pair = first_pair;
+  work.last_pair = last_pair;
+  work.rotate_chunks = ceil_div(last_pair - first_pair, pairs_per_chunk);
+  work.copy_chunks = ceil_div(most_outside, 2 * pairs_per_chunk);
+  const std::int64_t tokens = launch.tokens.count();
+  const std::int64_t chunks = work.rotate_chunks + work.copy_chunks;
+  work.rows_per_thread =
+      std::clamp<std::int64_t>(tokens * chunks * work.shared_rows / kEnoughThreads, 1, kMaxRowsPerThread);
+  work.row_groups = ceil_div(work.shared_rows, work.rows_per_thread);
+  work.items = tokens * chunks * work.row_groups;
+  plan.blocks = ceil_div(work.items, kThreads);
+
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  plan.index_is_64bit = farthest > kMost || work.items > kMost - kThreads || work.shared_rows > kMost - kThreads;
+
+  if (!launch.uses_tables && launch.by_position.wavelength_frequencies != nullptr) {
+    std::copy(launch.by_position.wavelength_frequencies + first_pair,
+              launch.by_position.wavelength_frequencies + last_pair, plan.frequencies.values);
+  }
+  return plan;
+}
+
+// Calls run with each plan that the launch needs, one after the other.
+template <typename Run>
+void for_each_plan(const Launch& launch, const Run& run) {
+  const bool limited = !launch.uses_tables && launch.by_position.wavelength_frequencies != nullptr;
+  const std::int64_t step = limited ? std::int64_t{kMaxFrequencies} : std::max<std::int64_t>(launch.num_pairs, 1);
+  std::int64_t first_pair = 0;
+  do {
+    const Plan plan = make_plan(launch, first_pair, std::min(first_pair + step, launch.num_pairs));
+    if (plan.work.items > 0) {
+      run(plan);
+    }
+    first_pair += step;
+  } while (first_pair < launch.num_pairs);
+}
+
+// Calls run(thread) with the type of thread that the plan is for: on the host and on the device the same.
+template <typename scalar_t, typename Run>
+void with_thread_of(const Launch& launch, const Plan& plan, const Run& run) {
+  const auto choose = [](bool value, const auto& then) {
+    value ? then(std::true_type{}) : then(std::false_type{});
+  };
+  choose(launch.interleaved, [&](auto interleaved) {
+    choose(plan.uses_words, [&](auto uses_words) {
+      choose(plan.index_is_64bit, [&](auto index_is_64bit) {
+        constexpr int kPairs = uses_words ? 16 / sizeof(scalar_t) : 1;
+        using Index = std::conditional_t<index_is_64bit, std::int64_t, std::int32_t>;
+        run(std::type_identity<Thread<scalar_t, kPairs, interleaved, Index>>{});
+      });
+    });
+  });
+}
+
+template <typename Run>
+void with_thread(const Launch& launch, const Plan& plan, const Run& run) {
+  switch (launch.dtype) {
+    case c10::ScalarType::Double:
+      return with_thread_of<double>(launch, plan, run);
+    case c10::ScalarType::Float:
+      return with_thread_of<float>(launch, plan, run);
+    case c10::ScalarType::Half:
+      return with_thread_of<c10::Half>(launch, plan, run);
+    default:
+      return with_thread_of<c10::BFloat16>(launch, plan, run);
+  }
+}
+
+}  // namespace rope::cuda
