@@ -27,7 +27,11 @@ Outputs rotate_on_cpu(const Call& call) {
 }
 
 Outputs rotate_on_cuda(const Call& call) {
-  cuda::check_available(call.name());
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      cuda::has_kernels(), "rope::", call.name(),
+      "(): expected tensors on the CPU, since this torch-rope was built without CUDA kernels, but got tensors on ",
+      call.q.device(), ". For the kernels, build where torch is a CUDA build and nvcc is there, from the CUDA toolkit or ",
+      "the pip packages cuda-toolkit[nvcc,cccl]: ROPE_CUDA=1 pip install --no-build-isolation .");
   Outputs outputs = check_and_allocate(call);
   for_each_launch(call, outputs, [&](const Launch& launch) {
     cuda::launch(launch, call.q.get_device());

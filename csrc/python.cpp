@@ -6,6 +6,7 @@
 #include <string>
 
 #include "call.h"
+#include "cuda/launch.h"
 
 namespace py = pybind11;
 
@@ -30,6 +31,7 @@ void define_family(py::module_& module, const std::string& name, const Arguments
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "The operators of torch-rope. Use them through the functions of torch_rope.";
+  module.attr("has_cuda") = rope::cuda::has_kernels();
   define_family<Operators::Apply>(
       module, "apply", py::arg("positions"), py::arg("inv_freq"), py::kw_only(),
       py::arg("embedding_axis"), py::arg("rotary_dim"), py::arg("rotary_offset"),

@@ -5,14 +5,10 @@
 
 namespace rope::cuda {
 
-void check_available(const std::string& operator_name) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      false, "rope::", operator_name,
-      "(): expected the tensors to be on the CPU, since this torch-rope was built without CUDA, but got CUDA tensors. "
-      "To get the CUDA kernels, install torch-rope where torch is a CUDA build and nvcc is there (the CUDA toolkit, or "
-      "the pip packages cuda-toolkit[nvcc,cccl]): ROPE_CUDA=1 pip install --no-build-isolation .");
-}
+bool has_kernels() { return false; }
 
-void launch(const Launch&, int) { TORCH_INTERNAL_ASSERT(false, "check_available refuses every call"); }
+void launch(const Launch&, int) {
+  TORCH_INTERNAL_ASSERT(false, "a build without CUDA kernels refuses CUDA tensors");
+}
 
 }  // namespace rope::cuda

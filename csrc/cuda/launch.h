@@ -1,14 +1,13 @@
 // Runs launches on a CUDA device: csrc/cuda/rotate.cu, or csrc/cuda/absent.cpp in a build without CUDA.
 #pragma once
 
-#include <string>
-
+#include "rope/rope.h"
 #include "rotate.h"
 
 namespace rope::cuda {
 
-// Throws where this build has no CUDA kernels. operator_name, without its namespace, is for the message.
-void check_available(const std::string& operator_name);
+// Whether this build has the CUDA kernels.
+ROPE_API bool has_kernels();
 
 // Enqueues the launch on the current stream of the device.
 void launch(const Launch& launch, int device);

@@ -23,7 +23,7 @@ static_assert(sizeof(Launch) + sizeof(Work) + sizeof(Frequencies) <= 4096);
 
 }  // namespace
 
-void check_available(const std::string&) {}
+bool has_kernels() { return true; }
 
 void launch(const Launch& launch, int device) {
   const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+has_cuda: bool  # whether this build has the CUDA kernels
+
 def apply(
     x: Tensor,
     positions: Tensor,
