@@ -26,8 +26,9 @@ C10_HOST_DEVICE inline Number load_position(const void* positions, c10::ScalarTy
   }
 }
 
-// The angle of one pair, in radians: products of positions and frequencies over the axes, and their sum from left to
-// right, each rounded to Frequency. position(axis) and inv_freq(axis) give the factors.
+// The angle of one pair, in radians: products of positions and frequencies over the axes, and their
+// sum from left to right, each rounded to Frequency. position(axis) and inv_freq(axis) give the
+// factors.
 template <typename Frequency, typename Position, typename InvFreq>
 C10_HOST_DEVICE inline double form_angle(int num_axes, const Position& position,
                                          const InvFreq& inv_freq, double scale_factor) {

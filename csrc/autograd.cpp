@@ -1,11 +1,11 @@
-// Derivatives. Rotation is linear in x, so that its backward is the same operator with conjugate flipped, and saves no
-// activation. The gradients of what makes the angles (positions, inv_freq, cos, sin) are in ATen operators, computed
-// only when asked for.
+// Derivatives. Rotation is linear in x, so that its backward is the same operator with conjugate
+// flipped, and saves no activation. The gradients of what makes the angles (positions, inv_freq,
+// cos, sin) are in ATen operators, computed only when asked for.
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
+#include <c10/util/irange.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <c10/util/irange.h>
 #include <torch/library.h>
 
 #include "call.h"
@@ -19,11 +19,11 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Gradients of what makes the angles
 
-// The shape of what the pairs' gradients are summed to: one row of pairs for each position, or for each row of tables
-// that move along with x.
+// The shape of what the pairs' gradients are summed to: one row of pairs for each position, or for
+// each row of tables that move along with x.
 c10::SymDimVector token_sizes(const Call& call) {
   c10::SymIntArrayRef sizes = call.cos.defined() ? call.cos.sym_sizes() : c10::SymIntArrayRef();
   if (call.positions.defined()) {
@@ -47,8 +47,8 @@ Pair<at::Tensor> real_pairs(const Call& call, const at::Tensor& x) {
   return {views.a.to(real), views.b.to(real)};
 }
 
-// The gradient with respect to the angle of each pair, summed over what shares the angle. With y = R(t) x the
-// derivative dy/dt is y turned by a right angle, so that the output is all it takes.
+// The gradient with respect to the angle of each pair, summed over what shares the angle. With y =
+// R(t) x the derivative dy/dt is y turned by a right angle, so that the output is all it takes.
 at::Tensor angle_gradient(const Call& call, const at::Tensor& grad, const at::Tensor& y) {
   const Pair<at::Tensor> g = real_pairs(call, grad);
   const Pair<at::Tensor> turned = real_pairs(call, y);
@@ -68,9 +68,8 @@ Rotation<at::Tensor> table_gradient(const Call& call, const at::Tensor& grad, co
 at::Tensor positions_gradient(const Call& call, const at::Tensor& angle) {
   const at::Tensor frequency = frequencies(call);
   const at::Tensor scaled = (angle / call.options.scale_factor).to(frequency.scalar_type());
-  const at::Tensor gradient = frequency.dim() == 1
-                                  ? (scaled * frequency).sum(-1)
-                                  : scaled.matmul(frequency.t()).movedim(-1, 0);
+  const at::Tensor gradient = frequency.dim() == 1 ? (scaled * frequency).sum(-1)
+                                                   : scaled.matmul(frequency.t()).movedim(-1, 0);
   return gradient.to(call.positions.scalar_type());
 }
 
@@ -85,8 +84,10 @@ at::Tensor inv_freq_gradient(const Call& call, const at::Tensor& angle) {
   return products.dim() == 2 ? products : products.flatten(1, -2).sum(1);
 }
 
-// Rows of a table gather the gradients of all positions that used them, in a fixed order on every device.
-at::Tensor table_rows_gradient(const Call& call, const at::Tensor& table, const at::Tensor& gradient) {
+// Rows of a table gather the gradients of all positions that used them, in a fixed order on every
+// device.
+at::Tensor table_rows_gradient(const Call& call, const at::Tensor& table,
+                               const at::Tensor& gradient) {
   if (!call.positions.defined()) {
     return gradient.to(table.scalar_type());
   }
@@ -96,7 +97,7 @@ at::Tensor table_rows_gradient(const Call& call, const at::Tensor& table, const 
       .to(table.scalar_type());
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // The autograd function
 
 // What backward needs of the call, without its tensors.
@@ -144,7 +145,8 @@ bool angles_require_grad(const Call& call) {
 struct Rotate : torch::autograd::Function<Rotate> {
   static constexpr bool is_traceable = true;
 
-  // The order of the tensors among the arguments of forward, of the saved tensors, and of the gradients.
+  // The order of the tensors among the arguments of forward, of the saved tensors, and of the
+  // gradients.
   enum Argument : std::size_t { kQ, kK, kPositions, kInvFreq, kCos, kSin, kNumArguments };
 
   // The tensors are those of the call: autograd sees only arguments.
@@ -165,7 +167,8 @@ struct Rotate : torch::autograd::Function<Rotate> {
     save_options(ctx, call.options);
     ctx->saved_data["uses_tables"] = call.uses_tables;
 
-    // Gradients of angles take the output, gradients of tables the input; the gradient of x takes neither.
+    // Gradients of angles take the output, gradients of tables the input; the gradient of x takes
+    // neither.
     variable_list saved(kNumArguments);
     if (angles_require_grad(call)) {
       saved[kQ] = call.uses_tables ? q : outputs.q;
@@ -240,7 +243,8 @@ struct Rotate : torch::autograd::Function<Rotate> {
     }
 
     if (wants[kPositions] || wants[kInvFreq]) {
-      // Tensors of different rotary_dim have angles of their own, so that each adds to the gradients by itself.
+      // Tensors of different rotary_dim have angles of their own, so that each adds to the
+      // gradients by itself.
       for (const auto& [grad, y] : {std::pair(&grad_q, &saved[kQ]), {&grad_k, &saved[kK]}}) {
         if (!grad->defined()) {
           continue;
@@ -264,14 +268,15 @@ struct Rotate : torch::autograd::Function<Rotate> {
   }
 };
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // The kernels of the Autograd and ADInplaceOrView keys
 
 bool has_tangent(const at::Tensor& tensor) {
   return tensor.defined() && tensor._fw_grad(/*level=*/0).defined();
 }
 
-// C++ autograd functions know neither forward-mode derivatives nor the levels of torch.func: ATen operators do.
+// C++ autograd functions know neither forward-mode derivatives nor the levels of torch.func: ATen
+// operators do.
 bool must_compose(const Call& call) {
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
          has_tangent(call.q) || has_tangent(call.k) || has_tangent(call.positions) ||
@@ -308,8 +313,9 @@ Outputs rotate_with_autograd(const Call& call) {
     }
   }
   if (call.is_pair && !angles && (q != k || call.in_place)) {
-    // Where only one of the two has a gradient, the other's output must not come to require one; and autograd allows
-    // views, such as q and k of one packed buffer, to be changed by functions of one output only.
+    // Where only one of the two has a gradient, the other's output must not come to require one;
+    // and autograd allows views, such as q and k of one packed buffer, to be changed by functions
+    // of one output only.
     const auto one = [&](const at::Tensor& x) {
       return dispatch(call.in_place ? call.in_place_on(x) : call.on(x)).q;
     };

@@ -1,5 +1,6 @@
-// One call of any of the eight operators as one value, and the two ways between it and the dispatcher: Operators turns
-// the arguments of a schema into a Call, dispatch sends a Call to the operator it stands for.
+// One call of any of the eight operators as one value, and the two ways between it and the
+// dispatcher: Operators turns the arguments of a schema into a Call, dispatch sends a Call to the
+// operator it stands for.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -36,13 +37,15 @@ struct ROPE_API Call {
   Call in_place_on(const at::Tensor& other_q, const at::Tensor& other_k) const;
 };
 
-// What a call returns. An in-place call returns what it was given, in C++; its operator returns nothing.
+// What a call returns. An in-place call returns what it was given, in C++; its operator returns
+// nothing.
 struct Outputs {
   at::Tensor q;
   at::Tensor k;
 };
 
-// Calls the operator through the dispatcher of PyTorch. (The module torch_rope._C uses this and make_call too.)
+// Calls the operator through the dispatcher of PyTorch. (The module torch_rope._C uses this and
+// make_call too.)
 ROPE_API Outputs dispatch(const Call& call);
 
 // The arguments behind x (or q and k) in each family of schemas, in the schemas' order.
@@ -59,12 +62,12 @@ using WithTableArguments =
              std::int64_t /*rotary_offset*/, bool /*interleaved*/, bool /*conjugate*/>;
 
 ROPE_API Call make_call(const at::Tensor& positions, const std::optional<at::Tensor>& inv_freq,
-               std::int64_t embedding_axis, std::optional<std::int64_t> rotary_dim,
-               std::int64_t rotary_offset, double max_wavelength, double scale_factor,
-               double attention_factor, bool interleaved, bool conjugate);
+                        std::int64_t embedding_axis, std::optional<std::int64_t> rotary_dim,
+                        std::int64_t rotary_offset, double max_wavelength, double scale_factor,
+                        double attention_factor, bool interleaved, bool conjugate);
 ROPE_API Call make_call(const at::Tensor& cos, const at::Tensor& sin,
-               const std::optional<at::Tensor>& positions, std::int64_t embedding_axis,
-               std::int64_t rotary_offset, bool interleaved, bool conjugate);
+                        const std::optional<at::Tensor>& positions, std::int64_t embedding_axis,
+                        std::int64_t rotary_offset, bool interleaved, bool conjugate);
 
 // The kernels that one function over calls makes, with the signatures of the schemas.
 template <Outputs (*rotate)(const Call&)>

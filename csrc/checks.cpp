@@ -74,8 +74,7 @@ void check_rotated(const Call& call, const at::Tensor& x, const char* argument) 
   const ApplyOptions& options = call.options;
   check_defined(call, x, argument);
   TORCH_CHECK_TYPE(is_supported_float(x.scalar_type()), expected(call, argument),
-                   "be float64, float32, float16 or bfloat16, but got ",
-                   name_of(x.scalar_type()));
+                   "be float64, float32, float16 or bfloat16, but got ", name_of(x.scalar_type()));
   check_device(call, x, argument);
   TORCH_CHECK_VALUE(x.dim() >= 1, expected(call, argument),
                     "have at least one dimension, but got a tensor with none");
@@ -93,8 +92,8 @@ void check_rotated(const Call& call, const at::Tensor& x, const char* argument) 
   const c10::SymInt dim = rotary_dim(call, x);
   TORCH_CHECK_VALUE(holds(dim.sym_ge(0)), expected(call, "rotary_dim"), "be at least 0, but got ",
                     dim);
-  TORCH_CHECK_VALUE(holds((dim % 2).sym_eq(0)), expected(call, "rotary_dim"),
-                    "be even, but got ", dim);
+  TORCH_CHECK_VALUE(holds((dim % 2).sym_eq(0)), expected(call, "rotary_dim"), "be even, but got ",
+                    dim);
   if (num_columns(call).has_value()) {
     constexpr const char* kDoubledTables =
         " (of tables that hold each value twice, as Hugging Face's do, take cos[..., :N])";
@@ -140,9 +139,9 @@ void check_inv_freq(const Call& call) {
                     inv_freq.sym_sizes());
   if (options.rotary_dim.has_value()) {
     TORCH_CHECK_VALUE(holds((inv_freq.sym_size(-1) * 2).sym_eq(*options.rotary_dim)),
-                      expected(call, "inv_freq"), "have rotary_dim / 2 = ",
-                      static_cast<double>(*options.rotary_dim) / 2, " columns, but got ",
-                      inv_freq.sym_sizes());
+                      expected(call, "inv_freq"),
+                      "have rotary_dim / 2 = ", static_cast<double>(*options.rotary_dim) / 2,
+                      " columns, but got ", inv_freq.sym_sizes());
   }
   constexpr const char* kOrInvFreq = "be left at its default together with inv_freq, but got ";
   TORCH_CHECK_VALUE(options.max_wavelength == ApplyOptions().max_wavelength,
@@ -156,7 +155,8 @@ void check_positive(const Call& call, const char* argument, double value) {
                     "be positive and finite, but got ", value);
 }
 
-// The sizes of positions that broadcast with x: without the leading dimension of the axes of a (A, N) inv_freq.
+// The sizes of positions that broadcast with x: without the leading dimension of the axes of a (A,
+// N) inv_freq.
 c10::SymIntArrayRef checked_position_sizes(const Call& call) {
   const c10::SymIntArrayRef sizes = call.positions.sym_sizes();
   const auto& inv_freq = call.options.inv_freq;

@@ -1,4 +1,5 @@
-// What the operators refuse. Every device and Meta call the same checks before anything is allocated or written.
+// What the operators refuse. Every device and Meta call the same checks before anything is
+// allocated or written.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,8 +11,8 @@ namespace rope {
 // Throws where the arguments of the call do not fit. Sizes may be symbolic.
 void check(const Call& call);
 
-// The rest of the checks where values can be read without waiting for a device: every row of a table that positions
-// ask for exists. The kernels rely on it for not reading past the tables.
+// The rest of the checks where values can be read without waiting for a device: every row of a
+// table that positions ask for exists. The kernels rely on it for not reading past the tables.
 void check_rows_exist(const Call& call);
 
 // The number of columns of inv_freq or of the tables: undefined tensors have none.

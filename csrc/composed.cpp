@@ -27,7 +27,8 @@ Rotation<at::Tensor> rotations_by_position(const Call& call, at::ScalarType real
     angle = angle / options.scale_factor;
   }
   angle = angle.to(at::kDouble);
-  return {(angle.cos() * options.attention_factor).to(real), (angle.sin() * options.attention_factor).to(real)};
+  return {(angle.cos() * options.attention_factor).to(real),
+          (angle.sin() * options.attention_factor).to(real)};
 }
 
 Rotation<at::Tensor> rotations_of_tables(const Call& call, at::ScalarType real) {
@@ -69,8 +70,7 @@ at::Tensor frequencies(const Call& call) {
     return *options.inv_freq;
   }
   const c10::SymInt dim = rotary_dim(call, call.q);
-  const at::Tensor two_n =
-      at::arange(dim / 2, call.q.options().dtype(at::kDouble)) * 2;
+  const at::Tensor two_n = at::arange(dim / 2, call.q.options().dtype(at::kDouble)) * 2;
   return at::pow(options.max_wavelength, -two_n / dim);
 }
 

@@ -1,4 +1,5 @@
-// The operators in ATen operators: plain, differentiable in every way that ATen is, and open to fusion by a compiler.
+// The operators in ATen operators: plain, differentiable in every way that ATen is, and open to
+// fusion by a compiler.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,7 +12,8 @@ namespace rope {
 // Rotates without a kernel of ours. In place, the result is copied into the tensors given.
 Outputs rotate_composed(const Call& call);
 
-// Radians per unit of position, (N) or (A, N): inv_freq, or what max_wavelength and scale_factor stand for, in float64.
+// Radians per unit of position, (N) or (A, N): inv_freq, or what max_wavelength and scale_factor
+// stand for, in float64.
 at::Tensor frequencies(const Call& call);
 
 // The two elements of each pair of x, as views of shape (..., N): the embedding axis comes last.

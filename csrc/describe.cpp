@@ -36,7 +36,8 @@ bool continues(const Loop<kArrays>& outer, const Loop<kArrays>& inner) {
   return true;
 }
 
-// Puts the loops in the order of memory, as the given array sees it, and joins those that can be walked as one.
+// Puts the loops in the order of memory, as the given array sees it, and joins those that can be
+// walked as one.
 template <int kArrays>
 void simplify(Loops<kArrays>& loops, int array) {
   std::stable_sort(loops.begin(), loops.end(), [=](const auto& left, const auto& right) {
@@ -117,7 +118,8 @@ class Description {
     operand.in_axis_stride = in.stride(axis);
     operand.out_axis_stride = out.stride(axis);
 
-    // Dimensions are counted from the right, without the embedding axis, as broadcasting counts them.
+    // Dimensions are counted from the right, without the embedding axis, as broadcasting counts
+    // them.
     std::int64_t from_right = 0;
     for (std::int64_t d = in.dim() - 1; d >= 0; --d) {
       if (d == axis) {
@@ -187,8 +189,8 @@ class Description {
     }
   }
 
-  // Dimensions [begin, end) of angle (and of sin, which has the same sizes) over which the angle differs are token
-  // dimensions; over the others the angle is shared.
+  // Dimensions [begin, end) of angle (and of sin, which has the same sizes) over which the angle
+  // differs are token dimensions; over the others the angle is shared.
   void add_token_dims(const at::Tensor& angle, std::int64_t begin, std::int64_t end,
                       const at::Tensor& sin) {
     for (std::int64_t d = end - 1; d >= begin; --d) {

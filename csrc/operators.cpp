@@ -1,4 +1,5 @@
-// What every device shares: check, allocate, describe, launch. And Meta, which stops after the second step.
+// What every device shares: check, allocate, describe, launch. And Meta, which stops after the
+// second step.
 #include <ATen/ATen.h>
 
 #include "call.h"
@@ -29,13 +30,15 @@ Outputs rotate_on_cpu(const Call& call) {
 Outputs rotate_on_cuda(const Call& call) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       cuda::has_kernels(), "rope::", call.name(),
-      "(): expected tensors on the CPU, since this torch-rope was built without CUDA kernels, but got tensors on ",
-      call.q.device(), ". For the kernels, build where torch is a CUDA build and nvcc is there, from the CUDA toolkit or ",
+      "(): expected tensors on the CPU, since this torch-rope was built without CUDA kernels, but "
+      "got tensors on ",
+      call.q.device(),
+      ". For the kernels, build where torch is a CUDA build and nvcc is there, from the CUDA "
+      "toolkit or ",
       "the pip packages cuda-toolkit[nvcc,cccl]: ROPE_CUDA=1 pip install --no-build-isolation .");
   Outputs outputs = check_and_allocate(call);
-  for_each_launch(call, outputs, [&](const Launch& launch) {
-    cuda::launch(launch, call.q.get_device());
-  });
+  for_each_launch(call, outputs,
+                  [&](const Launch& launch) { cuda::launch(launch, call.q.get_device()); });
   return outputs;
 }
 

@@ -10,11 +10,12 @@ namespace {
 
 // NOTE [ Exact overlap ]
 //
-// Whether two strided sets of addresses meet is a knapsack problem in general, and PyTorch's own test answers "too
-// hard" for views with gaps, such as q and k in one packed buffer. Two proofs of disjointness settle every view that
-// people make: the address ranges are disjoint; or, for some period T (one of the strides), all larger steps are
-// multiples of T and what is left of the two views falls into disjoint parts of a window of T bytes. Only where no
-// proof is found are the bytes counted one by one.
+// Whether two strided sets of addresses meet is a knapsack problem in general, and PyTorch's own
+// test answers "too hard" for views with gaps, such as q and k in one packed buffer. Two proofs of
+// disjointness settle every view that people make: the address ranges are disjoint; or, for some
+// period T (one of the strides), all larger steps are multiples of T and what is left of the two
+// views falls into disjoint parts of a window of T bytes. Only where no proof is found are the
+// bytes counted one by one.
 
 struct Dim {
   std::int64_t size;
@@ -56,7 +57,8 @@ std::intptr_t storage_address(const at::Tensor& x) {
   return reinterpret_cast<std::intptr_t>(x.storage().data());
 }
 
-// Calls visit(first byte of an element) for every element until it returns false; says whether it never did.
+// Calls visit(first byte of an element) for every element until it returns false; says whether it
+// never did.
 template <typename Visit>
 bool visit_elements(const Footprint& elements, std::int64_t begin, std::size_t depth,
                     const Visit& visit) {
@@ -72,7 +74,8 @@ bool visit_elements(const Footprint& elements, std::int64_t begin, std::size_t d
   return true;
 }
 
-// Marks the bytes of each element in a map of [begin, begin + map.size()); false where one is marked already.
+// Marks the bytes of each element in a map of [begin, begin + map.size()); false where one is
+// marked already.
 class Marker {
  public:
   Marker(std::int64_t begin, std::int64_t end) : begin_(begin), marked_(end - begin, false) {}
@@ -101,8 +104,8 @@ class Marker {
   std::vector<bool> marked_;
 };
 
-// The bytes, counted from some multiple of the period, that the steps smaller than the period reach; no window where
-// they reach further than one period or a larger step is no multiple of it.
+// The bytes, counted from some multiple of the period, that the steps smaller than the period
+// reach; no window where they reach further than one period or a larger step is no multiple of it.
 struct Window {
   std::int64_t begin;
   std::int64_t end;
@@ -194,9 +197,8 @@ bool share_memory(const at::Tensor& x, const at::Tensor& y) {
     marker.mark(first, a.element);
     return true;
   });
-  return !visit_elements(b, b.begin, 0, [&](std::int64_t first) {
-    return marker.is_free(first, b.element);
-  });
+  return !visit_elements(b, b.begin, 0,
+                         [&](std::int64_t first) { return marker.is_free(first, b.element); });
 }
 
 }  // namespace rope

@@ -1,4 +1,5 @@
-// Whether strided tensors have elements in one place of memory: exact, and quick for the views people make.
+// Whether strided tensors have elements in one place of memory: exact, and quick for the views
+// people make.
 #pragma once
 
 #include <ATen/core/Tensor.h>

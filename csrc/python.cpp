@@ -1,5 +1,5 @@
-// The module torch_rope._C: the operators, called through a typed handle. torch.ops would do the same, but its parsing
-// of arguments costs microseconds.
+// The module torch_rope._C: the operators, called through a typed handle. torch.ops would do the
+// same, but its parsing of arguments costs microseconds.
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -32,13 +32,13 @@ void define_family(py::module_& module, const std::string& name, const Arguments
 PYBIND11_MODULE(_C, module) {
   module.doc() = "The operators of torch-rope. Use them through the functions of torch_rope.";
   module.attr("has_cuda") = rope::cuda::has_kernels();
-  define_family<Operators::Apply>(
-      module, "apply", py::arg("positions"), py::arg("inv_freq"), py::kw_only(),
-      py::arg("embedding_axis"), py::arg("rotary_dim"), py::arg("rotary_offset"),
-      py::arg("max_wavelength"), py::arg("scale_factor"), py::arg("attention_factor"),
-      py::arg("interleaved"), py::arg("conjugate"));
-  define_family<Operators::ApplyCosSin>(
-      module, "apply_cos_sin", py::arg("cos"), py::arg("sin"), py::arg("positions"),
-      py::kw_only(), py::arg("embedding_axis"), py::arg("rotary_offset"), py::arg("interleaved"),
-      py::arg("conjugate"));
+  define_family<Operators::Apply>(module, "apply", py::arg("positions"), py::arg("inv_freq"),
+                                  py::kw_only(), py::arg("embedding_axis"), py::arg("rotary_dim"),
+                                  py::arg("rotary_offset"), py::arg("max_wavelength"),
+                                  py::arg("scale_factor"), py::arg("attention_factor"),
+                                  py::arg("interleaved"), py::arg("conjugate"));
+  define_family<Operators::ApplyCosSin>(module, "apply_cos_sin", py::arg("cos"), py::arg("sin"),
+                                        py::arg("positions"), py::kw_only(),
+                                        py::arg("embedding_axis"), py::arg("rotary_offset"),
+                                        py::arg("interleaved"), py::arg("conjugate"));
 }

@@ -11,7 +11,8 @@ namespace rope {
 // Dimensions of a nest of loops, after those that can be walked as one have been joined.
 inline constexpr int kMaxDims = 12;
 
-// A nest of loops, outermost first, over which several arrays move, each by strides of its own (in elements).
+// A nest of loops, outermost first, over which several arrays move, each by strides of its own (in
+// elements).
 template <int kArrays>
 struct Nest {
   int num_dims;
@@ -46,8 +47,8 @@ struct Nest {
   }
 };
 
-// A tensor that is rotated: q or k. Its elements are those of the token nest, times those of its own shared nest (the
-// heads, say: what turns by the same angles), times the embedding axis.
+// A tensor that is rotated: q or k. Its elements are those of the token nest, times those of its
+// own shared nest (the heads, say: what turns by the same angles), times the embedding axis.
 struct Operand {
   const void* in;
   void* out;
@@ -88,9 +89,9 @@ struct TableAngles {
 
 // The arrays that move along the token nest.
 enum TokenArray : int {
-  kAngle,      // positions, rows, or cos
-  kSin,        // sin, where tables move along with the tokens
-  kIn,         // in and out of operand i are kIn + 2 * i and kOut + 2 * i
+  kAngle,  // positions, rows, or cos
+  kSin,    // sin, where tables move along with the tokens
+  kIn,     // in and out of operand i are kIn + 2 * i and kOut + 2 * i
   kOut,
   kTokenArrays = kIn + 4,
 };

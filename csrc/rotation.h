@@ -1,4 +1,5 @@
-// The mathematics of one angle and of one pair: written once, for host and device, for numbers and for vectors.
+// The mathematics of one angle and of one pair: written once, for host and device, for numbers and
+// for vectors.
 #pragma once
 
 #include <c10/macros/Macros.h>
@@ -40,18 +41,21 @@ C10_HOST_DEVICE inline Pair<Real> rotate(const Pair<Real>& x, const Rotation<Rea
 template <typename Real>
 C10_HOST_DEVICE inline Rotation<Real> scale(const Rotation<Real>& angle, Real attention_factor,
                                             bool conjugate) {
-  return {angle.cos * attention_factor, angle.sin * (conjugate ? -attention_factor : attention_factor)};
+  return {angle.cos * attention_factor,
+          angle.sin * (conjugate ? -attention_factor : attention_factor)};
 }
 
 // NOTE [ Cosine and sine of any angle ]
 //
-// An angle t in radians, a float64 of any size, is reduced to r = t - k * pi / 2 with |r| <= pi / 4 by two fused
-// multiply-adds with pi / 2 split into a sum of two float64 numbers (Cody and Waite, 1980). The first is exact but for
-// its one rounding of a result below 1; the second adds the rest of pi / 2, so that r is right to some 1e-16 while k is
-// exact, which holds below kReducible. Then float32 minimax polynomials on the reduced range, with errors below 2e-9,
-// give sine and cosine, and k modulo 4 says which is which and with what sign. With the rounding of r to float32 the
-// result is within 1.2e-7 of the truth. There is no branch and no call, so that compilers turn a loop of it into
-// vector code. Angles beyond kReducible (a position of 2^31 at a frequency above 512) take the C library's way.
+// An angle t in radians, a float64 of any size, is reduced to r = t - k * pi / 2 with |r| <= pi / 4
+// by two fused multiply-adds with pi / 2 split into a sum of two float64 numbers (Cody and Waite,
+// 1980). The first is exact but for its one rounding of a result below 1; the second adds the rest
+// of pi / 2, so that r is right to some 1e-16 while k is exact, which holds below kReducible. Then
+// float32 minimax polynomials on the reduced range, with errors below 2e-9, give sine and cosine,
+// and k modulo 4 says which is which and with what sign. With the rounding of r to float32 the
+// result is within 1.2e-7 of the truth. There is no branch and no call, so that compilers turn a
+// loop of it into vector code. Angles beyond kReducible (a position of 2^31 at a frequency above
+// 512) take the C library's way.
 
 inline constexpr double kReducible = 0x1p40;
 
@@ -82,11 +86,12 @@ C10_HOST_DEVICE inline Rotation<float> reduced_rotation(double t) {
   return {((quarter + 1) & 2) ? -cos_t : cos_t, (quarter & 2) ? -sin_t : sin_t};
 }
 
-// The C library's cosine and sine: on a device one function that is called, since it is long and seldom needed.
+// The C library's cosine and sine: on a device one function that is called, since it is long and
+// seldom needed.
 #ifdef __CUDACC__
 __noinline__
 #endif
-C10_HOST_DEVICE inline Rotation<double> library_rotation(double t) {
+    C10_HOST_DEVICE inline Rotation<double> library_rotation(double t) {
   return {std::cos(t), std::sin(t)};
 }
 

@@ -7,15 +7,16 @@
 
 namespace rope::cpu {
 
-// Rows of cosines and sines are padded to a multiple of this many elements, more than any vector has.
+// Rows of cosines and sines are padded to a multiple of this many elements, more than any vector
+// has.
 inline constexpr std::int64_t kPadding = 32;
 
 inline std::int64_t padded(std::int64_t num_pairs) {
   return (num_pairs + kPadding - 1) / kPadding * kPadding;
 }
 
-// A part of a launch: tokens [token_begin, token_end), at most Workspace's number of them, and of what shares their
-// angles the part-th of num_parts parts.
+// A part of a launch: tokens [token_begin, token_end), at most Workspace's number of them, and of
+// what shares their angles the part-th of num_parts parts.
 struct Block {
   std::int64_t token_begin;
   std::int64_t token_end;
@@ -28,11 +29,11 @@ inline constexpr std::int64_t kSharedChunk = 64;
 
 // Memory for one thread, for blocks of some number of tokens.
 struct Workspace {
-  void* cos;           // (tokens, padded(num_pairs)) of the computation type
-  void* sin;           // likewise
-  double* angles;      // padded(num_pairs)
-  void* frequencies;   // (num_axes, padded(num_pairs)) of inv_freq's dtype
-  void* row;           // 2 * num_pairs elements, where x is not contiguous along the embedding axis
+  void* cos;          // (tokens, padded(num_pairs)) of the computation type
+  void* sin;          // likewise
+  double* angles;     // padded(num_pairs)
+  void* frequencies;  // (num_axes, padded(num_pairs)) of inv_freq's dtype
+  void* row;          // 2 * num_pairs elements, where x is not contiguous along the embedding axis
   std::int64_t* token_offsets;   // (tokens, kTokenArrays)
   std::int64_t* shared_offsets;  // (kSharedChunk, 2)
 };

@@ -30,7 +30,8 @@ Kernel choose_kernel() {
   return rotate_DEFAULT;
 }
 
-// Cosines and sines of the tokens of one block, small enough to stay in a first-level cache of 32 KiB with the rows.
+// Cosines and sines of the tokens of one block, small enough to stay in a first-level cache of 32
+// KiB with the rows.
 constexpr std::int64_t kBlockBytes = 16 * 1024;
 constexpr std::int64_t kMaxBlockTokens = 64;
 
@@ -72,7 +73,8 @@ Plan plan(const Launch& launch, std::int64_t row_bytes) {
   plan.num_blocks = token_blocks * plan.num_parts;
   const std::int64_t elements_per_block =
       ceil_div(plan.block_tokens * elements_per_token, plan.num_parts);
-  plan.grain = std::max<std::int64_t>(kGrainElements / std::max<std::int64_t>(elements_per_block, 1), 1);
+  plan.grain =
+      std::max<std::int64_t>(kGrainElements / std::max<std::int64_t>(elements_per_block, 1), 1);
   return plan;
 }
 
@@ -125,8 +127,8 @@ class Memory {
 
 void launch(const Launch& launch) {
   static const Kernel kernel = choose_kernel();
-  const auto real_size =
-      static_cast<std::int64_t>(launch.dtype == c10::ScalarType::Double ? sizeof(double) : sizeof(float));
+  const auto real_size = static_cast<std::int64_t>(
+      launch.dtype == c10::ScalarType::Double ? sizeof(double) : sizeof(float));
   const std::int64_t row_bytes = padded(launch.num_pairs) * real_size;
   const Plan blocks = plan(launch, row_bytes);
   at::parallel_for(0, blocks.num_blocks, blocks.grain, [&](std::int64_t begin, std::int64_t end) {

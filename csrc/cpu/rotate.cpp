@@ -1,8 +1,7 @@
-// The CPU kernel, in at::vec. This file is compiled once for each CPU capability, with the instructions of that
-// capability: it must let no symbol out but its entry, since the linker would share an inline function of the same name
-// with code for older processors (the build asserts it). Hence raw pointers and no containers.
-#include "cpu/kernel.h"
-
+// The CPU kernel, in at::vec. This file is compiled once for each CPU capability, with the
+// instructions of that capability: it must let no symbol out but its entry, since the linker would
+// share an inline function of the same name with code for older processors (the build asserts it).
+// Hence raw pointers and no containers.
 #include <ATen/OpMathType.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
@@ -10,6 +9,7 @@
 #include <type_traits>
 
 #include "angle.h"
+#include "cpu/kernel.h"
 #include "rotation.h"
 
 // Everything is inlined into the entry.
@@ -21,7 +21,8 @@ namespace {
 
 using at::vec::Vectorized;
 
-// A step of a row: as many elements as one vector of the storage type holds, as vectors of the computation type.
+// A step of a row: as many elements as one vector of the storage type holds, as vectors of the
+// computation type.
 template <typename scalar_t>
 struct Step {
   using Real = at::opmath_type<scalar_t>;
@@ -79,8 +80,9 @@ ROPE_INLINE void rotate_halves(const Row<scalar_t>& row, std::int64_t num_pairs)
     S b = S::load(row.in + num_pairs + n, count);
     for (int v = 0; v < S::kVectors; ++v) {
       const std::int64_t first = n + v * Vector::size();
-      const auto turned = rotate<Vector>({a.vectors[v], b.vectors[v]},
-                                         {Vector::loadu(row.cos + first), Vector::loadu(row.sin + first)});
+      const auto turned =
+          rotate<Vector>({a.vectors[v], b.vectors[v]},
+                         {Vector::loadu(row.cos + first), Vector::loadu(row.sin + first)});
       a.vectors[v] = turned.a;
       b.vectors[v] = turned.b;
     }
@@ -122,7 +124,7 @@ ROPE_INLINE void rotate_interleaved(const Row<scalar_t>& row, std::int64_t num_p
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Cosines and sines of a token
 
 // Frequencies of all axes, contiguous and padded: those of the launch, or a copy.
@@ -136,8 +138,8 @@ ROPE_INLINE void load_frequencies(const Launch& launch, const Workspace& workspa
       frequencies[axis * length + n] =
           angles.inv_freq == nullptr
               ? static_cast<Frequency>(angles.wavelength_frequencies[n])
-              : static_cast<const Frequency*>(
-                    angles.inv_freq)[axis * angles.inv_freq_axis_stride + n * angles.inv_freq_stride];
+              : static_cast<const Frequency*>(angles.inv_freq)[axis * angles.inv_freq_axis_stride +
+                                                               n * angles.inv_freq_stride];
     }
     for (std::int64_t n = launch.num_pairs; n < length; ++n) {
       frequencies[axis * length + n] = 0;
@@ -147,7 +149,8 @@ ROPE_INLINE void load_frequencies(const Launch& launch, const Workspace& workspa
 
 // The angles of one token.
 template <typename Frequency>
-ROPE_INLINE void form_angles(const Launch& launch, const Workspace& workspace, std::int64_t position_offset) {
+ROPE_INLINE void form_angles(const Launch& launch, const Workspace& workspace,
+                             std::int64_t position_offset) {
   const PositionAngles& source = launch.by_position;
   const auto* frequencies = static_cast<const Frequency*>(workspace.frequencies);
   const std::int64_t length = padded(launch.num_pairs);
@@ -158,7 +161,8 @@ ROPE_INLINE void form_angles(const Launch& launch, const Workspace& workspace, s
   const auto form = [&](int num_axes, const auto& position) __attribute__((always_inline)) {
     for (std::int64_t n = 0; n < length; ++n) {
       const auto inv_freq = [&](int axis) { return frequencies[axis * length + n]; };
-      workspace.angles[n] = form_angle<Frequency>(num_axes, position, inv_freq, source.scale_factor);
+      workspace.angles[n] =
+          form_angle<Frequency>(num_axes, position, inv_freq, source.scale_factor);
     }
   };
   if (source.num_axes == 1) {
@@ -170,7 +174,8 @@ ROPE_INLINE void form_angles(const Launch& launch, const Workspace& workspace, s
 }
 
 template <typename Real>
-ROPE_INLINE void rotations_of_angles(const Launch& launch, const Workspace& workspace, Real* cos, Real* sin) {
+ROPE_INLINE void rotations_of_angles(const Launch& launch, const Workspace& workspace, Real* cos,
+                                     Real* sin) {
   const std::int64_t length = padded(launch.num_pairs);
   const double* angles = workspace.angles;
   const auto factor = static_cast<Real>(launch.by_position.attention_factor);
@@ -194,7 +199,8 @@ ROPE_INLINE void rotations_of_angles(const Launch& launch, const Workspace& work
 }
 
 template <typename Real, typename Table>
-ROPE_INLINE void rotations_of_table(const Launch& launch, const std::int64_t* offsets, Real* cos, Real* sin) {
+ROPE_INLINE void rotations_of_table(const Launch& launch, const std::int64_t* offsets, Real* cos,
+                                    Real* sin) {
   const TableAngles& table = launch.by_table;
   const auto row = find_table_row<Table>(table, offsets[kAngle], offsets[kSin]);
   for (std::int64_t n = 0; n < launch.num_pairs; ++n) {
@@ -228,13 +234,13 @@ ROPE_INLINE void rotations_of_token(const Launch& launch, const Workspace& works
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Rows
 
 // One row of the embedding axis, wherever it lies: the rotated slice, and around it a copy.
 template <typename scalar_t, bool interleaved>
-ROPE_INLINE void rotate_row(const Launch& launch, const Operand& operand, const Workspace& workspace,
-                            Row<scalar_t> row) {
+ROPE_INLINE void rotate_row(const Launch& launch, const Operand& operand,
+                            const Workspace& workspace, Row<scalar_t> row) {
   const std::int64_t slice = 2 * launch.num_pairs;
   const std::int64_t begin = launch.rotary_offset;
   if (row.in != row.out) {
@@ -273,7 +279,8 @@ ROPE_INLINE void rotate_row(const Launch& launch, const Operand& operand, const 
 
 // The rows of one operand that belong to the block, walked in the order of memory.
 template <typename scalar_t, bool interleaved>
-ROPE_INLINE void rotate_operand(const Launch& launch, int index, const Workspace& workspace, const Block& block) {
+ROPE_INLINE void rotate_operand(const Launch& launch, int index, const Workspace& workspace,
+                                const Block& block) {
   using Real = at::opmath_type<scalar_t>;
   const Operand& operand = launch.operands[index];
   const std::int64_t length = padded(launch.num_pairs);
@@ -284,23 +291,25 @@ ROPE_INLINE void rotate_operand(const Launch& launch, int index, const Workspace
   const auto* in = static_cast<const scalar_t*>(operand.in);
   auto* out = static_cast<scalar_t*>(operand.out);
 
-  const auto rotate_one = [&](std::int64_t token, std::int64_t shared) __attribute__((always_inline)) {
+  const auto rotate_one = [&](std::int64_t token,
+                              std::int64_t shared) __attribute__((always_inline)) {
     const std::int64_t* token_offset = workspace.token_offsets + token * kTokenArrays + 2 * index;
     const std::int64_t* shared_offset = workspace.shared_offsets + 2 * shared;
-    rotate_row<scalar_t, interleaved>(launch, operand, workspace,
-                                      {in + token_offset[kIn] + shared_offset[0],
-                                       out + token_offset[kOut] + shared_offset[1],
-                                       static_cast<const Real*>(workspace.cos) + token * length,
-                                       static_cast<const Real*>(workspace.sin) + token * length});
+    rotate_row<scalar_t, interleaved>(
+        launch, operand, workspace,
+        {in + token_offset[kIn] + shared_offset[0], out + token_offset[kOut] + shared_offset[1],
+         static_cast<const Real*>(workspace.cos) + token * length,
+         static_cast<const Real*>(workspace.sin) + token * length});
   };
 
   const int last_token = launch.tokens.num_dims - 1;
   const int last_shared = operand.shared.num_dims - 1;
-  const bool tokens_inside = last_token >= 0 && last_shared >= 0 &&
-                             launch.tokens.strides[kOut + 2 * index][last_token] <
-                                 operand.shared.strides[1][last_shared];
+  const bool tokens_inside =
+      last_token >= 0 && last_shared >= 0 &&
+      launch.tokens.strides[kOut + 2 * index][last_token] < operand.shared.strides[1][last_shared];
   for (std::int64_t chunk = shared_begin; chunk < shared_end; chunk += kSharedChunk) {
-    const std::int64_t num_chunk = shared_end - chunk < kSharedChunk ? shared_end - chunk : kSharedChunk;
+    const std::int64_t num_chunk =
+        shared_end - chunk < kSharedChunk ? shared_end - chunk : kSharedChunk;
     for (std::int64_t s = 0; s < num_chunk; ++s) {
       std::int64_t offsets[2];
       operand.shared.offsets(chunk + s, offsets);
@@ -318,7 +327,8 @@ ROPE_INLINE void rotate_operand(const Launch& launch, int index, const Workspace
 }
 
 template <typename scalar_t>
-ROPE_INLINE void rotate_block(const Launch& launch, const Workspace& workspace, const Block& block) {
+ROPE_INLINE void rotate_block(const Launch& launch, const Workspace& workspace,
+                              const Block& block) {
   using Real = at::opmath_type<scalar_t>;
   if (!launch.uses_tables) {
     if (launch.by_position.inv_freq_dtype == c10::ScalarType::Float) {
@@ -335,7 +345,8 @@ ROPE_INLINE void rotate_block(const Launch& launch, const Workspace& workspace, 
     for (int array = 0; array < kTokenArrays; ++array) {
       workspace.token_offsets[row * kTokenArrays + array] = offsets[array];
     }
-    rotations_of_token<Real>(launch, workspace, offsets, static_cast<Real*>(workspace.cos) + row * length,
+    rotations_of_token<Real>(launch, workspace, offsets,
+                             static_cast<Real*>(workspace.cos) + row * length,
                              static_cast<Real*>(workspace.sin) + row * length);
   }
   for (int index = 0; index < launch.num_operands; ++index) {

@@ -1,4 +1,5 @@
-// Runs launches on a CUDA device: csrc/cuda/rotate.cu, or csrc/cuda/absent.cpp in a build without CUDA.
+// Runs launches on a CUDA device: csrc/cuda/rotate.cu, or csrc/cuda/absent.cpp in a build without
+// CUDA.
 #pragma once
 
 #include "rope/rope.h"

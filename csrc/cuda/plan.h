@@ -1,4 +1,5 @@
-// How a launch is spread over the threads of a CUDA device: plain host code, so that tests see the same choices.
+// How a launch is spread over the threads of a CUDA device: plain host code, so that tests see the
+// same choices.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -16,7 +17,7 @@ namespace rope::cuda {
 struct Plan {
   Work work;
   Frequencies frequencies;
-  bool uses_words;     // 16 bytes at a time, instead of single elements
+  bool uses_words;  // 16 bytes at a time, instead of single elements
   bool index_is_64bit;
   std::int64_t blocks;
 };
@@ -28,11 +29,13 @@ inline std::int64_t word_elements(c10::ScalarType dtype) {
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// Whether each word of each row begins at a multiple of 16 bytes, and the slice and what is around it are whole words.
+// Whether each word of each row begins at a multiple of 16 bytes, and the slice and what is around
+// it are whole words.
 inline bool can_use_words(const Launch& launch) {
   const std::int64_t word = word_elements(launch.dtype);
   const std::int64_t second_half = launch.interleaved ? 2 * launch.num_pairs : launch.num_pairs;
-  bool aligned = launch.num_pairs % word == 0 && second_half % word == 0 && launch.rotary_offset % word == 0;
+  bool aligned =
+      launch.num_pairs % word == 0 && second_half % word == 0 && launch.rotary_offset % word == 0;
   for (int i = 0; i < launch.num_operands; ++i) {
     const Operand& x = launch.operands[i];
     aligned = aligned && x.in_axis_stride == 1 && x.out_axis_stride == 1;
@@ -63,9 +66,11 @@ std::int64_t extent(const Nest<kArrays>& nest) {
   return farthest;
 }
 
-// The plan for the pairs [first_pair, last_pair) of a launch; the elements around them are copied with the first.
+// The plan for the pairs [first_pair, last_pair) of a launch; the elements around them are copied
+// with the first.
 inline Plan make_plan(const Launch& launch, std::int64_t first_pair, std::int64_t last_pair) {
-  // Enough threads to fill the largest devices; beyond that, a thread takes more rows for the angles it has found.
+  // Enough threads to fill the largest devices; beyond that, a thread takes more rows for the
+  // angles it has found.
   constexpr std::int64_t kEnoughThreads = std::int64_t{1} << 18;
   constexpr std::int64_t kMaxRowsPerThread = 2 * kRowsInFlight;
 
@@ -90,14 +95,15 @@ inline Plan make_plan(const Launch& launch, std::int64_t first_pair, std::int64_
   work.copy_chunks = ceil_div(most_outside, 2 * pairs_per_chunk);
   const std::int64_t tokens = launch.tokens.count();
   const std::int64_t chunks = work.rotate_chunks + work.copy_chunks;
-  work.rows_per_thread =
-      std::clamp<std::int64_t>(tokens * chunks * work.shared_rows / kEnoughThreads, 1, kMaxRowsPerThread);
+  work.rows_per_thread = std::clamp<std::int64_t>(
+      tokens * chunks * work.shared_rows / kEnoughThreads, 1, kMaxRowsPerThread);
   work.row_groups = ceil_div(work.shared_rows, work.rows_per_thread);
   work.items = tokens * chunks * work.row_groups;
   plan.blocks = ceil_div(work.items, kThreads);
 
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
-  plan.index_is_64bit = farthest > kMost || work.items > kMost - kThreads || work.shared_rows > kMost - kThreads;
+  plan.index_is_64bit =
+      farthest > kMost || work.items > kMost - kThreads || work.shared_rows > kMost - kThreads;
 
   if (!launch.uses_tables && launch.by_position.wavelength_frequencies != nullptr) {
     std::copy(launch.by_position.wavelength_frequencies + first_pair,
@@ -110,7 +116,8 @@ inline Plan make_plan(const Launch& launch, std::int64_t first_pair, std::int64_
 template <typename Run>
 void for_each_plan(const Launch& launch, const Run& run) {
   const bool limited = !launch.uses_tables && launch.by_position.wavelength_frequencies != nullptr;
-  const std::int64_t step = limited ? std::int64_t{kMaxFrequencies} : std::max<std::int64_t>(launch.num_pairs, 1);
+  const std::int64_t step =
+      limited ? std::int64_t{kMaxFrequencies} : std::max<std::int64_t>(launch.num_pairs, 1);
   std::int64_t first_pair = 0;
   do {
     const Plan plan = make_plan(launch, first_pair, std::min(first_pair + step, launch.num_pairs));
@@ -121,7 +128,8 @@ void for_each_plan(const Launch& launch, const Run& run) {
   } while (first_pair < launch.num_pairs);
 }
 
-// Calls run(thread) with the type of thread that the plan is for: on the host and on the device the same.
+// Calls run(thread) with the type of thread that the plan is for: on the host and on the device the
+// same.
 template <typename scalar_t, typename Run>
 void with_thread_of(const Launch& launch, const Plan& plan, const Run& run) {
   const auto choose = [](bool value, const auto& then) {

@@ -1,4 +1,5 @@
-// What one thread of the CUDA kernel does: for the device, and for tests that run every thread of a launch on the host.
+// What one thread of the CUDA kernel does: for the device, and for tests that run every thread of a
+// launch on the host.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -11,8 +12,8 @@ namespace rope::cuda {
 
 inline constexpr int kThreads = 256;  // of a block
 
-// Frequencies of max_wavelength travel with the launch, so that they need no device memory; where there are more, there
-// are more launches.
+// Frequencies of max_wavelength travel with the launch, so that they need no device memory; where
+// there are more, there are more launches.
 inline constexpr int kMaxFrequencies = 256;
 struct Frequencies {
   double values[kMaxFrequencies];
@@ -20,17 +21,19 @@ struct Frequencies {
 
 // NOTE [ Work of a thread ]
 //
-// A row (the elements of q or k along the embedding axis) is cut into chunks. A chunk of the rotated slice has as many
-// pairs as one 16-byte word has elements (a single pair where words cannot be used); a chunk of the elements around it
-// has twice as many elements. A thread has one token, one chunk, and some of the rows that share the token's angles: it
-// finds the cosines and sines of its pairs once and keeps them in registers. Neighbouring threads have neighbouring
-// chunks, so that a warp reads and writes whole cache lines. The shared rows of q come first, then those of k.
+// A row (the elements of q or k along the embedding axis) is cut into chunks. A chunk of the
+// rotated slice has as many pairs as one 16-byte word has elements (a single pair where words
+// cannot be used); a chunk of the elements around it has twice as many elements. A thread has one
+// token, one chunk, and some of the rows that share the token's angles: it finds the cosines and
+// sines of its pairs once and keeps them in registers. Neighbouring threads have neighbouring
+// chunks, so that a warp reads and writes whole cache lines. The shared rows of q come first, then
+// those of k.
 struct Work {
   std::int64_t first_pair;     // of this launch
   std::int64_t last_pair;      // one past
   std::int64_t rotate_chunks;  // of a row
   std::int64_t copy_chunks;
-  std::int64_t shared_rows;    // of all operands, of one token
+  std::int64_t shared_rows;  // of all operands, of one token
   std::int64_t rows_per_thread;
   std::int64_t row_groups;
   std::int64_t items;  // threads that have work
@@ -86,7 +89,8 @@ class Thread {
       const std::int64_t first = work_.first_pair + static_cast<std::int64_t>(chunk) * kPairs;
       rotate_rows(first, token_offsets, first_row, last_row);
     } else {
-      copy_rows(chunk - static_cast<Index>(work_.rotate_chunks), token_offsets, first_row, last_row);
+      copy_rows(chunk - static_cast<Index>(work_.rotate_chunks), token_offsets, first_row,
+                last_row);
     }
   }
 
@@ -94,7 +98,8 @@ class Thread {
   using HalfWord = Word<scalar_t, kPairs>;
   using Angles = Rotation<Real>[kPairs];
 
-  C10_HOST_DEVICE Row<scalar_t> find_row(Index row, const Index (&token_offsets)[kTokenArrays]) const {
+  C10_HOST_DEVICE Row<scalar_t> find_row(Index row,
+                                         const Index (&token_offsets)[kTokenArrays]) const {
     const auto q_rows = static_cast<Index>(launch_.operands[0].shared.count());
     const int operand = row < q_rows ? 0 : 1;
     const Operand& x = launch_.operands[operand];
@@ -105,15 +110,16 @@ class Thread {
             x.in_axis_stride, x.out_axis_stride, x.axis_size};
   }
 
-  // Where the two words of a chunk begin in a row: its first elements and its second, or, where pairs are interleaved,
-  // its first half and its second.
+  // Where the two words of a chunk begin in a row: its first elements and its second, or, where
+  // pairs are interleaved, its first half and its second.
   C10_HOST_DEVICE std::int64_t word_begin(std::int64_t first_pair, int word) const {
     return kInterleaved ? launch_.rotary_offset + 2 * first_pair + word * kPairs
                         : launch_.rotary_offset + first_pair + word * launch_.num_pairs;
   }
 
   // Words of more than one element lie at steps of 1: the launch sees to it.
-  C10_HOST_DEVICE static HalfWord load(const scalar_t* row, std::int64_t begin, std::int64_t stride) {
+  C10_HOST_DEVICE static HalfWord load(const scalar_t* row, std::int64_t begin,
+                                       std::int64_t stride) {
     return *reinterpret_cast<const HalfWord*>(row + (kPairs == 1 ? begin * stride : begin));
   }
   C10_HOST_DEVICE static void store(scalar_t* row, std::int64_t begin, std::int64_t stride,
@@ -121,8 +127,9 @@ class Thread {
     *reinterpret_cast<HalfWord*>(row + (kPairs == 1 ? begin * stride : begin)) = word;
   }
 
-  C10_HOST_DEVICE void rotate_rows(std::int64_t first_pair, const Index (&token_offsets)[kTokenArrays],
-                                   Index first_row, Index last_row) const {
+  C10_HOST_DEVICE void rotate_rows(std::int64_t first_pair,
+                                   const Index (&token_offsets)[kTokenArrays], Index first_row,
+                                   Index last_row) const {
     Angles angles;
     find_angles(first_pair, token_offsets, angles);
     for (Index row = first_row; row < last_row; row += kRowsInFlight) {
@@ -163,15 +170,16 @@ class Thread {
   }
 
   // Elements outside the rotated slice, counted as if the slice were not there.
-  C10_HOST_DEVICE void copy_rows(Index chunk, const Index (&token_offsets)[kTokenArrays], Index first_row,
-                                 Index last_row) const {
+  C10_HOST_DEVICE void copy_rows(Index chunk, const Index (&token_offsets)[kTokenArrays],
+                                 Index first_row, Index last_row) const {
     for (Index r = first_row; r < last_row; ++r) {
       const Row<scalar_t> row = find_row(r, token_offsets);
       const std::int64_t outside = row.size - 2 * launch_.num_pairs;
 #pragma unroll
       for (int word = 0; word < 2; ++word) {
         const std::int64_t first = (2 * static_cast<std::int64_t>(chunk) + word) * kPairs;
-        const std::int64_t begin = first < launch_.rotary_offset ? first : first + 2 * launch_.num_pairs;
+        const std::int64_t begin =
+            first < launch_.rotary_offset ? first : first + 2 * launch_.num_pairs;
         if (first + kPairs <= outside) {
           store(row.out, begin, row.out_stride, load(row.in, begin, row.in_stride));
         } else {
@@ -184,7 +192,8 @@ class Thread {
   }
 
   // The angles of the pairs from first_pair on.
-  C10_HOST_DEVICE void find_angles(std::int64_t first_pair, const Index (&token_offsets)[kTokenArrays],
+  C10_HOST_DEVICE void find_angles(std::int64_t first_pair,
+                                   const Index (&token_offsets)[kTokenArrays],
                                    Angles& angles) const {
     if (!launch_.uses_tables) {
       if (launch_.by_position.inv_freq_dtype == c10::ScalarType::Float) {
@@ -221,20 +230,26 @@ class Thread {
         return source.inv_freq == nullptr
                    ? static_cast<Frequency>(frequencies_.values[n - work_.first_pair])
                    : static_cast<const Frequency*>(
-                         source.inv_freq)[axis * source.inv_freq_axis_stride + n * source.inv_freq_stride];
+                         source.inv_freq)[axis * source.inv_freq_axis_stride +
+                                          n * source.inv_freq_stride];
       };
-      const double t = form_angle<Frequency>(source.num_axes, position, inv_freq, source.scale_factor);
-      angles[i] = scale(rotation<Real>(t), static_cast<Real>(source.attention_factor), launch_.conjugate);
+      const double t =
+          form_angle<Frequency>(source.num_axes, position, inv_freq, source.scale_factor);
+      angles[i] =
+          scale(rotation<Real>(t), static_cast<Real>(source.attention_factor), launch_.conjugate);
     }
   }
 
   template <typename Table>
-  C10_HOST_DEVICE void find_angles_by_table(std::int64_t first_pair, const Index (&token_offsets)[kTokenArrays],
+  C10_HOST_DEVICE void find_angles_by_table(std::int64_t first_pair,
+                                            const Index (&token_offsets)[kTokenArrays],
                                             Angles& angles) const {
-    const auto row = find_table_row<Table>(launch_.by_table, token_offsets[kAngle], token_offsets[kSin]);
+    const auto row =
+        find_table_row<Table>(launch_.by_table, token_offsets[kAngle], token_offsets[kSin]);
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      angles[i] = scale(load_rotation<Real>(launch_.by_table, row, first_pair + i), Real(1), launch_.conjugate);
+      angles[i] = scale(load_rotation<Real>(launch_.by_table, row, first_pair + i), Real(1),
+                        launch_.conjugate);
     }
   }
 

@@ -6,8 +6,8 @@
 //   at::Tensor z = rope::apply(x, positions, {.max_wavelength = 5e5, .interleaved = true});
 //   auto [q2, k2] = rope::apply_qk(q, k, positions, {.inv_freq = inv_freq});
 //
-// The functions below call the operators rope::apply, rope::apply_qk, ... of the PyTorch dispatcher: autograd, tracing,
-// and every device work as for PyTorch's own.
+// The functions below call the operators rope::apply, rope::apply_qk, ... of the PyTorch
+// dispatcher: autograd, tracing, and every device work as for PyTorch's own.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -26,13 +26,14 @@ namespace rope {
 
 // How positions become angles, and where in x the pairs are.
 struct ApplyOptions {
-  // (N) or (A, N), float32 or float64: radians per unit of position. With A rows, positions have a leading dimension of
-  // size A and the angle is the sum over the rows. Without inv_freq, pair n turns by
-  // position * max_wavelength^(-2n / rotary_dim) / scale_factor radians.
+  // (N) or (A, N), float32 or float64: radians per unit of position. With A rows, positions have a
+  // leading dimension of size A and the angle is the sum over the rows. Without inv_freq, pair n
+  // turns by position * max_wavelength^(-2n / rotary_dim) / scale_factor radians.
   std::optional<at::Tensor> inv_freq = std::nullopt;
   // The dimension of x that is rotated; negative counts from the end.
   std::int64_t embedding_axis = -1;
-  // The number of elements that are rotated, even; by default 2 N of inv_freq, or all from rotary_offset on.
+  // The number of elements that are rotated, even; by default 2 N of inv_freq, or all from
+  // rotary_offset on.
   std::optional<std::int64_t> rotary_dim = std::nullopt;
   // The first element that is rotated; elements outside come out unchanged.
   std::int64_t rotary_offset = 0;
@@ -50,7 +51,8 @@ struct ApplyOptions {
 
 // The same for tables of cosines and sines.
 struct CosSinOptions {
-  // int32 or int64: the rows of the (P, N) tables to use. Without them the tables broadcast with x themselves.
+  // int32 or int64: the rows of the (P, N) tables to use. Without them the tables broadcast with x
+  // themselves.
   std::optional<at::Tensor> positions = std::nullopt;
   std::int64_t embedding_axis = -1;
   std::int64_t rotary_offset = 0;
@@ -58,13 +60,15 @@ struct CosSinOptions {
   bool conjugate = false;
 };
 
-// Rotates pairs of elements of x, of any shape, strides and floating-point dtype. positions (int32, int64, float32 or
-// float64) broadcast with the shape of x without the embedding axis: (S, 1) for x of shape (B, S, H, D), (S) for
-// (B, H, S, D). Throws c10::ValueError, c10::TypeError or c10::IndexError for arguments that do not fit.
+// Rotates pairs of elements of x, of any shape, strides and floating-point dtype. positions (int32,
+// int64, float32 or float64) broadcast with the shape of x without the embedding axis: (S, 1) for x
+// of shape (B, S, H, D), (S) for (B, H, S, D). Throws c10::ValueError, c10::TypeError or
+// c10::IndexError for arguments that do not fit.
 ROPE_API at::Tensor apply(const at::Tensor& x, const at::Tensor& positions,
                           const ApplyOptions& options = {});
 
-// Both tensors by the same angles, in one launch. They may differ in rank, sizes, strides and dtype.
+// Both tensors by the same angles, in one launch. They may differ in rank, sizes, strides and
+// dtype.
 ROPE_API std::tuple<at::Tensor, at::Tensor> apply_qk(const at::Tensor& q, const at::Tensor& k,
                                                      const at::Tensor& positions,
                                                      const ApplyOptions& options = {});
@@ -76,8 +80,9 @@ ROPE_API std::tuple<at::Tensor, at::Tensor> apply_qk_(const at::Tensor& q, const
                                                       const at::Tensor& positions,
                                                       const ApplyOptions& options = {});
 
-// The same with the caller's tables of any floating-point dtype: cos and sin of shape (..., N), where (...) broadcasts
-// with the shape of x without the embedding axis; or, with positions, of shape (P, N).
+// The same with the caller's tables of any floating-point dtype: cos and sin of shape (..., N),
+// where (...) broadcasts with the shape of x without the embedding axis; or, with positions, of
+// shape (P, N).
 ROPE_API at::Tensor apply_cos_sin(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
                                   const CosSinOptions& options = {});
 ROPE_API std::tuple<at::Tensor, at::Tensor> apply_cos_sin_qk(const at::Tensor& q,

@@ -1,4 +1,4 @@
-"""The operators, by the quick way: what each argument is stands with the functions of torch_rope."""
+"""The operators, by the quick way; what each argument is stands with torch_rope's functions."""
 
 from torch import Tensor
 

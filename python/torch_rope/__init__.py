@@ -1,13 +1,14 @@
 """Rotary position embedding (arXiv 2104.09864) as PyTorch operators.
 
-``apply`` rotates by positions, ``apply_cos_sin`` by the caller's tables; ``apply_`` and ``apply_cos_sin_`` do so in
-place. The same operators are ``torch.ops.rope.apply`` and so on in TorchScript, and ``rope::apply`` in C++.
+``apply`` rotates by positions, ``apply_cos_sin`` by the caller's tables; ``apply_`` and
+``apply_cos_sin_`` do so in place. The same operators are ``torch.ops.rope.apply`` and so on in
+TorchScript, and ``rope::apply`` in C++.
 """
 
 from importlib.metadata import version as _version
 from pathlib import Path as _Path
 
-import torch as _torch  # Loads the libraries that librope.so needs, before librope.so itself.
+import torch  # noqa: F401  Loads the libraries of PyTorch, wherever they are, before librope.so.
 
 from torch_rope import _C as _C
 from torch_rope._operators import apply, apply_, apply_cos_sin, apply_cos_sin_

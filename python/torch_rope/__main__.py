@@ -1,4 +1,4 @@
-"""The first run: ``python -m torch_rope`` shows what is installed, and how fast and exact it is on this machine."""
+"""The first run: shows what is installed, and how fast and exact it is on this machine."""
 
 import argparse
 import json
@@ -46,7 +46,9 @@ def rotate_eagerly(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Pair:
 
 def tables(positions: Tensor, dtype: torch.dtype) -> Pair:
     """Gives the cosines and sines of each token, (S, 1, HEAD_DIM), formed in float64."""
-    exponents = torch.arange(0, HEAD_DIM, 2, dtype=torch.float64, device=positions.device) / HEAD_DIM
+    exponents = (
+        torch.arange(0, HEAD_DIM, 2, dtype=torch.float64, device=positions.device) / HEAD_DIM
+    )
     angles = positions[..., None] * MAX_WAVELENGTH**-exponents
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -54,7 +56,7 @@ def tables(positions: Tensor, dtype: torch.dtype) -> Pair:
 
 def measure(device: str) -> list[Row]:
     """Times and checks each way to rotate q and k of one layer, bfloat16, in turns."""
-    # The timer's module looks for a CUDA toolkit, which is not needed here, and warns where there is no device.
+    # The timer's module looks for a CUDA toolkit, and warns of one without a device.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils.benchmark import Timer
 
@@ -109,7 +111,8 @@ def main() -> None:
         print(json.dumps({**versions, "device": device, "rows": [asdict(row) for row in rows]}))
         return
 
-    print(f"torch-rope {versions['torch_rope']}, torch {versions['torch']}, Python {versions['python']}")
+    installed = ("torch_rope", "torch", "python")
+    print(", ".join(f"{name} {versions[name]}" for name in installed))
     print(
         f"CPU capability {versions['cpu_capability']}, {torch.get_num_threads()} threads; "
         f"CUDA kernels: {'yes' if versions['cuda_kernels'] else 'no'}; "
@@ -122,7 +125,9 @@ def main() -> None:
     print(f"{'':14} {'ms':>9} {'GB/s':>9} {'error against float64':>23}")
     for line in rows:
         error = "" if line.max_error is None else f"{line.max_error:.1e}"
-        print(f"{line.name:14} {line.milliseconds:9.3f} {line.gigabytes_per_second:9.1f} {error:>23}")
+        print(
+            f"{line.name:14} {line.milliseconds:9.3f} {line.gigabytes_per_second:9.1f} {error:>23}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The four public functions: the operators of ``torch.ops.rope`` for one tensor or for a ``(q, k)`` tuple."""
+"""The public functions: the operators of ``torch.ops.rope``, for a tensor or a ``(q, k)`` tuple."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -29,38 +29,43 @@ def apply(
 ) -> Rotated:
     r"""Rotates pairs of elements of ``x`` by angles that grow with ``positions``.
 
-    With ``N = rotary_dim / 2``, pair ``n`` of the rotated slice is ``(n, n + N)``, or ``(2n, 2n + 1)`` when
-    ``interleaved``. A pair ``(a, b)`` with angle ``t`` becomes
+    With ``N = rotary_dim / 2``, pair ``n`` of the rotated slice is ``(n, n + N)``, or
+    ``(2n, 2n + 1)`` when ``interleaved``. A pair ``(a, b)`` with angle ``t`` becomes
     ``(a cos t - b sin t, b cos t + a sin t) * attention_factor`` (arXiv 2104.09864, equation 34).
 
     The angle of pair ``n`` at position ``p`` is, in radians,
 
-    * without ``inv_freq``: ``p * max_wavelength ** (-2 * n / rotary_dim) / scale_factor``, formed in float64;
+    * without ``inv_freq``: ``p * max_wavelength ** (-2 * n / rotary_dim) / scale_factor``, formed
+      in float64;
     * with ``inv_freq`` of shape ``(N,)``: ``p * inv_freq[n]``, formed in the dtype of ``inv_freq``;
-    * with ``inv_freq`` of shape ``(A, N)``: the sum over ``a`` of ``positions[a] * inv_freq[a, n]``, formed in the
-      dtype of ``inv_freq`` (several axes, such as time, height and width: M-RoPE, 2-D and 3-D RoPE).
+    * with ``inv_freq`` of shape ``(A, N)``: the sum over ``a`` of
+      ``positions[a] * inv_freq[a, n]``, formed in the dtype of ``inv_freq`` (several axes, such as time, height and width:
+      M-RoPE, 2-D and 3-D RoPE).
 
-    Cosine and sine of that angle are exact to 2.5e-7 (1e-12 for float64 ``x``) at any position. Computation is in
-    float32 (float64 for float64 ``x``), and each element of the result is rounded once.
+    Cosine and sine of that angle are exact to 2.5e-7 (1e-12 for float64 ``x``) at any position.
+    Computation is in float32 (float64 for float64 ``x``), and each element of the result is rounded
+    once.
 
     Args:
-        x: Tensor of float64, float32, float16 or bfloat16, with any shape of at least one dimension and any
-            strides; or a ``(q, k)`` tuple of them, which are rotated by the same angles in one launch and may
-            differ in shape, strides and dtype.
-        positions: Token positions, int32, int64, float32 or float64, of any value, on the device of ``x``,
-            broadcastable with the shape of ``x`` without ``embedding_axis``: ``(S, 1)`` or ``(B, S, 1)`` for ``x``
-            of shape ``(B, S, H, D)``, ``(S,)`` for ``(B, H, S, D)``. With ``inv_freq`` of shape ``(A, N)``, one
-            more dimension of size ``A`` comes first.
+        x: Tensor of float64, float32, float16 or bfloat16, with any shape of at least one dimension
+            and any strides; or a ``(q, k)`` tuple of them, which are rotated by the same angles in
+            one launch and may differ in shape, strides and dtype.
+        positions: Token positions, int32, int64, float32 or float64, of any value, on the device of
+            ``x``, broadcastable with the shape of ``x`` without ``embedding_axis``: ``(S, 1)`` or
+            ``(B, S, 1)`` for ``x`` of shape ``(B, S, H, D)``, ``(S,)`` for ``(B, H, S, D)``. With
+            ``inv_freq`` of shape ``(A, N)``, one more dimension of size ``A`` comes first.
         inv_freq: Radians per unit of position, float32 or float64, of shape ``(N,)`` or ``(A, N)``.
         embedding_axis: The dimension of ``x`` that is rotated; negative counts from the end.
-        rotary_dim: How many elements are rotated, even; by default ``2 * N`` of ``inv_freq``, or all from
-            ``rotary_offset`` on. Elements outside are copied unchanged.
+        rotary_dim: How many elements are rotated, even; by default ``2 * N`` of ``inv_freq``, or
+            all from ``rotary_offset`` on. Elements outside are copied unchanged.
         rotary_offset: The first element that is rotated, at least 0.
-        max_wavelength: The base of the frequencies, positive (``rope_theta`` of Hugging Face's configurations).
-            Not together with ``inv_freq``.
-        scale_factor: Divides the angle, positive (linear position interpolation). Not together with ``inv_freq``.
+        max_wavelength: The base of the frequencies, positive (``rope_theta`` of Hugging Face's
+            configurations). Not together with ``inv_freq``.
+        scale_factor: Divides the angle, positive (linear position interpolation). Not together with
+            ``inv_freq``.
         attention_factor: Multiplies the rotated elements (the attention scaling of YaRN).
-        interleaved: Whether pairs are adjacent elements (GPT-J) instead of the two halves (GPT-NeoX, Llama).
+        interleaved: Whether pairs are adjacent elements (GPT-J) instead of the two halves
+            (GPT-NeoX, Llama).
         conjugate: Whether to turn by the negative angle: the transpose, and the inverse where
             ``attention_factor`` is 1.
 
@@ -68,14 +73,15 @@ def apply(
         A tensor with the shape, dtype and strides of ``torch.empty_like(x)``; of a tuple, a tuple.
 
     Raises:
-        ValueError: If sizes or values do not fit, such as positions that do not broadcast with ``x``.
+        ValueError: If sizes or values do not fit, such as positions that do not broadcast with
+            ``x``.
         TypeError: If a dtype or a device does not fit.
         IndexError: If ``embedding_axis`` is out of range.
         NotImplementedError: If this build has no kernel for the device.
 
     Example:
         >>> import torch, torch_rope
-        >>> q, k = torch.randn(2, 5, 8, 64), torch.randn(2, 5, 2, 64)  # batch, sequence, heads, head_dim
+        >>> q, k = torch.randn(2, 5, 8, 64), torch.randn(2, 5, 2, 64)  # (B, S, H, D)
         >>> positions = torch.arange(5).unsqueeze(-1)
         >>> q_rotated, k_rotated = torch_rope.apply((q, k), positions)
         >>> torch.allclose(torch_rope.apply(q_rotated, positions, conjugate=True), q, atol=1e-5)
@@ -117,8 +123,8 @@ def apply_(
     """Does what :func:`apply` does, in place.
 
     Args:
-        x: As for :func:`apply`; its elements must not overlap in memory, and those of ``q`` must not be shared with
-            ``k``. Views of one packed buffer are fine.
+        x: As for :func:`apply`; its elements must not overlap in memory, and those of ``q`` must
+            not be shared with ``k``. Views of one packed buffer are fine.
         positions: As for :func:`apply`.
         inv_freq: As for :func:`apply`.
         embedding_axis: As for :func:`apply`.
@@ -178,22 +184,23 @@ def apply_cos_sin(
 ) -> Rotated:
     """Rotates pairs of elements of ``x`` by the caller's tables of cosines and sines.
 
-    A pair ``(a, b)`` becomes ``(a cos - b sin, b cos + a sin)``. The tables are used as they are, converted to the
-    type of the computation: float32, or float64 for float64 ``x``.
+    A pair ``(a, b)`` becomes ``(a cos - b sin, b cos + a sin)``. The tables are used as they are,
+    converted to the type of the computation: float32, or float64 for float64 ``x``.
 
     Args:
         x: As for :func:`apply`: a tensor, or a ``(q, k)`` tuple.
-        cos: Table of float64, float32, float16 or bfloat16, with any strides. Without ``positions`` its shape is
-            ``(..., N)`` with one column for each pair, where ``(...)`` broadcasts with the shape of ``x`` without
-            ``embedding_axis``; with ``positions`` it is ``(P, N)``. Tables that hold each value twice, as Hugging
-            Face's do, are given as ``cos[..., :N]``.
+        cos: Table of float64, float32, float16 or bfloat16, with any strides. Without ``positions``
+            its shape is ``(..., N)`` with one column for each pair, where ``(...)`` broadcasts with
+            the shape of ``x`` without ``embedding_axis``; with ``positions`` it is ``(P, N)``.
+            Tables that hold each value twice, as Hugging Face's do, are given as ``cos[..., :N]``.
         sin: Table of the shape, dtype and device of ``cos``.
-        positions: Rows of the tables, int32 or int64 in ``[0, P)``, broadcastable with the shape of ``x`` without
-            ``embedding_axis``.
+        positions: Rows of the tables, int32 or int64 in ``[0, P)``, broadcastable with the shape of
+            ``x`` without ``embedding_axis``.
         embedding_axis: The dimension of ``x`` that is rotated; negative counts from the end.
-        rotary_offset: The first of the ``2 * N`` elements that are rotated, at least 0. Elements outside are copied
-            unchanged.
-        interleaved: Whether pairs are adjacent elements (GPT-J) instead of the two halves (GPT-NeoX, Llama).
+        rotary_offset: The first of the ``2 * N`` elements that are rotated, at least 0. Elements
+            outside are copied unchanged.
+        interleaved: Whether pairs are adjacent elements (GPT-J) instead of the two halves
+            (GPT-NeoX, Llama).
         conjugate: Whether to turn by the negative angle.
 
     Returns:
@@ -202,8 +209,8 @@ def apply_cos_sin(
     Raises:
         ValueError: If sizes or values do not fit.
         TypeError: If a dtype or a device does not fit.
-        IndexError: If ``embedding_axis`` is out of range, or on CPU an element of ``positions``. On CUDA the latter
-            is a device-side assertion.
+        IndexError: If ``embedding_axis`` is out of range, or on CPU an element of ``positions``. On
+            CUDA the latter is a device-side assertion.
         NotImplementedError: If this build has no kernel for the device.
 
     Example:
@@ -298,8 +305,8 @@ def _find(
 ) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
     """Finds the operator for x, and the tensors that x stands for.
 
-    The module _C is the quick way. Where Python code follows the call (a compiler, a subclass, a mode), it must see
-    torch.ops.
+    The module _C is the quick way. Where Python code follows the call (a compiler, a subclass, a
+    mode), it must see torch.ops.
     """
     if isinstance(x, Tensor):
         tensors: tuple[Tensor, ...] = (x,)
