@@ -39,8 +39,8 @@ def apply(
       in float64;
     * with ``inv_freq`` of shape ``(N,)``: ``p * inv_freq[n]``, formed in the dtype of ``inv_freq``;
     * with ``inv_freq`` of shape ``(A, N)``: the sum over ``a`` of
-      ``positions[a] * inv_freq[a, n]``, formed in the dtype of ``inv_freq`` (several axes, such as time, height and width:
-      M-RoPE, 2-D and 3-D RoPE).
+      ``positions[a] * inv_freq[a, n]``, formed in the dtype of ``inv_freq`` (several axes, such as
+      time, height and width: M-RoPE, 2-D and 3-D RoPE).
 
     Cosine and sine of that angle are exact to 2.5e-7 (1e-12 for float64 ``x``) at any position.
     Computation is in float32 (float64 for float64 ``x``), and each element of the result is rounded
