@@ -173,28 +173,31 @@ ROPE_INLINE void form_angles(const Launch& launch, const Workspace& workspace,
   }
 }
 
+// Cosines and sines of a token's angles. The first loop is the quick one, for angles of every size
+// that occurs; the angles it cannot reduce are done again.
 template <typename Real>
-ROPE_INLINE void rotations_of_angles(const Launch& launch, const Workspace& workspace, Real* cos,
-                                     Real* sin) {
+ROPE_INLINE void rotations_of_angles(const Launch& launch, const Workspace& workspace,
+                                     Real* __restrict cos, Real* __restrict sin) {
   const std::int64_t length = padded(launch.num_pairs);
   const double* angles = workspace.angles;
   const auto factor = static_cast<Real>(launch.by_position.attention_factor);
   const bool conjugate = launch.conjugate;
-  bool all_reducible = std::is_same_v<Real, float>;
+  std::int64_t num_left = length;
   if constexpr (std::is_same_v<Real, float>) {
     for (std::int64_t n = 0; n < length; ++n) {
       const auto angle = scale(reduced_rotation(angles[n]), factor, conjugate);
       cos[n] = angle.cos;
       sin[n] = angle.sin;
-      all_reducible &= std::fabs(angles[n]) < kReducible;
+    }
+    num_left = 0;
+    for (std::int64_t n = 0; n < length; ++n) {
+      num_left += std::fabs(angles[n]) < kReducible ? 0 : 1;
     }
   }
-  if (!all_reducible) {
-    for (std::int64_t n = 0; n < launch.num_pairs; ++n) {
-      const auto angle = scale(rotation<Real>(angles[n]), factor, conjugate);
-      cos[n] = angle.cos;
-      sin[n] = angle.sin;
-    }
+  for (std::int64_t n = 0; num_left > 0 && n < launch.num_pairs; ++n) {
+    const auto angle = scale(rotation<Real>(angles[n]), factor, conjugate);
+    cos[n] = angle.cos;
+    sin[n] = angle.sin;
   }
 }
 
