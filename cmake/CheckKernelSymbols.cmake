@@ -1,0 +1,29 @@
+# Fails where an object compiled for AVX2 or AVX512 exports anything but functions of rope::cpu.
+#   cmake -DNM=nm -DOBJECT=rotate.o -DSTAMP=file -P CheckKernelSymbols.cmake
+#
+# A weak symbol (an inline function, a template of the standard library) may be the copy that the linker keeps for
+# the whole program, and a CPU without AVX then stops at an illegal instruction far from here.
+
+execute_process(COMMAND ${NM} --defined-only --extern-only --demangle ${OBJECT}
+  OUTPUT_VARIABLE output COMMAND_ERROR_IS_FATAL ANY)
+string(REPLACE ";" "," output "${output}")
+string(REPLACE "\n" ";" lines "${output}")
+
+set(stray "")
+set(entries 0)
+foreach(line IN LISTS lines)
+  if(line MATCHES "^[0-9a-f]+ [TDBR] rope::cpu::")
+    math(EXPR entries "${entries} + 1")
+  elseif(line MATCHES "^[0-9a-f]* +([A-Za-z]) (.*)$")
+    string(APPEND stray "  ${CMAKE_MATCH_1} ${CMAKE_MATCH_2}\n")
+  endif()
+endforeach()
+
+if(stray)
+  message(FATAL_ERROR
+    "${OBJECT} may export strong symbols of rope::cpu only, but it also defines (nm's letter, name):\n${stray}"
+    "Put what the kernel needs in an anonymous namespace, or force it inline; see cmake/CheckKernelSymbols.cmake.")
+elseif(entries EQUAL 0)
+  message(FATAL_ERROR "${OBJECT} defines no function of rope::cpu.")
+endif()
+file(TOUCH ${STAMP})

@@ -1,0 +1,39 @@
+# Compiles csrc/cpu/rotate.cpp once for each CPU capability, with the macros and flags that PyTorch gives its own
+# native/cpu files, and adds the objects to librope.so.
+
+set(flags_DEFAULT "")
+set(flags_AVX2 -mavx2 -mfma -mf16c)
+set(flags_AVX512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma)
+set(capabilities DEFAULT)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
+  list(APPEND capabilities AVX2 AVX512)
+  # GCC splits unaligned loads and stores by default, which is slower on every CPU that has AVX2.
+  include(CheckCXXCompilerFlag)
+  set(unsplit -mno-avx256-split-unaligned-load -mno-avx256-split-unaligned-store)
+  check_cxx_compiler_flag("${unsplit}" ROPE_HAS_UNSPLIT_FLAGS)
+  if(ROPE_HAS_UNSPLIT_FLAGS)
+    list(APPEND flags_AVX2 ${unsplit})
+  endif()
+  target_compile_definitions(rope PRIVATE ROPE_X86_KERNELS=1)
+endif()
+
+foreach(capability IN LISTS capabilities)
+  set(kernel rope_cpu_${capability})
+  add_library(${kernel} OBJECT csrc/cpu/rotate.cpp)
+  target_link_libraries(${kernel} PRIVATE rope_options)
+  target_compile_definitions(${kernel} PRIVATE CPU_CAPABILITY=${capability} CPU_CAPABILITY_${capability})
+  target_compile_options(${kernel} PRIVATE $<$<NOT:$<CONFIG:Debug>>:-O3> ${flags_${capability}}
+    $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)  # GCC's own AVX-512 header trips it (GCC bug 105593).
+  target_sources(rope PRIVATE $<TARGET_OBJECTS:${kernel}>)
+
+  # An unoptimised build leaves inline functions in the object, so only optimised ones are asked.
+  if(NOT capability STREQUAL "DEFAULT" AND CMAKE_NM AND CMAKE_BUILD_TYPE MATCHES "^Rel")
+    set(stamp ${PROJECT_BINARY_DIR}/${kernel}.checked)
+    add_custom_command(OUTPUT ${stamp}
+      COMMAND ${CMAKE_COMMAND} -DNM=${CMAKE_NM} -DOBJECT=$<TARGET_OBJECTS:${kernel}> -DSTAMP=${stamp}
+              -P ${PROJECT_SOURCE_DIR}/cmake/CheckKernelSymbols.cmake
+      DEPENDS ${kernel} $<TARGET_OBJECTS:${kernel}> ${PROJECT_SOURCE_DIR}/cmake/CheckKernelSymbols.cmake
+      COMMENT "Checking the symbols of the ${capability} kernel" VERBATIM)
+    target_sources(rope PRIVATE ${stamp})
+  endif()
+endforeach()
