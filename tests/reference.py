@@ -1,0 +1,220 @@
+"""The rotation in float64, written plainly from its formula, and the error that an output may have.
+
+The tests compare the library with it; it shares no code with the library, and runs on the CPU.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# The error of an element before it is rounded to the output's dtype, over the norm of its pair.
+FLOAT32_ERROR = 2.0**-21
+# Two products and their sum, each rounded at 2**-53, in the library and in the reference.
+FLOAT64_ERROR_OF_TABLES = 4 * 2.0**-53
+# cos and sin are within 1e-12, which moves a pair of norm 1 by at most sqrt(2) times that.
+FLOAT64_ERROR = math.sqrt(2.0) * 1e-12 + FLOAT64_ERROR_OF_TABLES
+# An exponent, a power, a quotient and a product with a position, each rounded to float64, in an
+# order that the formula leaves open.
+ERROR_OF_FORMED_ANGLE = 2.0**-51
+
+
+class Expected(NamedTuple):
+    """What an operator should return.
+
+    Attributes:
+        values: The exact result, float64.
+        tolerance: How far from it each element may be before it is rounded to the output's dtype;
+            0 where the element must come out as it is.
+    """
+
+    values: Tensor
+    tolerance: Tensor
+
+
+def angles(
+    positions: Tensor,
+    rotary_dim: int,
+    inv_freq: Tensor | None = None,
+    max_wavelength: float = 10000.0,
+    scale_factor: float = 1.0,
+) -> Tensor:
+    """Returns the angle of each pair at each position, float64, of shape ``(..., N)``."""
+    if inv_freq is None:
+        powers = [max_wavelength ** (-2 * n / rotary_dim) for n in range(rotary_dim // 2)]
+        frequencies = torch.tensor(powers, dtype=torch.float64)
+        return positions.double()[..., None] * frequencies / scale_factor
+    rounded = positions.to(inv_freq.dtype)[..., None]
+    if inv_freq.dim() == 1:
+        return (rounded * inv_freq).double()
+    total = rounded[0] * inv_freq[0]
+    for axis in range(1, inv_freq.shape[0]):
+        total = total + rounded[axis] * inv_freq[axis]
+    return total.double()
+
+
+def apply(
+    x: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor | None = None,
+    *,
+    embedding_axis: int = -1,
+    rotary_dim: int | None = None,
+    rotary_offset: int = 0,
+    max_wavelength: float = 10000.0,
+    scale_factor: float = 1.0,
+    attention_factor: float = 1.0,
+    interleaved: bool = False,
+    conjugate: bool = False,
+) -> Expected:
+    """Rotates ``x`` as ``rope::apply`` should."""
+    positions = positions.cpu()
+    if inv_freq is not None:
+        inv_freq = inv_freq.cpu()
+        rotary_dim = 2 * inv_freq.shape[-1]
+    elif rotary_dim is None:
+        rotary_dim = x.shape[embedding_axis] - rotary_offset
+    angle = angles(positions, rotary_dim, inv_freq, max_wavelength, scale_factor)
+    error = torch.full_like(angle, FLOAT64_ERROR if x.dtype == torch.float64 else FLOAT32_ERROR)
+    if inv_freq is None:
+        error = error + angle.abs() * ERROR_OF_FORMED_ANGLE
+    cos = attention_factor * angle.cos()
+    sin = attention_factor * angle.sin()
+    return _rotate(
+        x, cos, -sin if conjugate else sin, error, embedding_axis, rotary_offset, interleaved
+    )
+
+
+def apply_cos_sin(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    *,
+    embedding_axis: int = -1,
+    rotary_offset: int = 0,
+    interleaved: bool = False,
+    conjugate: bool = False,
+) -> Expected:
+    """Rotates ``x`` as ``rope::apply_cos_sin`` should."""
+    cos, sin = cos.cpu().double(), sin.cpu().double()
+    if positions is not None:
+        rows = positions.cpu().long()
+        cos, sin = cos[rows], sin[rows]
+    error = FLOAT64_ERROR_OF_TABLES if x.dtype == torch.float64 else FLOAT32_ERROR
+    return _rotate(
+        x,
+        cos,
+        -sin if conjugate else sin,
+        torch.full_like(cos, error),
+        embedding_axis,
+        rotary_offset,
+        interleaved,
+    )
+
+
+def _rotate(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    error: Tensor,
+    embedding_axis: int,
+    rotary_offset: int,
+    interleaved: bool,
+) -> Expected:
+    """Rotates the pairs of ``x``; ``cos``, ``sin`` and ``error`` have one column per pair."""
+    pairs = torch.arange(cos.shape[-1])
+    first = rotary_offset + (2 * pairs if interleaved else pairs)
+    second = first + (1 if interleaved else len(pairs))
+
+    values = x.cpu().double().movedim(embedding_axis, -1)
+    a, b = values[..., first], values[..., second]
+    rotated = values.clone()
+    rotated[..., first] = a * cos - b * sin
+    rotated[..., second] = b * cos + a * sin
+
+    tolerance = torch.zeros_like(values)
+    tolerance[..., first] = torch.hypot(a, b) * torch.hypot(cos, sin) * error
+    tolerance[..., second] = tolerance[..., first]
+    return Expected(rotated.movedim(-1, embedding_axis), tolerance.movedim(-1, embedding_axis))
+
+
+def half_ulp(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the most that rounding a number of this magnitude to ``dtype`` can change it."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(magnitude.clamp_min(info.smallest_normal)).exponent
+    return torch.ldexp(torch.full_like(magnitude, info.eps / 4), exponent)
+
+
+def assert_rotated(actual: Tensor, expected: Expected) -> None:
+    """Asserts that ``actual`` is what was expected, each element rounded once."""
+    values, tolerance = expected
+    assert actual.shape == values.shape
+    rounding = half_ulp(values.abs() + tolerance, actual.dtype)
+    allowed = torch.where(tolerance > 0, tolerance + rounding, 0.0)
+    errors = (actual.cpu().double() - values).abs()
+    wrong = ~(errors <= allowed)
+    if wrong.any():
+        index = tuple(wrong.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{int(wrong.sum())} of {wrong.numel()} elements are wrong, the first at {index}: "
+            f"{actual[index].item()!r} instead of {values[index].item()!r}, "
+            f"off by {errors[index].item():.3g} where {allowed[index].item():.3g} is allowed"
+        )
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Copies the elements of a floating-point tensor as integers of the same size, to the CPU."""
+    copy = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return copy.view(INTEGER_OF_SIZE[tensor.element_size()])
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    """Asserts that two tensors agree in dtype, shape and every bit of every element."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    differing = int((bits(actual) != bits(expected)).sum())
+    assert differing == 0, f"{differing} of {actual.numel()} elements differ in their bits"
+
+
+def random_values(
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    *,
+    seed: int = 0,
+) -> Tensor:
+    """Draws a normally distributed tensor that is the same on every device and in every run."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, dtype=torch.float64, generator=generator).to(device, dtype)
+
+
+def random_positions(
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.int64,
+    device: str = "cpu",
+    *,
+    low: int = -65536,
+    high: int = 65536,
+    seed: int = 0,
+) -> Tensor:
+    """Draws positions in ``[low, high)``, in eighths where the dtype has fractions."""
+    generator = torch.Generator().manual_seed(seed)
+    eighths = torch.randint(8 * low, 8 * high, shape, generator=generator)
+    positions = eighths / 8 if dtype.is_floating_point else eighths // 8
+    return positions.to(device, dtype)
+
+
+def random_inv_freq(
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    *,
+    seed: int = 1,
+) -> Tensor:
+    """Draws frequencies between 0 and 1."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(shape, dtype=torch.float64, generator=generator).to(device, dtype)

@@ -1,0 +1,528 @@
+"""First-order gradients, of the functional forms and in place."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import reference
+import torch
+import torch_rope
+from reference import (
+    assert_rotated,
+    assert_same_bits,
+    random_inv_freq,
+    random_positions,
+    random_values,
+)
+from strategies import FLOAT_DTYPES
+from torch import Tensor
+from torch.autograd import gradcheck
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+OPTION_SETS: list[dict[str, Any]] = [
+    {},
+    {"interleaved": True},
+    {"conjugate": True},
+    {"rotary_offset": 2},
+    {"embedding_axis": 1},
+    {"interleaved": True, "conjugate": True, "rotary_offset": 2},
+]
+APPLY_OPTION_SETS = [
+    *OPTION_SETS,
+    {"rotary_dim": 4, "rotary_offset": 3},
+    {"attention_factor": 1.5},
+    {"attention_factor": 1.5, "interleaved": True, "conjugate": True},
+]
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    """Returns a copy that asks for a gradient."""
+    return tensor.detach().clone().requires_grad_()
+
+
+def doubles(*shape: int, device: str, seed: int = 0) -> Tensor:
+    """Returns random float64 numbers that ask for a gradient."""
+    return random_values(shape, torch.float64, device, seed=seed).requires_grad_()
+
+
+def small_positions(*shape: int, device: str) -> Tensor:
+    """Returns float64 positions that ask for a gradient, small for numerical derivatives."""
+    return random_positions(shape, torch.float64, device, low=-8, high=8).requires_grad_()
+
+
+def frequencies(*shape: int, device: str) -> Tensor:
+    """Returns float64 frequencies that ask for a gradient."""
+    return random_inv_freq(shape, torch.float64, device).requires_grad_()
+
+
+def in_place(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a differentiable function of an operator that works in place."""
+
+    def function(x: Tensor, *arguments: Any, **options: Any) -> Any:
+        # A product keeps neither its input nor its result for its own backward.
+        return operator(x * 1, *arguments, **options)
+
+    return function
+
+
+FORMS = {"functional": torch_rope.apply, "in place": in_place(torch_rope.apply_)}
+TABLE_FORMS = {
+    "functional": torch_rope.apply_cos_sin,
+    "in place": in_place(torch_rope.apply_cos_sin_),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("options", APPLY_OPTION_SETS, ids=str)
+def test_gradients_of_x_and_positions(device: str, options: dict[str, Any], form: str) -> None:
+    x = doubles(2, 8, 8, device=device)
+    positions = small_positions(2, 8, device=device)
+    assert gradcheck(lambda *inputs: FORMS[form](*inputs, **options), (x, positions))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("options", OPTION_SETS, ids=str)
+def test_gradients_of_x_positions_and_inv_freq(
+    device: str, options: dict[str, Any], form: str
+) -> None:
+    x = doubles(2, 8, 8, device=device)
+    positions = small_positions(2, 8, device=device)
+    inv_freq = frequencies(3, device=device)
+    assert gradcheck(lambda *inputs: FORMS[form](*inputs, **options), (x, positions, inv_freq))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("options", OPTION_SETS, ids=str)
+def test_gradients_of_several_axes(device: str, options: dict[str, Any], form: str) -> None:
+    x = doubles(2, 8, 8, device=device)
+    positions = small_positions(3, 2, 8, device=device)
+    inv_freq = frequencies(3, 3, device=device)
+    assert gradcheck(lambda *inputs: FORMS[form](*inputs, **options), (x, positions, inv_freq))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_with_every_factor(device: str, form: str) -> None:
+    def rotate(x: Tensor, positions: Tensor) -> Any:
+        return FORMS[form](
+            x, positions, max_wavelength=50.0, scale_factor=0.7, attention_factor=-1.3
+        )
+
+    assert gradcheck(rotate, (doubles(3, 6, device=device), small_positions(3, device=device)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "shape", [(3, 1), (2, 3, 1), (2, 1, 1), (1, 3, 2), (2,), (1,), ()], ids=str
+)
+def test_gradients_of_broadcast_positions_are_summed(
+    device: str, shape: tuple[int, ...], form: str
+) -> None:
+    x = doubles(2, 3, 2, 4, device=device)
+    positions = small_positions(*shape, device=device)
+    assert gradcheck(FORMS[form], (x, positions, frequencies(2, device=device)))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1), (2, 1, 1, 2), (2,)], ids=str)
+def test_gradients_of_broadcast_positions_of_several_axes_are_summed(
+    device: str, shape: tuple[int, ...]
+) -> None:
+    x = doubles(2, 3, 2, 4, device=device)
+    positions = small_positions(*shape, device=device)
+    assert gradcheck(torch_rope.apply, (x, positions, frequencies(2, 2, device=device)))
+
+
+def test_gradients_of_an_expanded_x_are_summed(device: str) -> None:
+    x = doubles(3, 1, 4, device=device)
+    positions = small_positions(2, device=device)
+    assert gradcheck(lambda x, p: torch_rope.apply(x.expand(3, 2, 4), p), (x, positions))
+
+
+def test_gradients_of_one_frequency_for_all_pairs_are_summed(device: str) -> None:
+    x = doubles(3, 8, device=device)
+    positions = small_positions(3, device=device)
+    inv_freq = frequencies(1, device=device)
+    assert gradcheck(lambda x, p, f: torch_rope.apply(x, p, f.expand(4)), (x, positions, inv_freq))
+
+
+@pytest.mark.parametrize("form", TABLE_FORMS)
+@pytest.mark.parametrize("options", OPTION_SETS, ids=str)
+def test_gradients_of_tables(device: str, options: dict[str, Any], form: str) -> None:
+    x = doubles(2, 8, 8, device=device)
+    cos, sin = doubles(8, 3, device=device, seed=1), doubles(8, 3, device=device, seed=2)
+    assert gradcheck(lambda *inputs: TABLE_FORMS[form](*inputs, **options), (x, cos, sin))
+
+
+@pytest.mark.parametrize("form", TABLE_FORMS)
+@pytest.mark.parametrize("shape", [(2,), (3, 1, 2), (2, 1, 1, 2), (1, 3, 2, 2)], ids=str)
+def test_gradients_of_broadcast_tables_are_summed(
+    device: str, shape: tuple[int, ...], form: str
+) -> None:
+    x = doubles(2, 3, 2, 4, device=device)
+    cos, sin = doubles(*shape, device=device, seed=1), doubles(*shape, device=device, seed=2)
+    assert gradcheck(TABLE_FORMS[form], (x, cos, sin))
+
+
+@pytest.mark.parametrize("form", TABLE_FORMS)
+@pytest.mark.parametrize("options", OPTION_SETS, ids=str)
+def test_gradients_of_picked_rows_are_added_up(
+    device: str, options: dict[str, Any], form: str
+) -> None:
+    x = doubles(2, 8, 8, device=device)
+    cos, sin = doubles(5, 3, device=device, seed=1), doubles(5, 3, device=device, seed=2)
+    rows = random_positions((8,), low=0, high=4, device=device)
+    assert gradcheck(lambda *inputs: TABLE_FORMS[form](*inputs, rows, **options), (x, cos, sin))
+
+
+def test_gradients_of_tables_that_are_one_tensor(device: str) -> None:
+    x, table = doubles(3, 4, device=device), doubles(3, 2, device=device, seed=1)
+    assert gradcheck(lambda x, table: torch_rope.apply_cos_sin(x, table, table), (x, table))
+
+
+@pytest.mark.parametrize("operator", [torch_rope.apply, torch_rope.apply_])
+@pytest.mark.parametrize("axes", [None, 2])
+def test_gradients_of_a_pair(device: str, axes: int | None, operator: Callable[..., Any]) -> None:
+    leading = () if axes is None else (axes,)
+
+    def rotate(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor) -> Any:
+        return operator((q * 1, k * 1), positions, inv_freq, interleaved=True, attention_factor=1.2)
+
+    q, k = doubles(3, 4, 6, device=device), doubles(2, 3, 1, 8, device=device, seed=1)
+    positions = small_positions(*leading, 3, 1, device=device)
+    assert gradcheck(rotate, (q, k, positions, frequencies(*leading, 2, device=device)))
+
+
+@pytest.mark.parametrize("operator", [torch_rope.apply_cos_sin, torch_rope.apply_cos_sin_])
+@pytest.mark.parametrize("by_position", [False, True])
+def test_gradients_of_a_pair_and_tables(
+    device: str, by_position: bool, operator: Callable[..., Any]
+) -> None:
+    rows = torch.tensor([[1], [3], [1]], device=device) if by_position else None
+
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        return operator((q * 1, k * 1), cos, sin, rows, conjugate=True)
+
+    q, k = doubles(3, 4, 6, device=device), doubles(2, 3, 1, 8, device=device, seed=1)
+    shape = (5, 2) if by_position else (3, 1, 2)
+    cos, sin = doubles(*shape, device=device, seed=2), doubles(*shape, device=device, seed=3)
+    assert gradcheck(rotate, (q, k, cos, sin))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("conjugate", [False, True])
+def test_the_gradient_of_x_is_turned_back(device: str, dtype: torch.dtype, conjugate: bool) -> None:
+    options: dict[str, Any] = {"rotary_dim": 20, "rotary_offset": 5, "attention_factor": 1.3}
+    x = random_values((2, 9, 3, 32), dtype, device).requires_grad_()
+    gradient = random_values((2, 9, 3, 32), dtype, device, seed=1)
+    positions = random_positions((9, 1), device=device)
+    torch_rope.apply(x, positions, conjugate=conjugate, **options).backward(gradient)
+    assert x.grad is not None
+    assert x.grad.dtype == dtype
+    assert_same_bits(
+        x.grad, torch_rope.apply(gradient, positions, conjugate=not conjugate, **options)
+    )
+    assert_rotated(x.grad, reference.apply(gradient, positions, conjugate=not conjugate, **options))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_the_gradient_of_x_is_turned_back_by_tables(device: str, dtype: torch.dtype) -> None:
+    x = random_values((9, 32), dtype, device).requires_grad_()
+    gradient = random_values((9, 32), dtype, device, seed=1)
+    cos, sin = (random_values((9, 16), device=device, seed=seed) for seed in (2, 3))
+    torch_rope.apply_cos_sin(x, cos, sin).backward(gradient)
+    assert x.grad is not None
+    assert_same_bits(x.grad, torch_rope.apply_cos_sin(gradient, cos, sin, conjugate=True))
+
+
+def test_gradients_can_be_expanded(device: str) -> None:
+    x = random_values((9, 32), device=device).requires_grad_()
+    positions = random_positions((9,), device=device)
+    torch_rope.apply(x, positions).sum().backward()
+    assert x.grad is not None
+    assert_rotated(x.grad, reference.apply(torch.ones(9, 32), positions, conjugate=True))
+
+
+def test_gradients_can_be_transposed(device: str) -> None:
+    x = random_values((9, 32), device=device).requires_grad_()
+    gradient = random_values((32, 9), device=device, seed=1)
+    positions = random_positions((9,), device=device)
+    torch_rope.apply(x, positions).t().backward(gradient)
+    assert x.grad is not None
+    assert_rotated(x.grad, reference.apply(gradient.t(), positions, conjugate=True))
+
+
+def test_gradients_of_slices_reach_the_packed_tensor(device: str) -> None:
+    packed = doubles(2, 3, 3, 2, 4, device=device)
+    positions = small_positions(3, 1, device=device)
+
+    def rotate(packed: Tensor, positions: Tensor) -> Any:
+        q, k, v = packed.unbind(2)
+        return *torch_rope.apply((q, k), positions), v
+
+    assert gradcheck(rotate, (packed, positions))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_gradient_has_the_dtype_of_its_argument(device: str, dtype: torch.dtype) -> None:
+    x = leaf(random_values((5, 8), dtype, device))
+    positions = leaf(random_positions((5,), torch.float64, device))
+    inv_freq = leaf(random_inv_freq((4,), torch.float32, device))
+    torch_rope.apply(x, positions, inv_freq).sum().backward()
+    cos = leaf(random_values((5, 4), torch.float16, device))
+    sin = leaf(random_values((5, 4), torch.float16, device))
+    torch_rope.apply_cos_sin(x, cos, sin).sum().backward()
+    for tensor in (x, positions, inv_freq, cos, sin):
+        assert tensor.grad is not None
+        assert tensor.grad.dtype == tensor.dtype
+        assert tensor.grad.shape == tensor.shape
+
+
+def test_the_gradient_of_float32_frequencies_is_right(device: str) -> None:
+    x, gradient = (
+        random_values((64, 8), device=device),
+        random_values((64, 8), device=device, seed=1),
+    )
+    positions = random_positions((64,), device=device, low=-100, high=100)
+    inv_freq = leaf(random_inv_freq((4,), torch.float32, device))
+    torch_rope.apply(x, positions, inv_freq).backward(gradient)
+    expected = leaf(inv_freq.cpu())
+    reference.apply(x, positions, expected).values.backward(gradient.cpu().double())
+    assert inv_freq.grad is not None
+    assert expected.grad is not None
+    # 64 terms, each with the error of a rotation, and 64 roundings of their sum.
+    norms = torch.hypot(x[:, :4], x[:, 4:]) * torch.hypot(gradient[:, :4], gradient[:, 4:])
+    magnitude = (norms * positions.abs()[:, None]).sum(0)
+    allowed = (magnitude * (reference.FLOAT32_ERROR + 64 * torch.finfo(torch.float32).eps)).cpu()
+    assert ((inv_freq.grad.cpu() - expected.grad).abs() <= allowed).all()
+
+
+def test_second_derivatives_of_x(device: str) -> None:
+    x, positions = doubles(3, 6, device=device), random_positions((3,), device=device)
+    assert torch.autograd.gradgradcheck(lambda x: torch_rope.apply(x, positions) ** 2, (x,))
+
+
+class OperatorsSeen(TorchDispatchMode):
+    """Notes the operators of the library that are called."""
+
+    def __init__(self) -> None:
+        """Starts with none."""
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        """Notes the operator and calls it."""
+        if function.namespace == "rope":
+            self.names.append(function._schema.name)
+        return function(*arguments, **(options or {}))
+
+
+def test_the_backward_of_x_is_one_rotation(device: str) -> None:
+    x = doubles(3, 6, device=device)
+    positions = random_positions((3,), torch.float64, device)
+    inv_freq = random_inv_freq((3,), device=device)
+    rotated = torch_rope.apply(x, positions, inv_freq)
+    with OperatorsSeen() as seen:
+        rotated.sum().backward()
+    assert seen.names == ["rope::apply"]
+
+
+def test_the_backward_of_a_pair_is_one_rotation(device: str) -> None:
+    q, k = doubles(3, 6, device=device), doubles(3, 6, device=device, seed=1)
+    rotated = torch_rope.apply((q, k), random_positions((3,), device=device))
+    with OperatorsSeen() as seen:
+        (rotated[0] * rotated[1]).sum().backward()
+    assert seen.names == ["rope::apply_qk"]
+
+
+def bytes_saved(function: Callable[[], Any]) -> int:
+    """Counts the bytes that autograd keeps while a function runs."""
+    saved = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return sum(saved)
+
+
+@pytest.mark.parametrize("operator", [torch_rope.apply, torch_rope.apply_])
+def test_no_activation_is_saved_for_the_gradient_of_x(
+    device: str, operator: Callable[..., Any]
+) -> None:
+    x = doubles(2, 64, 8, 128, device=device)
+    positions = torch.arange(64, device=device)[:, None]
+    inv_freq = random_inv_freq((64,), torch.float32, device)
+    assert bytes_saved(lambda: operator(x + 0, positions, inv_freq)) < x.nbytes
+    assert bytes_saved(lambda: operator((x + 0, x + 0), positions, inv_freq)) < x.nbytes
+    assert bytes_saved(lambda: operator(x + 0, positions)) < x.nbytes
+
+
+@pytest.mark.parametrize("operator", [torch_rope.apply_cos_sin, torch_rope.apply_cos_sin_])
+def test_no_activation_is_saved_for_the_gradient_of_x_by_tables(
+    device: str, operator: Callable[..., Any]
+) -> None:
+    x = doubles(2, 64, 8, 128, device=device)
+    cos, sin = (random_values((64, 1, 64), device=device, seed=seed) for seed in (1, 2))
+    assert bytes_saved(lambda: operator(x + 0, cos, sin)) < x.nbytes
+
+
+def test_nothing_is_saved_where_no_gradient_is_asked_for(device: str) -> None:
+    x = random_values((9, 32), device=device)
+    assert bytes_saved(lambda: torch_rope.apply(x, torch.arange(9, device=device))) == 0
+    assert bytes_saved(lambda: torch_rope.apply_(x, torch.arange(9, device=device))) == 0
+
+
+def test_integer_positions_ask_for_no_gradient(device: str) -> None:
+    x = random_values((9, 32), device=device)
+    assert not torch_rope.apply(x, torch.arange(9, device=device)).requires_grad
+    x.requires_grad_()
+    assert torch_rope.apply(x, torch.arange(9, device=device)).requires_grad
+
+
+def test_frequencies_alone_can_ask_for_a_gradient(device: str) -> None:
+    x = random_values((3, 8), torch.float64, device)
+    positions = random_positions((3,), device=device, low=-8, high=8)
+    inv_freq = frequencies(4, device=device)
+    assert gradcheck(lambda inv_freq: torch_rope.apply(x, positions, inv_freq), (inv_freq,))
+    assert gradcheck(
+        lambda inv_freq: torch_rope.apply_(x.clone(), positions, inv_freq), (inv_freq,)
+    )
+
+
+@pytest.mark.parametrize("operator", [torch_rope.apply, torch_rope.apply_])
+@pytest.mark.parametrize("asking", [0, 1])
+def test_only_the_one_of_a_pair_that_asks_has_a_gradient(
+    device: str, asking: int, operator: Callable[..., Any]
+) -> None:
+    pair = [random_values((9, 32), device=device, seed=seed) for seed in range(2)]
+    pair[asking] = leaf(pair[asking]) * 1
+    rotated = operator(tuple(pair), torch.arange(9, device=device))
+    assert rotated[asking].requires_grad
+    assert not rotated[1 - asking].requires_grad
+
+
+@pytest.mark.parametrize("unused", [0, 1])
+def test_one_of_a_pair_can_be_left_out_of_the_loss(device: str, unused: int) -> None:
+    pair = doubles(3, 6, device=device), doubles(3, 6, device=device, seed=1)
+    positions = random_positions((3,), device=device)
+    rotated = torch_rope.apply(pair, positions)[1 - unused]
+    gradient = random_values((3, 6), torch.float64, device, seed=2)
+    gradients = torch.autograd.grad(rotated, pair, gradient, allow_unused=True)
+    used = gradients[1 - unused]
+    assert used is not None
+    assert_rotated(used, reference.apply(gradient, positions, conjugate=True))
+    assert gradients[unused] is None or not gradients[unused].any()
+
+
+@pytest.mark.parametrize("operator", [torch_rope.apply_, torch.ops.rope.apply_])
+def test_a_leaf_that_asks_for_a_gradient_is_refused_in_place(
+    device: str, operator: Callable[..., Any]
+) -> None:
+    x = doubles(3, 6, device=device)
+    before = x.detach().clone()
+    with pytest.raises(RuntimeError, match="leaf Variable"):
+        operator(x, torch.arange(3, device=device))
+    assert_same_bits(x, before)
+    assert x._version == 0
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_leaf_in_a_pair_is_refused_in_place_and_neither_is_written(
+    device: str, place: int
+) -> None:
+    pair = [random_values((3, 6), device=device, seed=seed) for seed in range(2)]
+    pair[place].requires_grad_()
+    before = [x.detach().clone() for x in pair]
+    with pytest.raises(RuntimeError, match="leaf Variable"):
+        torch_rope.apply_((pair[0], pair[1]), torch.arange(3, device=device))
+    for x, copy in zip(pair, before, strict=True):
+        assert_same_bits(x, copy)
+
+
+def test_a_leaf_is_refused_by_tables_in_place(device: str) -> None:
+    x, table = doubles(3, 6, device=device), random_values((3, 3), device=device)
+    before = x.detach().clone()
+    with pytest.raises(RuntimeError, match="leaf Variable"):
+        torch_rope.apply_cos_sin_(x, table, table)
+    assert_same_bits(x, before)
+
+
+def test_a_leaf_can_be_rotated_in_place_without_grad(device: str) -> None:
+    x = doubles(3, 6, device=device)
+    expected = torch_rope.apply(x.detach(), torch.arange(3, device=device))
+    with torch.no_grad():
+        torch_rope.apply_(x, torch.arange(3, device=device))
+    assert_same_bits(x, expected)
+
+
+def test_a_tensor_rotated_in_place_is_rebased(device: str) -> None:
+    x = doubles(3, 6, device=device) * 2
+    before = x.grad_fn
+    torch_rope.apply_(x, torch.arange(3, device=device))
+    assert x.grad_fn is not None
+    assert x.grad_fn is not before
+
+
+def test_a_constant_rotated_in_place_by_learned_frequencies_asks_for_a_gradient(
+    device: str,
+) -> None:
+    x = random_values((3, 6), torch.float64, device)
+    torch_rope.apply_(x, torch.arange(3, device=device), frequencies(3, device=device))
+    assert x.requires_grad
+
+
+def test_rotating_in_place_what_another_backward_needs_is_an_error(device: str) -> None:
+    x = doubles(3, 6, device=device)
+    exponential = x.exp()
+    torch_rope.apply_(exponential, torch.arange(3, device=device))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        exponential.sum().backward()
+
+
+def test_overwriting_the_frequencies_before_the_backward_is_an_error(device: str) -> None:
+    x, inv_freq = doubles(3, 6, device=device), random_inv_freq((3,), device=device)
+    rotated = torch_rope.apply(x, torch.arange(3, device=device), inv_freq)
+    inv_freq.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        rotated.sum().backward()
+
+
+def test_views_of_a_packed_tensor_rotated_in_place_have_the_right_gradient(device: str) -> None:
+    def rotate(packed: Tensor, positions: Tensor) -> Tensor:
+        packed = packed * 1
+        torch_rope.apply_(packed[:, 0], positions)
+        torch_rope.apply_(packed[:, 1], positions)
+        return packed
+
+    packed = doubles(3, 3, 2, 4, device=device)
+    assert gradcheck(rotate, (packed, small_positions(3, 1, device=device)))
+
+
+def test_a_pair_of_views_rotated_in_place_has_the_right_gradient(device: str) -> None:
+    def rotate(packed: Tensor, positions: Tensor) -> Tensor:
+        packed = packed * 1
+        torch_rope.apply_((packed[:, 0], packed[:, 1]), positions)
+        return packed
+
+    packed = doubles(3, 3, 2, 4, device=device)
+    assert gradcheck(rotate, (packed, small_positions(3, 1, device=device)))
+
+
+def test_a_view_of_many_is_refused_in_place(device: str) -> None:
+    q, k, _ = (doubles(3, 3, 2, 4, device=device) * 1).unbind(1)
+    with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
+        torch_rope.apply_((q, k), torch.arange(3, device=device)[:, None])
+
+
+def test_gradients_of_empty_tensors_are_empty(device: str) -> None:
+    x = doubles(0, 8, device=device)
+    positions = small_positions(0, device=device)
+    inv_freq = frequencies(4, device=device)
+    rotated = torch_rope.apply(x, positions, inv_freq)
+    gradients = torch.autograd.grad(rotated.sum(), (x, positions, inv_freq))
+    assert [gradient.shape for gradient in gradients] == [(0, 8), (0,), (4,)]
+    assert not gradients[2].any()

@@ -1,0 +1,394 @@
+"""How exact the angles are, and what never changes a bit of the result."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mpmath
+import pytest
+import reference
+import torch
+import torch_rope
+from hypothesis import given
+from reference import (
+    ERROR_OF_FORMED_ANGLE,
+    FLOAT32_ERROR,
+    assert_rotated,
+    assert_same_bits,
+    half_ulp,
+    random_inv_freq,
+    random_positions,
+    random_values,
+)
+from strategies import FLOAT_DTYPES, Application, applications
+from torch import Tensor
+
+# The error that a cosine and a sine may have, as they come out of the rotation of (1, 0).
+FLOAT32_COSINE_ERROR = 2.5e-7
+FLOAT64_COSINE_ERROR = 1e-12
+
+CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")
+
+
+def edge_positions(bits_of_position: int) -> Tensor:
+    """Returns positions up to 2**bits: small ones, neighbours of powers of two, drawn ones."""
+    powers = 2 ** torch.arange(1, bits_of_position + 1)
+    limit = 2**bits_of_position
+    drawn = random_positions((150,), low=-limit, high=limit)
+    magnitudes = torch.cat((torch.arange(10), powers - 1))
+    return torch.cat((magnitudes, -magnitudes, powers[:-1] + 1, drawn))
+
+
+def rotation_of_unit(
+    positions: Tensor,
+    inv_freq: Tensor | None = None,
+    *,
+    pairs: int,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Tensor:
+    """Rotates (1, 0) in every pair: returns the cosines, then the sines, of the library."""
+    x = torch.zeros(len(positions), 2 * pairs, dtype=dtype, device=positions.device)
+    x[:, :pairs] = 1
+    return torch_rope.apply(x, positions, inv_freq, **options).cpu().double()
+
+
+def exact_cos_sin(angles: Tensor) -> Tensor:
+    """Returns the cosines, then the sines, of float64 angles, to the last bit."""
+    with mpmath.workprec(100):
+        exact = [
+            [
+                float(function(mpmath.mpf(angle)))
+                for function in (mpmath.cos, mpmath.sin)
+                for angle in row
+            ]
+            for row in angles.tolist()
+        ]
+    return torch.tensor(exact, dtype=torch.float64)
+
+
+def near_quarter_turns(dtype: torch.dtype, largest_exponent: int) -> Tensor:
+    """Returns the numbers of a dtype nearest to multiples of pi / 2 below a power of two."""
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.arange(largest_exponent).repeat_interleave(12)
+    drawn = torch.rand(len(exponents), dtype=torch.float64, generator=generator)
+    multiples = (drawn * 2.0**exponents).tolist()
+    with mpmath.workprec(400):
+        nearest = [float(int(multiple) * mpmath.pi / 2) for multiple in multiples]
+    return torch.tensor(nearest, dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("max_wavelength", [1e4, 5e5])
+@pytest.mark.parametrize("scale_factor", [1.0, 8.0])
+def test_cos_and_sin_are_exact_up_to_position_2_to_the_31(
+    device: str, max_wavelength: float, scale_factor: float
+) -> None:
+    positions = edge_positions(31)
+    angles = reference.angles(positions, 128, None, max_wavelength, scale_factor)
+    actual = rotation_of_unit(
+        positions.to(device), pairs=64, max_wavelength=max_wavelength, scale_factor=scale_factor
+    )
+    allowed = FLOAT32_COSINE_ERROR + angles.abs() * ERROR_OF_FORMED_ANGLE
+    assert ((actual - exact_cos_sin(angles)).abs() <= allowed.repeat(1, 2)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("largest", [1.0, 1e3, 1e6, 1e9])
+def test_cos_and_sin_of_given_frequencies_are_exact(
+    device: str, dtype: torch.dtype, largest: float
+) -> None:
+    # Angles up to 2**31 * 1e9, far beyond 1e15.
+    positions = edge_positions(31)
+    inv_freq = (largest * random_inv_freq((24,))).to(dtype)
+    actual = rotation_of_unit(positions.to(device), inv_freq.to(device), pairs=24)
+    exact = exact_cos_sin(reference.angles(positions, 48, inv_freq))
+    assert (actual - exact).abs().max() <= FLOAT32_COSINE_ERROR
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cos_and_sin_near_quarter_turns_are_exact(device: str, dtype: torch.dtype) -> None:
+    angles = near_quarter_turns(dtype, 60)
+    actual = rotation_of_unit(torch.ones(1, device=device), angles.to(device), pairs=len(angles))
+    exact = exact_cos_sin(angles[None].double())
+    assert (actual - exact).abs().max() <= FLOAT32_COSINE_ERROR
+
+
+@pytest.mark.parametrize(
+    ("dtype", "angle"),
+    [
+        (torch.float32, 1e15),
+        (torch.float32, 1e30),
+        (torch.float32, 3.4e38),
+        (torch.float64, 1e15),
+        (torch.float64, 1e22),
+        (torch.float64, 6381956970095103.0 * 2.0**797),
+        (torch.float64, 1.7e308),
+    ],
+)
+def test_cos_and_sin_of_any_finite_angle_are_exact(
+    device: str, dtype: torch.dtype, angle: float
+) -> None:
+    angles = torch.tensor([angle, -angle], dtype=dtype)
+    actual = rotation_of_unit(torch.ones(1, device=device), angles.to(device), pairs=2)
+    exact = exact_cos_sin(angles[None].double())
+    assert (actual - exact).abs().max() <= FLOAT32_COSINE_ERROR
+
+
+def test_cos_and_sin_of_a_sum_over_axes_are_exact(device: str) -> None:
+    positions = random_positions((3, 100), low=-(2**31), high=2**31)
+    inv_freq = random_inv_freq((3, 24), torch.float32)
+    x = torch.cat((torch.ones(100, 24), torch.zeros(100, 24)), dim=1).to(device)
+    actual = torch_rope.apply(x, positions.to(device), inv_freq.to(device)).cpu().double()
+    exact = exact_cos_sin(reference.angles(positions, 48, inv_freq))
+    assert (actual - exact).abs().max() <= FLOAT32_COSINE_ERROR
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_float64_cos_and_sin_are_exact_up_to_2_to_the_20(device: str, dtype: torch.dtype) -> None:
+    positions = edge_positions(20)
+    inv_freq = random_inv_freq((24,), dtype)
+    actual = rotation_of_unit(
+        positions.to(device), inv_freq.to(device), pairs=24, dtype=torch.float64
+    )
+    exact = exact_cos_sin(reference.angles(positions, 48, inv_freq))
+    assert (actual - exact).abs().max() <= FLOAT64_COSINE_ERROR
+
+
+def test_float64_cos_and_sin_near_quarter_turns_are_exact(device: str) -> None:
+    angles = near_quarter_turns(torch.float64, 20)
+    actual = rotation_of_unit(
+        torch.ones(1, device=device), angles.to(device), pairs=len(angles), dtype=torch.float64
+    )
+    assert (actual - exact_cos_sin(angles[None])).abs().max() <= FLOAT64_COSINE_ERROR
+
+
+def test_the_float64_error_grows_no_faster_than_the_rounding_of_the_angle(device: str) -> None:
+    positions = edge_positions(31)
+    inv_freq = 1e3 * random_inv_freq((24,))
+    actual = rotation_of_unit(
+        positions.to(device), inv_freq.to(device), pairs=24, dtype=torch.float64
+    )
+    angles = reference.angles(positions, 48, inv_freq)
+    allowed = FLOAT64_COSINE_ERROR + half_ulp(angles.abs(), torch.float64)
+    assert ((actual - exact_cos_sin(angles)).abs() <= allowed.repeat(1, 2)).all()
+
+
+@given(application=applications())
+def test_no_layout_changes_a_bit(device: str, application: Application) -> None:
+    x, positions, inv_freq = application.tensors(device)
+    actual = torch_rope.apply(x, positions, inv_freq, **application.options)
+    expected = torch_rope.apply(
+        x.contiguous(),
+        positions.contiguous(),
+        None if inv_freq is None else inv_freq.contiguous(),
+        **application.options,
+    )
+    assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_no_order_of_dimensions_in_memory_changes_a_bit(
+    device: str, dtype: torch.dtype, interleaved: bool
+) -> None:
+    x = random_values((2, 37, 5, 134), dtype, device)
+    positions = random_positions((2, 37, 1), device=device)
+    expected = torch_rope.apply(x, positions, interleaved=interleaved)
+    for order in ((0, 2, 1, 3), (3, 2, 1, 0), (1, 3, 0, 2), (2, 0, 3, 1)):
+        inverse = [order.index(dim) for dim in range(4)]
+        permuted = x.permute(order).contiguous().permute(inverse)
+        assert_same_bits(torch_rope.apply(permuted, positions, interleaved=interleaved), expected)
+    gaps = torch.zeros(2, 37, 5, 3, 140, dtype=dtype, device=device)[:, :, :, 1, 5:139]
+    gaps.copy_(x)
+    assert_same_bits(torch_rope.apply(gaps, positions, interleaved=interleaved), expected)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores the number of threads after the test."""
+    number = torch.get_num_threads()
+    yield
+    torch.set_num_threads(number)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_number_of_threads_changes_a_bit(device: str, dtype: torch.dtype) -> None:
+    x = random_values((3, 301, 7, 128), dtype, device)
+    positions = random_positions((3, 301, 1), device=device)
+    torch.set_num_threads(1)
+    expected = torch_rope.apply(x, positions)
+    for number in (2, 3, 8):
+        torch.set_num_threads(number)
+        assert_same_bits(torch_rope.apply(x, positions), expected)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("frequencies", ["formed", "float32", "axes"])
+def test_a_token_has_the_same_bits_alone_and_in_any_batch(
+    device: str, frequencies: str, dtype: torch.dtype, interleaved: bool
+) -> None:
+    pairs = 35
+    x = random_values((3, 19, 5, 2 * pairs), dtype, device)
+    positions = random_positions((3, 19, 1), device=device)
+    inv_freq = None
+    if frequencies == "float32":
+        inv_freq = random_inv_freq((pairs,), torch.float32, device)
+    elif frequencies == "axes":
+        positions = random_positions((2, 3, 19, 1), device=device)
+        inv_freq = random_inv_freq((2, pairs), device=device)
+    expected = torch_rope.apply(x, positions, inv_freq, interleaved=interleaved)
+    for batch in range(3):
+        for token in (0, 1, 7, 18):
+            for head in (0, 4):
+                alone = torch_rope.apply(
+                    x[batch, token, head],
+                    positions[..., batch, token, 0],
+                    inv_freq,
+                    interleaved=interleaved,
+                )
+                assert_same_bits(alone, expected[batch, token, head])
+    for tokens in (1, 2, 5, 16):
+        part = torch_rope.apply(
+            x[:, :tokens], positions[..., :tokens, :], inv_freq, interleaved=interleaved
+        )
+        assert_same_bits(part, expected[:, :tokens])
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_a_token_rotated_by_tables_has_the_same_bits_alone_and_in_a_batch(
+    device: str, dtype: torch.dtype
+) -> None:
+    x = random_values((3, 19, 5, 70), dtype, device)
+    cos, sin = (random_values((50, 35), device=device, seed=seed) for seed in (1, 2))
+    positions = random_positions((3, 19, 1), device=device, low=0, high=50)
+    expected = torch_rope.apply_cos_sin(x, cos, sin, positions)
+    for batch in range(3):
+        for token in (0, 1, 7, 18):
+            alone = torch_rope.apply_cos_sin(x[batch, token], cos, sin, positions[batch, token])
+            assert_same_bits(alone, expected[batch, token])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_what_is_not_finite_stays_in_its_pair(
+    device: str, dtype: torch.dtype, value: float, interleaved: bool
+) -> None:
+    pairs = 37
+    x = random_values((2 * pairs, 2 * pairs), dtype, device)
+    positions = random_positions((2 * pairs,), device=device)
+    expected = torch_rope.apply(x, positions, interleaved=interleaved)
+    x.diagonal().fill_(value)
+    actual = torch_rope.apply(x, positions, interleaved=interleaved)
+    elements = torch.arange(2 * pairs, device=device)
+    pair = elements // 2 if interleaved else elements % pairs
+    own = pair[:, None] == pair
+    assert not actual[own].isfinite().any()
+    assert_same_bits(actual[~own], expected[~own])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_cuda_differs_from_the_cpu_by_less_than_is_allowed() -> None:
+    x = random_values((64, 128))
+    positions = random_positions((64,))
+    on_cpu = torch_rope.apply(x, positions).double()
+    on_cuda = torch_rope.apply(x.cuda(), positions.cuda()).cpu().double()
+    norms = torch.hypot(x[:, :64].double(), x[:, 64:].double()).repeat(1, 2)
+    allowed = norms * FLOAT32_ERROR + 2 * half_ulp(on_cpu.abs(), torch.float32)
+    assert ((on_cpu - on_cuda).abs() <= allowed).all()
+
+
+ROTATE_AND_SAVE = """
+import sys
+import torch
+import torch_rope
+
+q, k, positions, inv_freq = torch.load(sys.argv[1])
+rotated = {
+    f"{dtype} {interleaved}": torch_rope.apply(
+        (q.to(dtype), k.to(dtype)), positions, inv_freq, interleaved=interleaved
+    )
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    for interleaved in (False, True)
+}
+torch.save((torch.backends.cpu.get_cpu_capability(), rotated), sys.argv[2])
+"""
+
+Rotated = dict[str, tuple[Tensor, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def capability_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, positions and inv_freq that every capability rotates."""
+    q, k = random_values((65, 3, 150)), random_values((65, 1, 150), seed=1)
+    return q, k, random_positions((65, 1)), random_inv_freq((75,), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def rotated_by_capability(
+    capability_inputs: tuple[Tensor, ...], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Rotated]:
+    """What a process of each capability that this CPU has makes of the inputs."""
+    folder = tmp_path_factory.mktemp("capabilities")
+    torch.save(capability_inputs, folder / "inputs.pt")
+    best = torch.backends.cpu.get_cpu_capability()
+    available = CAPABILITIES[: CAPABILITIES.index(best) + 1] if best in CAPABILITIES else ()
+    rotated = {}
+    for capability in available:
+        rotated[capability] = rotate_with_capability(capability, folder)
+    return rotated
+
+
+def rotate_with_capability(capability: str, folder: Path) -> Rotated:
+    """Rotates the inputs in a process that torch tells to use a capability."""
+    output = folder / f"{capability}.pt"
+    subprocess.run(
+        [sys.executable, "-c", ROTATE_AND_SAVE, str(folder / "inputs.pt"), str(output)],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": capability.lower()},
+        cwd=folder,
+        check=True,
+    )
+    used, rotated = torch.load(output)
+    assert used == capability
+    return dict(rotated)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_cpu_capability_matches_the_reference(
+    capability: str,
+    capability_inputs: tuple[Tensor, ...],
+    rotated_by_capability: dict[str, Rotated],
+) -> None:
+    if capability not in rotated_by_capability:
+        pytest.skip(f"this CPU has no {capability}")
+    *pair, positions, inv_freq = capability_inputs
+    for name, rotated in rotated_by_capability[capability].items():
+        interleaved = name.endswith("True")
+        for actual, x in zip(rotated, pair, strict=True):
+            expected = reference.apply(
+                x.to(actual.dtype), positions, inv_freq, interleaved=interleaved
+            )
+            assert_rotated(actual, expected)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES[1:])
+def test_every_cpu_capability_agrees_with_the_plainest(
+    capability: str,
+    capability_inputs: tuple[Tensor, ...],
+    rotated_by_capability: dict[str, Rotated],
+) -> None:
+    if capability not in rotated_by_capability:
+        pytest.skip(f"this CPU has no {capability}")
+    x = capability_inputs[0].double()
+    norms = torch.hypot(x[..., :75], x[..., 75:]).repeat(1, 1, 2)
+    actual, plainest = (
+        rotated_by_capability[name]["torch.float32 False"][0].double()
+        for name in (capability, "DEFAULT")
+    )
+    allowed = norms * FLOAT32_ERROR + 2 * half_ulp(plainest.abs(), torch.float32)
+    assert ((actual - plainest).abs() <= allowed).all()
