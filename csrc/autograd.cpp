@@ -3,6 +3,7 @@
 // cos, sin) are in ATen operators, computed only when asked for.
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/util/irange.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -327,8 +328,20 @@ Outputs rotate_with_autograd(const Call& call) {
   return {outputs[0], call.is_pair ? outputs[1] : at::Tensor()};
 }
 
+// What bump_version would say, before anything is written.
+void check_may_change(const at::Tensor& tensor) {
+  TORCH_CHECK(
+      !tensor.is_inference() || c10::InferenceMode::is_enabled(),
+      "Inplace update to inference tensor outside InferenceMode is not allowed. You can make "
+      "a clone to get a normal tensor before doing inplace update.");
+}
+
 // Lets autograd know that the tensors changed.
 Outputs rotate_and_bump_version(const Call& call) {
+  check_may_change(call.q);
+  if (call.is_pair) {
+    check_may_change(call.k);
+  }
   Outputs outputs;
   {
     const at::AutoDispatchBelowADInplaceOrView guard;
