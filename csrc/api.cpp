@@ -25,45 +25,45 @@ std::tuple<at::Tensor, at::Tensor> both(Outputs outputs) {
 }  // namespace
 
 at::Tensor apply(const at::Tensor& x, const at::Tensor& positions, const ApplyOptions& options) {
-  return dispatch(call_of(positions, options).on(x)).q;
+  return dispatch(on(call_of(positions, options), x)).q;
 }
 
 std::tuple<at::Tensor, at::Tensor> apply_qk(const at::Tensor& q, const at::Tensor& k,
                                             const at::Tensor& positions,
                                             const ApplyOptions& options) {
-  return both(dispatch(call_of(positions, options).on(q, k)));
+  return both(dispatch(on(call_of(positions, options), q, k)));
 }
 
 at::Tensor apply_(const at::Tensor& x, const at::Tensor& positions, const ApplyOptions& options) {
-  return dispatch(call_of(positions, options).in_place_on(x)).q;
+  return dispatch(in_place(on(call_of(positions, options), x))).q;
 }
 
 std::tuple<at::Tensor, at::Tensor> apply_qk_(const at::Tensor& q, const at::Tensor& k,
                                              const at::Tensor& positions,
                                              const ApplyOptions& options) {
-  return both(dispatch(call_of(positions, options).in_place_on(q, k)));
+  return both(dispatch(in_place(on(call_of(positions, options), q, k))));
 }
 
 at::Tensor apply_cos_sin(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
                          const CosSinOptions& options) {
-  return dispatch(call_of(cos, sin, options).on(x)).q;
+  return dispatch(on(call_of(cos, sin, options), x)).q;
 }
 
 std::tuple<at::Tensor, at::Tensor> apply_cos_sin_qk(const at::Tensor& q, const at::Tensor& k,
                                                     const at::Tensor& cos, const at::Tensor& sin,
                                                     const CosSinOptions& options) {
-  return both(dispatch(call_of(cos, sin, options).on(q, k)));
+  return both(dispatch(on(call_of(cos, sin, options), q, k)));
 }
 
 at::Tensor apply_cos_sin_(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
                           const CosSinOptions& options) {
-  return dispatch(call_of(cos, sin, options).in_place_on(x)).q;
+  return dispatch(in_place(on(call_of(cos, sin, options), x))).q;
 }
 
 std::tuple<at::Tensor, at::Tensor> apply_cos_sin_qk_(const at::Tensor& q, const at::Tensor& k,
                                                      const at::Tensor& cos, const at::Tensor& sin,
                                                      const CosSinOptions& options) {
-  return both(dispatch(call_of(cos, sin, options).in_place_on(q, k)));
+  return both(dispatch(in_place(on(call_of(cos, sin, options), q, k))));
 }
 
 }  // namespace rope

@@ -214,13 +214,13 @@ struct Rotate : torch::autograd::Function<Rotate> {
       Call transposed = call;
       transposed.options.conjugate = !call.options.conjugate;
       if (wants_q && wants_k) {
-        const Outputs outputs = dispatch(transposed.on(grad_q, grad_k));
+        const Outputs outputs = dispatch(on(transposed, grad_q, grad_k));
         results[kQ] = outputs.q;
         results[kK] = outputs.k;
       } else if (wants_q) {
-        results[kQ] = dispatch(transposed.on(grad_q)).q;
+        results[kQ] = dispatch(on(transposed, grad_q)).q;
       } else {
-        results[kK] = dispatch(transposed.on(grad_k)).q;
+        results[kK] = dispatch(on(transposed, grad_k)).q;
       }
     }
 
@@ -229,7 +229,7 @@ struct Rotate : torch::autograd::Function<Rotate> {
         Rotation<at::Tensor> total;
         for (const auto& [grad, x] : {std::pair(&grad_q, &saved[kQ]), {&grad_k, &saved[kK]}}) {
           if (grad->defined()) {
-            const Rotation<at::Tensor> one = table_gradient(call.on(*x), *grad, *x);
+            const Rotation<at::Tensor> one = table_gradient(on(call, *x), *grad, *x);
             total = {add(total.cos, one.cos), add(total.sin, one.sin)};
           }
         }
@@ -250,7 +250,7 @@ struct Rotate : torch::autograd::Function<Rotate> {
         if (!grad->defined()) {
           continue;
         }
-        const Call one = call.on(*y);
+        const Call one = on(call, *y);
         const at::Tensor angle = angle_gradient(one, *grad, *y);
         if (wants[kPositions]) {
           results[kPositions] = add(results[kPositions], positions_gradient(one, angle));
@@ -304,8 +304,8 @@ Outputs rotate_with_autograd(const Call& call) {
     }
     if (angles) {
       // The backward pass reads the input or the output: both must outlive the change.
-      const Outputs outputs = call.is_pair ? dispatch(call.on(call.q.clone(), call.k.clone()))
-                                           : dispatch(call.on(call.q.clone()));
+      const Outputs outputs = call.is_pair ? dispatch(on(call, call.q.clone(), call.k.clone()))
+                                           : dispatch(on(call, call.q.clone()));
       call.q.copy_(outputs.q);
       if (call.is_pair) {
         call.k.copy_(outputs.k);
@@ -318,7 +318,7 @@ Outputs rotate_with_autograd(const Call& call) {
     // and autograd allows views, such as q and k of one packed buffer, to be changed by functions
     // of one output only.
     const auto one = [&](const at::Tensor& x) {
-      return dispatch(call.in_place ? call.in_place_on(x) : call.on(x)).q;
+      return dispatch(call.in_place ? in_place(on(call, x)) : on(call, x)).q;
     };
     return {one(call.q), one(call.k)};
   }

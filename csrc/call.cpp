@@ -2,6 +2,8 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <utility>
+
 namespace rope {
 
 namespace {
@@ -63,8 +65,7 @@ std::string Call::name() const {
   return name;
 }
 
-Call Call::on(const at::Tensor& x) const {
-  Call call = *this;
+Call on(Call call, const at::Tensor& x) {
   call.q = x;
   call.k = at::Tensor();
   call.is_pair = false;
@@ -72,21 +73,14 @@ Call Call::on(const at::Tensor& x) const {
   return call;
 }
 
-Call Call::on(const at::Tensor& other_q, const at::Tensor& other_k) const {
-  Call call = on(other_q);
-  call.k = other_k;
+Call on(Call call, const at::Tensor& q, const at::Tensor& k) {
+  call = on(std::move(call), q);
+  call.k = k;
   call.is_pair = true;
   return call;
 }
 
-Call Call::in_place_on(const at::Tensor& x) const {
-  Call call = on(x);
-  call.in_place = true;
-  return call;
-}
-
-Call Call::in_place_on(const at::Tensor& other_q, const at::Tensor& other_k) const {
-  Call call = on(other_q, other_k);
+Call in_place(Call call) {
   call.in_place = true;
   return call;
 }

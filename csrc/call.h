@@ -14,7 +14,7 @@
 
 namespace rope {
 
-struct ROPE_API Call {
+struct Call {
   at::Tensor q;  // x, where the call has one tensor
   at::Tensor k;  // undefined where the call has one tensor
   bool is_pair = false;
@@ -27,15 +27,14 @@ struct ROPE_API Call {
 
   // The operator's name without its namespace.
   std::string name() const;
-
-  // The same call, functional, on one other tensor or on two.
-  Call on(const at::Tensor& x) const;
-  Call on(const at::Tensor& other_q, const at::Tensor& other_k) const;
-
-  // The same call in place.
-  Call in_place_on(const at::Tensor& x) const;
-  Call in_place_on(const at::Tensor& other_q, const at::Tensor& other_k) const;
 };
+
+// The call, functional, on other tensors: on one or on two.
+Call on(Call call, const at::Tensor& x);
+Call on(Call call, const at::Tensor& q, const at::Tensor& k);
+
+// The call in place.
+Call in_place(Call call);
 
 // What a call returns. An in-place call returns what it was given, in C++; its operator returns
 // nothing.
@@ -46,7 +45,7 @@ struct Outputs {
 
 // Calls the operator through the dispatcher of PyTorch. (The module torch_rope._C uses this and
 // make_call too.)
-ROPE_API Outputs dispatch(const Call& call);
+Outputs dispatch(const Call& call);
 
 // The arguments behind x (or q and k) in each family of schemas, in the schemas' order.
 template <template <typename...> typename Template>
@@ -61,11 +60,11 @@ using WithTableArguments =
              const std::optional<at::Tensor>& /*positions*/, std::int64_t /*embedding_axis*/,
              std::int64_t /*rotary_offset*/, bool /*interleaved*/, bool /*conjugate*/>;
 
-ROPE_API Call make_call(const at::Tensor& positions, const std::optional<at::Tensor>& inv_freq,
+Call make_call(const at::Tensor& positions, const std::optional<at::Tensor>& inv_freq,
                         std::int64_t embedding_axis, std::optional<std::int64_t> rotary_dim,
                         std::int64_t rotary_offset, double max_wavelength, double scale_factor,
                         double attention_factor, bool interleaved, bool conjugate);
-ROPE_API Call make_call(const at::Tensor& cos, const at::Tensor& sin,
+Call make_call(const at::Tensor& cos, const at::Tensor& sin,
                         const std::optional<at::Tensor>& positions, std::int64_t embedding_axis,
                         std::int64_t rotary_offset, bool interleaved, bool conjugate);
 
@@ -75,18 +74,18 @@ struct Operators {
   template <typename... Arguments>
   struct Family {
     static at::Tensor single(const at::Tensor& x, Arguments... arguments) {
-      return rotate(make_call(arguments...).on(x)).q;
+      return rotate(on(make_call(arguments...), x)).q;
     }
     static std::tuple<at::Tensor, at::Tensor> pair(const at::Tensor& q, const at::Tensor& k,
                                                    Arguments... arguments) {
-      Outputs outputs = rotate(make_call(arguments...).on(q, k));
+      Outputs outputs = rotate(on(make_call(arguments...), q, k));
       return {std::move(outputs.q), std::move(outputs.k)};
     }
     static void single_in_place(const at::Tensor& x, Arguments... arguments) {
-      rotate(make_call(arguments...).in_place_on(x));
+      rotate(in_place(on(make_call(arguments...), x)));
     }
     static void pair_in_place(const at::Tensor& q, const at::Tensor& k, Arguments... arguments) {
-      rotate(make_call(arguments...).in_place_on(q, k));
+      rotate(in_place(on(make_call(arguments...), q, k)));
     }
   };
   using Apply = WithPositionArguments<Family>;

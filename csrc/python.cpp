@@ -14,17 +14,17 @@ namespace {
 
 using Operators = rope::Operators<rope::dispatch>;
 
-// Defines the four functions of a family, with the arguments of its schemas.
-template <typename Family, typename... Arguments>
-void define_family(py::module_& module, const std::string& name, const Arguments&... arguments) {
-  const auto define = [&](const std::string& suffix, auto* function, const auto&... rotated) {
-    module.def((name + suffix).c_str(), torch::wrap_pybind_function_no_gil(function), rotated...,
-               arguments...);
+// Defines the four functions of a family, which take the arguments of its schemas by position:
+// keywords cost time.
+template <typename Family>
+void define_family(py::module_& module, const std::string& name) {
+  const auto define = [&](const std::string& suffix, auto* function) {
+    module.def((name + suffix).c_str(), torch::wrap_pybind_function_no_gil(function));
   };
-  define("", Family::single, py::arg("x"));
-  define("_qk", Family::pair, py::arg("q"), py::arg("k"));
-  define("_", Family::single_in_place, py::arg("x"));
-  define("_qk_", Family::pair_in_place, py::arg("q"), py::arg("k"));
+  define("", Family::single);
+  define("_qk", Family::pair);
+  define("_", Family::single_in_place);
+  define("_qk_", Family::pair_in_place);
 }
 
 }  // namespace
@@ -32,13 +32,6 @@ void define_family(py::module_& module, const std::string& name, const Arguments
 PYBIND11_MODULE(_C, module) {
   module.doc() = "The operators of torch-rope. Use them through the functions of torch_rope.";
   module.attr("has_cuda") = rope::cuda::has_kernels();
-  define_family<Operators::Apply>(module, "apply", py::arg("positions"), py::arg("inv_freq"),
-                                  py::kw_only(), py::arg("embedding_axis"), py::arg("rotary_dim"),
-                                  py::arg("rotary_offset"), py::arg("max_wavelength"),
-                                  py::arg("scale_factor"), py::arg("attention_factor"),
-                                  py::arg("interleaved"), py::arg("conjugate"));
-  define_family<Operators::ApplyCosSin>(module, "apply_cos_sin", py::arg("cos"), py::arg("sin"),
-                                        py::arg("positions"), py::kw_only(),
-                                        py::arg("embedding_axis"), py::arg("rotary_offset"),
-                                        py::arg("interleaved"), py::arg("conjugate"));
+  define_family<Operators::Apply>(module, "apply");
+  define_family<Operators::ApplyCosSin>(module, "apply_cos_sin");
 }

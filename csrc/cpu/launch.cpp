@@ -78,50 +78,54 @@ Plan plan(const Launch& launch, std::int64_t row_bytes) {
   return plan;
 }
 
-// Cuts the pieces of a Workspace from one allocation, each at a cache line of its own.
-class Memory {
- public:
-  Memory(const Launch& launch, std::int64_t block_tokens, std::int64_t row_bytes) {
-    const std::int64_t frequencies = launch.uses_tables ? 0 : launch.by_position.num_axes;
-    const std::int64_t row = padded(launch.num_pairs) * static_cast<std::int64_t>(sizeof(double));
-    const std::int64_t sizes[] = {
-        block_tokens * row_bytes,
-        block_tokens * row_bytes,
-        row,
-        frequencies * row,
-        2 * row,
-        block_tokens * kTokenArrays * static_cast<std::int64_t>(sizeof(std::int64_t)),
-        kSharedChunk * 2 * static_cast<std::int64_t>(sizeof(std::int64_t)),
-    };
-    std::int64_t total = 0;
-    std::int64_t begins[std::size(sizes)];
-    for (std::size_t i = 0; i < std::size(sizes); ++i) {
-      begins[i] = total;
-      total += ceil_div(sizes[i], kAlignment) * kAlignment;
-    }
-    bytes_.reset(static_cast<std::byte*>(::operator new(total, std::align_val_t(kAlignment))));
-    std::byte* base = bytes_.get();
-    workspace_ = {base + begins[0],
-                  base + begins[1],
-                  reinterpret_cast<double*>(base + begins[2]),
-                  base + begins[3],
-                  base + begins[4],
-                  reinterpret_cast<std::int64_t*>(base + begins[5]),
-                  reinterpret_cast<std::int64_t*>(base + begins[6])};
-  }
+constexpr std::int64_t kAlignment = 64;  // a cache line
 
-  const Workspace& workspace() const { return workspace_; }
-
- private:
-  static constexpr std::int64_t kAlignment = 64;
+// At least as many bytes, which the thread keeps from call to call.
+std::byte* thread_memory(std::int64_t bytes) {
   struct Free {
-    void operator()(std::byte* bytes) const {
-      ::operator delete(bytes, std::align_val_t(kAlignment));
+    void operator()(std::byte* memory) const {
+      ::operator delete(memory, std::align_val_t(kAlignment));
     }
   };
-  std::unique_ptr<std::byte, Free> bytes_;
-  Workspace workspace_{};
-};
+  thread_local std::unique_ptr<std::byte, Free> memory;
+  thread_local std::int64_t size = 0;
+  if (size < bytes) {
+    memory.reset();
+    memory.reset(static_cast<std::byte*>(::operator new(bytes, std::align_val_t(kAlignment))));
+    size = bytes;
+  }
+  return memory.get();
+}
+
+// The workspace of the thread that asks, each piece of it at a cache line of its own.
+Workspace thread_workspace(const Launch& launch, std::int64_t block_tokens,
+                           std::int64_t row_bytes) {
+  const std::int64_t frequencies = launch.uses_tables ? 0 : launch.by_position.num_axes;
+  const std::int64_t row = padded(launch.num_pairs) * static_cast<std::int64_t>(sizeof(double));
+  const std::int64_t sizes[] = {
+      block_tokens * row_bytes,
+      block_tokens * row_bytes,
+      row,
+      frequencies * row,
+      2 * row,
+      block_tokens * kTokenArrays * static_cast<std::int64_t>(sizeof(std::int64_t)),
+      kSharedChunk * 2 * static_cast<std::int64_t>(sizeof(std::int64_t)),
+  };
+  std::int64_t total = 0;
+  std::int64_t begins[std::size(sizes)];
+  for (std::size_t i = 0; i < std::size(sizes); ++i) {
+    begins[i] = total;
+    total += ceil_div(sizes[i], kAlignment) * kAlignment;
+  }
+  std::byte* base = thread_memory(total);
+  return {base + begins[0],
+          base + begins[1],
+          reinterpret_cast<double*>(base + begins[2]),
+          base + begins[3],
+          base + begins[4],
+          reinterpret_cast<std::int64_t*>(base + begins[5]),
+          reinterpret_cast<std::int64_t*>(base + begins[6])};
+}
 
 }  // namespace
 
@@ -132,9 +136,9 @@ void launch(const Launch& launch) {
   const std::int64_t row_bytes = padded(launch.num_pairs) * real_size;
   const Plan blocks = plan(launch, row_bytes);
   at::parallel_for(0, blocks.num_blocks, blocks.grain, [&](std::int64_t begin, std::int64_t end) {
-    const Memory memory(launch, blocks.block_tokens, row_bytes);
+    const Workspace workspace = thread_workspace(launch, blocks.block_tokens, row_bytes);
     for (std::int64_t i = begin; i < end; ++i) {
-      kernel(launch, memory.workspace(), blocks.block(i));
+      kernel(launch, workspace, blocks.block(i));
     }
   });
 }

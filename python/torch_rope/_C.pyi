@@ -8,7 +8,6 @@ def apply(
     x: Tensor,
     positions: Tensor,
     inv_freq: Tensor | None,
-    *,
     embedding_axis: int,
     rotary_dim: int | None,
     rotary_offset: int,
@@ -17,13 +16,13 @@ def apply(
     attention_factor: float,
     interleaved: bool,
     conjugate: bool,
+    /,
 ) -> Tensor: ...
 def apply_qk(
     q: Tensor,
     k: Tensor,
     positions: Tensor,
     inv_freq: Tensor | None,
-    *,
     embedding_axis: int,
     rotary_dim: int | None,
     rotary_offset: int,
@@ -32,12 +31,12 @@ def apply_qk(
     attention_factor: float,
     interleaved: bool,
     conjugate: bool,
+    /,
 ) -> tuple[Tensor, Tensor]: ...
 def apply_(
     x: Tensor,
     positions: Tensor,
     inv_freq: Tensor | None,
-    *,
     embedding_axis: int,
     rotary_dim: int | None,
     rotary_offset: int,
@@ -46,13 +45,13 @@ def apply_(
     attention_factor: float,
     interleaved: bool,
     conjugate: bool,
+    /,
 ) -> None: ...
 def apply_qk_(
     q: Tensor,
     k: Tensor,
     positions: Tensor,
     inv_freq: Tensor | None,
-    *,
     embedding_axis: int,
     rotary_dim: int | None,
     rotary_offset: int,
@@ -61,17 +60,18 @@ def apply_qk_(
     attention_factor: float,
     interleaved: bool,
     conjugate: bool,
+    /,
 ) -> None: ...
 def apply_cos_sin(
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
     positions: Tensor | None,
-    *,
     embedding_axis: int,
     rotary_offset: int,
     interleaved: bool,
     conjugate: bool,
+    /,
 ) -> Tensor: ...
 def apply_cos_sin_qk(
     q: Tensor,
@@ -79,22 +79,22 @@ def apply_cos_sin_qk(
     cos: Tensor,
     sin: Tensor,
     positions: Tensor | None,
-    *,
     embedding_axis: int,
     rotary_offset: int,
     interleaved: bool,
     conjugate: bool,
+    /,
 ) -> tuple[Tensor, Tensor]: ...
 def apply_cos_sin_(
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
     positions: Tensor | None,
-    *,
     embedding_axis: int,
     rotary_offset: int,
     interleaved: bool,
     conjugate: bool,
+    /,
 ) -> None: ...
 def apply_cos_sin_qk_(
     q: Tensor,
@@ -102,9 +102,9 @@ def apply_cos_sin_qk_(
     cos: Tensor,
     sin: Tensor,
     positions: Tensor | None,
-    *,
     embedding_axis: int,
     rotary_offset: int,
     interleaved: bool,
     conjugate: bool,
+    /,
 ) -> None: ...

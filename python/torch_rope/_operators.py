@@ -1,7 +1,6 @@
 """The public functions: the operators of ``torch.ops.rope``, for a tensor or a ``(q, k)`` tuple."""
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -87,23 +86,17 @@ def apply(
         >>> torch.allclose(torch_rope.apply(q_rotated, positions, conjugate=True), q, atol=1e-5)
         True
     """
-    operator, tensors = _find("apply", x, positions, inv_freq)
-    return cast(
-        Rotated,
-        operator(
-            *tensors,
-            positions,
-            inv_freq,
-            embedding_axis=embedding_axis,
-            rotary_dim=rotary_dim,
-            rotary_offset=rotary_offset,
-            max_wavelength=max_wavelength,
-            scale_factor=scale_factor,
-            attention_factor=attention_factor,
-            interleaved=interleaved,
-            conjugate=conjugate,
-        ),
+    options = (
+        embedding_axis,
+        rotary_dim,
+        rotary_offset,
+        max_wavelength,
+        scale_factor,
+        attention_factor,
+        interleaved,
+        conjugate,
     )
+    return cast(Rotated, _call("apply", x, (positions, inv_freq), options))
 
 
 def apply_(
@@ -154,20 +147,17 @@ def apply_(
         >>> torch.equal(qkv[:, 0], expected)
         True
     """
-    operator, tensors = _find("apply_", x, positions, inv_freq)
-    operator(
-        *tensors,
-        positions,
-        inv_freq,
-        embedding_axis=embedding_axis,
-        rotary_dim=rotary_dim,
-        rotary_offset=rotary_offset,
-        max_wavelength=max_wavelength,
-        scale_factor=scale_factor,
-        attention_factor=attention_factor,
-        interleaved=interleaved,
-        conjugate=conjugate,
+    options = (
+        embedding_axis,
+        rotary_dim,
+        rotary_offset,
+        max_wavelength,
+        scale_factor,
+        attention_factor,
+        interleaved,
+        conjugate,
     )
+    _call("apply_", x, (positions, inv_freq), options)
     return x
 
 
@@ -222,20 +212,8 @@ def apply_cos_sin(
         >>> torch.allclose(y, torch_rope.apply(x, positions), atol=1e-5)
         True
     """
-    operator, tensors = _find("apply_cos_sin", x, cos, sin, positions)
-    return cast(
-        Rotated,
-        operator(
-            *tensors,
-            cos,
-            sin,
-            positions,
-            embedding_axis=embedding_axis,
-            rotary_offset=rotary_offset,
-            interleaved=interleaved,
-            conjugate=conjugate,
-        ),
-    )
+    options = (embedding_axis, rotary_offset, interleaved, conjugate)
+    return cast(Rotated, _call("apply_cos_sin", x, (cos, sin, positions), options))
 
 
 def apply_cos_sin_(
@@ -277,17 +255,8 @@ def apply_cos_sin_(
         >>> torch_rope.apply_cos_sin_(x, torch.tensor([0.0]), torch.tensor([1.0]))
         tensor([0., 1.])
     """
-    operator, tensors = _find("apply_cos_sin_", x, cos, sin, positions)
-    operator(
-        *tensors,
-        cos,
-        sin,
-        positions,
-        embedding_axis=embedding_axis,
-        rotary_offset=rotary_offset,
-        interleaved=interleaved,
-        conjugate=conjugate,
-    )
+    options = (embedding_axis, rotary_offset, interleaved, conjugate)
+    _call("apply_cos_sin_", x, (cos, sin, positions), options)
     return x
 
 
@@ -299,22 +268,40 @@ _PAIRS = {
     "apply_cos_sin_": "apply_cos_sin_qk_",
 }
 
+# The keyword arguments of the schemas, in their order.
+_OPTIONS = (
+    "embedding_axis",
+    "rotary_dim",
+    "rotary_offset",
+    "max_wavelength",
+    "scale_factor",
+    "attention_factor",
+    "interleaved",
+    "conjugate",
+)
+_TABLE_OPTIONS = ("embedding_axis", "rotary_offset", "interleaved", "conjugate")
 
-def _find(
-    name: str, x: Tensor | tuple[Tensor, Tensor], *others: Tensor | None
-) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
-    """Finds the operator for x, and the tensors that x stands for.
 
-    The module _C is the quick way. Where Python code follows the call (a compiler, a subclass, a
-    mode), it must see torch.ops.
+def _call(
+    name: str,
+    x: Tensor | tuple[Tensor, Tensor],
+    tensors: tuple[Tensor | None, ...],
+    options: tuple[object, ...],
+) -> object:
+    """Calls the operator for x, a tensor or a pair.
+
+    The module _C is the quick way, the more so without keywords. Where Python code follows the call
+    (a compiler, a subclass, a mode), it must see torch.ops.
     """
     if isinstance(x, Tensor):
-        tensors: tuple[Tensor, ...] = (x,)
+        rotated: tuple[Tensor, ...] = (x,)
     else:
-        tensors, name = x, _PAIRS[name]
-    if torch.compiler.is_compiling() or has_torch_function((*tensors, *others)):
-        return getattr(torch.ops.rope, name), tensors
-    return getattr(_C, name), tensors
+        rotated, name = x, _PAIRS[name]
+    if torch.compiler.is_compiling() or has_torch_function((*rotated, *tensors)):
+        names = _TABLE_OPTIONS if "cos_sin" in name else _OPTIONS
+        keywords = dict(zip(names, options, strict=True))
+        return getattr(torch.ops.rope, name)(*rotated, *tensors, **keywords)
+    return getattr(_C, name)(*rotated, *tensors, *options)
 
 
 # torch.jit.script compiles a call of these functions, with one tensor, to the operator itself.
