@@ -29,10 +29,12 @@ class Expected(NamedTuple):
         values: The exact result, float64.
         tolerance: How far from it each element may be before it is rounded to the output's dtype;
             0 where the element must come out as it is.
+        norms: The norm of each element's pair; 0 outside the rotated slice.
     """
 
     values: Tensor
     tolerance: Tensor
+    norms: Tensor
 
 
 def angles(
@@ -136,10 +138,12 @@ def _rotate(
     rotated[..., first] = a * cos - b * sin
     rotated[..., second] = b * cos + a * sin
 
-    tolerance = torch.zeros_like(values)
-    tolerance[..., first] = torch.hypot(a, b) * torch.hypot(cos, sin) * error
-    tolerance[..., second] = tolerance[..., first]
-    return Expected(rotated.movedim(-1, embedding_axis), tolerance.movedim(-1, embedding_axis))
+    norms, tolerance = torch.zeros_like(values), torch.zeros_like(values)
+    for elements in (first, second):
+        norms[..., elements] = torch.hypot(a, b) * torch.hypot(cos, sin)
+        tolerance[..., elements] = norms[..., elements] * error
+    results = (rotated, tolerance, norms)
+    return Expected(*(result.movedim(-1, embedding_axis) for result in results))
 
 
 def half_ulp(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
@@ -151,7 +155,7 @@ def half_ulp(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
 
 def assert_rotated(actual: Tensor, expected: Expected) -> None:
     """Asserts that ``actual`` is what was expected, each element rounded once."""
-    values, tolerance = expected
+    values, tolerance, _ = expected
     assert actual.shape == values.shape
     rounding = half_ulp(values.abs() + tolerance, actual.dtype)
     allowed = torch.where(tolerance > 0, tolerance + rounding, 0.0)

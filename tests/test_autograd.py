@@ -16,7 +16,7 @@ from reference import (
 )
 from strategies import FLOAT_DTYPES
 from torch import Tensor
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -66,8 +66,11 @@ def in_place(operator: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-FORMS = {"functional": torch_rope.apply, "in place": in_place(torch_rope.apply_)}
-TABLE_FORMS = {
+FORMS: dict[str, Callable[..., Any]] = {
+    "functional": torch_rope.apply,
+    "in place": in_place(torch_rope.apply_),
+}
+TABLE_FORMS: dict[str, Callable[..., Any]] = {
     "functional": torch_rope.apply_cos_sin,
     "in place": in_place(torch_rope.apply_cos_sin_),
 }
@@ -296,9 +299,49 @@ def test_the_gradient_of_float32_frequencies_is_right(device: str) -> None:
     assert ((inv_freq.grad.cpu() - expected.grad).abs() <= allowed).all()
 
 
-def test_second_derivatives_of_x(device: str) -> None:
+def test_second_derivatives(device: str) -> None:
+    x, positions = doubles(3, 6, device=device), small_positions(3, device=device)
+    assert gradgradcheck(torch_rope.apply, (x, positions, frequencies(3, device=device)))
+
+
+def test_second_derivatives_of_tables(device: str) -> None:
+    x, cos, sin = (doubles(3, size, device=device, seed=size) for size in (6, 3, 3))
+    assert gradgradcheck(torch_rope.apply_cos_sin, (x, cos, sin))
+
+
+def test_forward_derivatives(device: str) -> None:
+    x, positions = doubles(3, 6, device=device), small_positions(3, device=device)
+    inputs = x, positions, frequencies(3, device=device)
+    for form in FORMS.values():
+        assert gradcheck(form, inputs, check_forward_ad=True, check_backward_ad=False)
+
+
+def test_forward_derivatives_of_tables(device: str) -> None:
+    inputs = tuple(doubles(3, size, device=device, seed=size) for size in (6, 3, 3))
+    for form in TABLE_FORMS.values():
+        assert gradcheck(form, inputs, check_forward_ad=True, check_backward_ad=False)
+
+
+def test_a_functional_gradient_is_that_of_autograd(device: str) -> None:
     x, positions = doubles(3, 6, device=device), random_positions((3,), device=device)
-    assert torch.autograd.gradgradcheck(lambda x: torch_rope.apply(x, positions) ** 2, (x,))
+
+    def loss(x: Tensor) -> Tensor:
+        return (torch_rope.apply(x, positions) ** 2).sum()
+
+    torch.testing.assert_close(torch.func.grad(loss)(x), torch.autograd.grad(loss(x), x)[0])
+
+
+@pytest.mark.parametrize("in_dims", [(0, None), (None, 0), (1, 0)])
+def test_a_vectorised_map_rotates_each(device: str, in_dims: tuple[int | None, ...]) -> None:
+    x = random_values((9, 9, 32), device=device)
+    positions = random_positions((9,), device=device)
+    rotated = torch.vmap(torch_rope.apply, in_dims=in_dims)(x, positions)
+    for index, actual in enumerate(rotated):
+        arguments = (
+            tensor if dim is None else tensor.select(dim, index)
+            for tensor, dim in zip((x, positions), in_dims, strict=True)
+        )
+        assert_rotated(actual, reference.apply(*arguments))
 
 
 class OperatorsSeen(TorchDispatchMode):

@@ -461,6 +461,13 @@ def test_positions_that_broadcast_to_q_alone_are_refused(device: str, operator: 
         through_python(operator, (q, k), *tables, torch.arange(3, device=device)[:, None])
 
 
+def test_an_axis_that_k_alone_lacks_is_refused(device: str) -> None:
+    q, k = floats(2, 3, 4, 8, device=device), floats(4, 8, device=device)
+    pattern = r"^rope::apply_qk\(\): expected embedding_axis to .+, but got .*3"
+    with pytest.raises(IndexError, match=pattern):
+        torch_rope.apply((q, k), torch.tensor(1, device=device), embedding_axis=3)
+
+
 def test_q_is_left_alone_when_k_is_refused(device: str) -> None:
     q, k = floats(3, 8, device=device), floats(3, 6, device=device)
     before = q.clone()

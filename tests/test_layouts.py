@@ -70,6 +70,16 @@ def test_rotation_of_an_expanded_input_has_an_element_for_each(device: str) -> N
     assert len({element.data_ptr() for row in rotated for element in row}) == 36
 
 
+def test_a_lazily_negated_view_is_rotated_as_what_it_shows(device: str) -> None:
+    base = torch.view_as_complex(random_values((9, 64, 2), device=device))
+    x, positions = base.conj().imag, torch.arange(9, device=device)
+    assert x.is_neg()
+    expected = torch_rope.apply(x.resolve_neg(), positions)
+    assert_same_bits(torch_rope.apply(x, positions), expected)
+    torch_rope.apply_(x, positions)
+    assert_same_bits(x.resolve_neg(), expected)
+
+
 def test_each_of_a_pair_has_its_own_strides(device: str) -> None:
     q = random_values((2, 4, 9, 64), device=device).transpose(1, 2)
     k = random_values((2, 9, 4, 64), torch.bfloat16, device)

@@ -16,6 +16,7 @@ from hypothesis import given
 from reference import (
     ERROR_OF_FORMED_ANGLE,
     FLOAT32_ERROR,
+    Expected,
     assert_rotated,
     assert_same_bits,
     half_ulp,
@@ -292,15 +293,20 @@ def test_what_is_not_finite_stays_in_its_pair(
     assert_same_bits(actual[~own], expected[~own])
 
 
+def assert_differ_by_less_than_is_allowed(one: Tensor, other: Tensor, norms: Tensor) -> None:
+    """Compares the results of two devices or CPU capabilities, each rounded on its own."""
+    apart = (one.cpu().double() - other.cpu().double()).abs()
+    rounding = half_ulp(one.cpu().double().abs() + norms * FLOAT32_ERROR, one.dtype)
+    assert (apart <= norms * FLOAT32_ERROR + 2 * rounding).all()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_cuda_differs_from_the_cpu_by_less_than_is_allowed() -> None:
     x = random_values((64, 128))
     positions = random_positions((64,))
-    on_cpu = torch_rope.apply(x, positions).double()
-    on_cuda = torch_rope.apply(x.cuda(), positions.cuda()).cpu().double()
-    norms = torch.hypot(x[:, :64].double(), x[:, 64:].double()).repeat(1, 2)
-    allowed = norms * FLOAT32_ERROR + 2 * half_ulp(on_cpu.abs(), torch.float32)
-    assert ((on_cpu - on_cuda).abs() <= allowed).all()
+    on_cuda = torch_rope.apply(x.cuda(), positions.cuda())
+    norms = reference.apply(x, positions).norms
+    assert_differ_by_less_than_is_allowed(on_cuda, torch_rope.apply(x, positions), norms)
 
 
 ROTATE_AND_SAVE = """
@@ -308,87 +314,82 @@ import sys
 import torch
 import torch_rope
 
-q, k, positions, inv_freq = torch.load(sys.argv[1])
-rotated = {
-    f"{dtype} {interleaved}": torch_rope.apply(
-        (q.to(dtype), k.to(dtype)), positions, inv_freq, interleaved=interleaved
-    )
-    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    for interleaved in (False, True)
-}
+rotated = [torch_rope.apply(*tensors, **options) for tensors, options in torch.load(sys.argv[1])]
 torch.save((torch.backends.cpu.get_cpu_capability(), rotated), sys.argv[2])
 """
 
-Rotated = dict[str, tuple[Tensor, Tensor]]
+Call = tuple[tuple[Tensor, ...], dict[str, Any]]
 
 
-@pytest.fixture(scope="module")
-def capability_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, positions and inv_freq that every capability rotates."""
-    q, k = random_values((65, 3, 150)), random_values((65, 1, 150), seed=1)
-    return q, k, random_positions((65, 1)), random_inv_freq((75,), torch.float32)
+def calls_of_every_kind() -> list[Call]:
+    """Lists calls of every dtype of x and every source of angles."""
+    positions = random_positions((2, 17, 1))
+    far = random_positions((17, 1), low=-(2**31), high=2**31)
+    angles = [
+        (positions[0],),
+        (positions[0], random_inv_freq((75,), torch.float32)),
+        (positions, random_inv_freq((2, 75), torch.float32)),
+        (positions, random_inv_freq((2, 75), torch.float64)),
+        (far, 1e6 * random_inv_freq((75,), torch.float64)),
+    ]
+    return [
+        ((random_values((17, 3, 150), dtype), *angle), {"interleaved": interleaved})
+        for dtype in FLOAT_DTYPES
+        for angle in angles
+        for interleaved in (False, True)
+    ]
 
 
-@pytest.fixture(scope="module")
-def rotated_by_capability(
-    capability_inputs: tuple[Tensor, ...], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Rotated]:
-    """What a process of each capability that this CPU has makes of the inputs."""
-    folder = tmp_path_factory.mktemp("capabilities")
-    torch.save(capability_inputs, folder / "inputs.pt")
-    best = torch.backends.cpu.get_cpu_capability()
-    available = CAPABILITIES[: CAPABILITIES.index(best) + 1] if best in CAPABILITIES else ()
-    rotated = {}
-    for capability in available:
-        rotated[capability] = rotate_with_capability(capability, folder)
-    return rotated
-
-
-def rotate_with_capability(capability: str, folder: Path) -> Rotated:
-    """Rotates the inputs in a process that torch tells to use a capability."""
+def rotate_with_capability(capability: str, folder: Path) -> list[Tensor]:
+    """Makes the calls in a process that torch tells to use a capability."""
     output = folder / f"{capability}.pt"
     subprocess.run(
-        [sys.executable, "-c", ROTATE_AND_SAVE, str(folder / "inputs.pt"), str(output)],
+        [sys.executable, "-c", ROTATE_AND_SAVE, str(folder / "calls.pt"), str(output)],
         env={**os.environ, "ATEN_CPU_CAPABILITY": capability.lower()},
         cwd=folder,
         check=True,
     )
     used, rotated = torch.load(output)
     assert used == capability
-    return dict(rotated)
+    return list(rotated)
+
+
+@pytest.fixture(scope="module")
+def rotated_by_capability(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Tensor]]:
+    """What a process of each capability that this CPU has makes of the calls."""
+    folder = tmp_path_factory.mktemp("capabilities")
+    torch.save(calls_of_every_kind(), folder / "calls.pt")
+    best = torch.backends.cpu.get_cpu_capability()
+    available = CAPABILITIES[: CAPABILITIES.index(best) + 1] if best in CAPABILITIES else ()
+    return {capability: rotate_with_capability(capability, folder) for capability in available}
+
+
+@pytest.fixture(scope="module")
+def expected_of_calls() -> list[Expected]:
+    """What the calls should return."""
+    return [reference.apply(*tensors, **options) for tensors, options in calls_of_every_kind()]
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_cpu_capability_matches_the_reference(
     capability: str,
-    capability_inputs: tuple[Tensor, ...],
-    rotated_by_capability: dict[str, Rotated],
+    rotated_by_capability: dict[str, list[Tensor]],
+    expected_of_calls: list[Expected],
 ) -> None:
     if capability not in rotated_by_capability:
         pytest.skip(f"this CPU has no {capability}")
-    *pair, positions, inv_freq = capability_inputs
-    for name, rotated in rotated_by_capability[capability].items():
-        interleaved = name.endswith("True")
-        for actual, x in zip(rotated, pair, strict=True):
-            expected = reference.apply(
-                x.to(actual.dtype), positions, inv_freq, interleaved=interleaved
-            )
-            assert_rotated(actual, expected)
+    for rotated, expected in zip(rotated_by_capability[capability], expected_of_calls, strict=True):
+        assert_rotated(rotated, expected)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES[1:])
 def test_every_cpu_capability_agrees_with_the_plainest(
     capability: str,
-    capability_inputs: tuple[Tensor, ...],
-    rotated_by_capability: dict[str, Rotated],
+    rotated_by_capability: dict[str, list[Tensor]],
+    expected_of_calls: list[Expected],
 ) -> None:
     if capability not in rotated_by_capability:
         pytest.skip(f"this CPU has no {capability}")
-    x = capability_inputs[0].double()
-    norms = torch.hypot(x[..., :75], x[..., 75:]).repeat(1, 1, 2)
-    actual, plainest = (
-        rotated_by_capability[name]["torch.float32 False"][0].double()
-        for name in (capability, "DEFAULT")
-    )
-    allowed = norms * FLOAT32_ERROR + 2 * half_ulp(plainest.abs(), torch.float32)
-    assert ((actual - plainest).abs() <= allowed).all()
+    both = rotated_by_capability[capability], rotated_by_capability["DEFAULT"]
+    for one, other, expected in zip(*both, expected_of_calls, strict=True):
+        assert_differ_by_less_than_is_allowed(one, other, expected.norms)

@@ -8,7 +8,11 @@ import torch_rope
 from reference import assert_same_bits, random_inv_freq, random_positions, random_values
 from torch import Tensor, nn
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+# TorchScript is deprecated in newer versions of PyTorch, and used all the same.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning"),
+]
 
 
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
