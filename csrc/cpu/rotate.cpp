@@ -6,14 +6,18 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
+#include <bit>
+#include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "angle.h"
 #include "cpu/kernel.h"
 #include "rotation.h"
 
-// Everything is inlined into the entry.
+// Everything is inlined into the entry, what other files define too.
 #define ROPE_INLINE inline __attribute__((always_inline))
+#define ROPE_ENTRY __attribute__((flatten))
 
 namespace rope::cpu {
 
@@ -21,105 +25,191 @@ namespace {
 
 using at::vec::Vectorized;
 
+// NOTE [ bfloat16 in words ]
+//
+// Two bfloat16 sit in one 32-bit word: shifting gives the even element as a float, masking the odd
+// one. So a vector of words becomes a vector of the even elements and one of the odd ones, with no
+// shuffle across the vector, and back again: half a unit of the last place is added to the float's
+// bits (to even where it is a tie) and the halves are merged. A NaN's low bits are zero here, so
+// that the addition does not carry out of it: x is bfloat16 itself, and cosines and sines are
+// cleaned by quiet().
+//
+// The cosines and sines of a row are laid out in the order in which its vectors come: see order_of.
+
 // A step of a row: as many elements as one vector of the storage type holds, as vectors of the
-// computation type.
+// computation type, in the order of memory or, for bfloat16, first the even elements, then the odd
+// ones.
 template <typename scalar_t>
 struct Step {
   using Real = at::opmath_type<scalar_t>;
   using Vector = Vectorized<Real>;
+  static constexpr bool kInWords =
+      std::is_same_v<scalar_t, c10::BFloat16> && std::endian::native == std::endian::little;
   static constexpr int kVectors = sizeof(Real) / sizeof(scalar_t);
   static constexpr std::int64_t kSize = Vectorized<scalar_t>::size();
 
   Vector vectors[kVectors];
 
   static ROPE_INLINE Step load(const scalar_t* from, std::int64_t count) {
-    const auto stored = count < kSize ? Vectorized<scalar_t>::loadu(from, count)
-                                      : Vectorized<scalar_t>::loadu(from);
-    if constexpr (kVectors == 1) {
-      return {{stored}};
+    if constexpr (kInWords) {
+      Words words;
+      if (count < kSize) {
+        scalar_t elements[kSize] = {};
+        std::memcpy(elements, from, count * sizeof(scalar_t));
+        words = Words::loadu(elements);
+      } else {
+        words = Words::loadu(from);
+      }
+      return {{at::vec::cast<float>(words << Words(16)),
+               at::vec::cast<float>(words & Words(kHighHalf))}};
     } else {
-      const auto [first, second] = at::vec::convert_to_float<scalar_t>(stored);
-      return {{first, second}};
+      const auto stored = count < kSize ? Vectorized<scalar_t>::loadu(from, count)
+                                        : Vectorized<scalar_t>::loadu(from);
+      if constexpr (kVectors == 1) {
+        return {{stored}};
+      } else {
+        const auto [first, second] = at::vec::convert_to_float<scalar_t>(stored);
+        return {{first, second}};
+      }
     }
   }
 
   ROPE_INLINE void store(scalar_t* to, std::int64_t count) const {
-    Vectorized<scalar_t> stored;
-    if constexpr (kVectors == 1) {
-      stored = vectors[0];
+    if constexpr (kInWords) {
+      const Words even = (rounded(vectors[0]) >> Words(16)) & Words(0xffff);
+      const Words words = even | (rounded(vectors[1]) & Words(kHighHalf));
+      if (count < kSize) {
+        scalar_t elements[kSize];
+        words.store(elements);
+        std::memcpy(to, elements, count * sizeof(scalar_t));
+      } else {
+        words.store(to);
+      }
     } else {
-      stored = at::vec::convert_from_float<scalar_t>(vectors[0], vectors[1]);
+      Vectorized<scalar_t> stored;
+      if constexpr (kVectors == 1) {
+        stored = vectors[0];
+      } else {
+        stored = at::vec::convert_from_float<scalar_t>(vectors[0], vectors[1]);
+      }
+      if (count < kSize) {
+        stored.store(to, static_cast<int>(count));
+      } else {
+        stored.store(to);
+      }
     }
-    if (count < kSize) {
-      stored.store(to, static_cast<int>(count));
-    } else {
-      stored.store(to);
-    }
+  }
+
+ private:
+  using Words = Vectorized<std::int32_t>;
+  static constexpr auto kHighHalf = static_cast<std::int32_t>(0xffff0000);
+
+  static ROPE_INLINE Words rounded(const Vectorized<float>& value) {
+    const Words bits = at::vec::cast<std::int32_t>(value);
+    return bits + Words(0x7fff) + ((bits >> Words(16)) & Words(1));
   }
 };
 
-// A row of one token: the rotated slice, contiguous, and its cosines and sines, padded.
+// Where the cosine of pair n stands in its row.
 template <typename scalar_t>
-struct Row {
+ROPE_INLINE std::int64_t order_of(std::int64_t n, bool interleaved) {
+  using S = Step<scalar_t>;
+  if (S::kInWords && !interleaved) {
+    const std::int64_t in_step = n % S::kSize;
+    return n - in_step + in_step / 2 + in_step % 2 * (S::kSize / 2);
+  }
+  return n;
+}
+
+// Rows that turn by the same angles: the rotated slice of each, contiguous. Row r begins at in +
+// offsets[2 * r] and at out + offsets[2 * r + 1].
+template <typename scalar_t>
+struct Rows {
+  using Real = at::opmath_type<scalar_t>;
   const scalar_t* in;
   scalar_t* out;
-  const at::opmath_type<scalar_t>* cos;
-  const at::opmath_type<scalar_t>* sin;
+  const std::int64_t* offsets;
+  std::int64_t count;
+  const Real* cos;  // padded
+  const Real* sin;
+
+  ROPE_INLINE const scalar_t* in_row(std::int64_t r) const { return in + offsets[2 * r]; }
+  ROPE_INLINE scalar_t* out_row(std::int64_t r) const { return out + offsets[2 * r + 1]; }
 };
 
-ROPE_INLINE std::int64_t at_least_zero(std::int64_t count) { return count < 0 ? 0 : count; }
+template <typename Vector, int kCount>
+struct Rotations {
+  Rotation<Vector> vectors[kCount];
+
+  template <typename Real>
+  static ROPE_INLINE Rotations load(const Real* cos, const Real* sin) {
+    Rotations loaded;
+    for (int v = 0; v < kCount; ++v) {
+      loaded.vectors[v] = {Vector::loadu(cos + v * Vector::size()),
+                           Vector::loadu(sin + v * Vector::size())};
+    }
+    return loaded;
+  }
+};
 
 // Scalar math: out[n], out[n + N] = rotate({in[n], in[n + N]}, {cos[n], sin[n]})
 template <typename scalar_t>
-ROPE_INLINE void rotate_halves(const Row<scalar_t>& row, std::int64_t num_pairs) {
+ROPE_INLINE void rotate_halves(const Rows<scalar_t>& rows, std::int64_t num_pairs) {
   using S = Step<scalar_t>;
-  using Vector = typename S::Vector;
   for (std::int64_t n = 0; n < num_pairs; n += S::kSize) {
     const std::int64_t count = num_pairs - n;
-    S a = S::load(row.in + n, count);
-    S b = S::load(row.in + num_pairs + n, count);
-    for (int v = 0; v < S::kVectors; ++v) {
-      const std::int64_t first = n + v * Vector::size();
-      const auto turned =
-          rotate<Vector>({a.vectors[v], b.vectors[v]},
-                         {Vector::loadu(row.cos + first), Vector::loadu(row.sin + first)});
-      a.vectors[v] = turned.a;
-      b.vectors[v] = turned.b;
+    const auto angles =
+        Rotations<typename S::Vector, S::kVectors>::load(rows.cos + n, rows.sin + n);
+    for (std::int64_t r = 0; r < rows.count; ++r) {
+      const scalar_t* in = rows.in_row(r) + n;
+      scalar_t* out = rows.out_row(r) + n;
+      S a = S::load(in, count);
+      S b = S::load(in + num_pairs, count);
+      for (int v = 0; v < S::kVectors; ++v) {
+        const auto turned =
+            rotate<typename S::Vector>({a.vectors[v], b.vectors[v]}, angles.vectors[v]);
+        a.vectors[v] = turned.a;
+        b.vectors[v] = turned.b;
+      }
+      a.store(out, count);
+      b.store(out + num_pairs, count);
     }
-    a.store(row.out + n, count);
-    b.store(row.out + num_pairs + n, count);
   }
 }
 
 // Scalar math: out[2n], out[2n + 1] = rotate({in[2n], in[2n + 1]}, {cos[n], sin[n]})
 template <typename scalar_t>
-ROPE_INLINE void rotate_interleaved(const Row<scalar_t>& row, std::int64_t num_pairs) {
+ROPE_INLINE void rotate_interleaved(const Rows<scalar_t>& rows, std::int64_t num_pairs) {
   using S = Step<scalar_t>;
   using Vector = typename S::Vector;
-  for (std::int64_t n = 0; n < num_pairs; n += S::kSize) {
-    // Two steps hold the pairs n to n + kSize; of a row's end, what there is.
+  // Two vectors hold as many pairs as one has elements. In words they are a step, already parted.
+  constexpr int kSteps = S::kVectors == 1 ? 2 : 1;
+  constexpr std::int64_t kPairs = kSteps * S::kSize / 2;
+  for (std::int64_t n = 0; n < num_pairs; n += kPairs) {
+    const auto angles = Rotations<Vector, 1>::load(rows.cos + n, rows.sin + n).vectors[0];
     const std::int64_t count = 2 * (num_pairs - n);
-    const std::int64_t rest = at_least_zero(count - S::kSize);
-    S steps[2] = {S::load(row.in + 2 * n, count), S::load(row.in + 2 * n + S::kSize, rest)};
-    Vector vectors[2 * S::kVectors];
-    for (int v = 0; v < 2 * S::kVectors; ++v) {
-      vectors[v] = steps[v / S::kVectors].vectors[v % S::kVectors];
-    }
-    for (int v = 0; v < S::kVectors; ++v) {
-      const std::int64_t first = n + v * Vector::size();
-      const auto [a, b] = at::vec::deinterleave2(vectors[2 * v], vectors[2 * v + 1]);
-      const auto turned =
-          rotate<Vector>({a, b}, {Vector::loadu(row.cos + first), Vector::loadu(row.sin + first)});
-      const auto [even, odd] = at::vec::interleave2(turned.a, turned.b);
-      vectors[2 * v] = even;
-      vectors[2 * v + 1] = odd;
-    }
-    for (int v = 0; v < 2 * S::kVectors; ++v) {
-      steps[v / S::kVectors].vectors[v % S::kVectors] = vectors[v];
-    }
-    steps[0].store(row.out + 2 * n, count);
-    if (rest > 0) {
-      steps[1].store(row.out + 2 * n + S::kSize, rest);
+    const std::int64_t second_count = count < S::kSize ? 0 : count - S::kSize;
+    for (std::int64_t r = 0; r < rows.count; ++r) {
+      const scalar_t* in = rows.in_row(r) + 2 * n;
+      scalar_t* out = rows.out_row(r) + 2 * n;
+      S first = S::load(in, count);
+      if constexpr (S::kInWords) {
+        const auto turned = rotate<Vector>({first.vectors[0], first.vectors[1]}, angles);
+        first.vectors[0] = turned.a;
+        first.vectors[1] = turned.b;
+      } else {
+        S second = kSteps == 2 ? S::load(in + S::kSize, second_count) : first;
+        Vector& upper = kSteps == 2 ? second.vectors[0] : first.vectors[S::kVectors - 1];
+        const auto [a, b] = at::vec::deinterleave2(first.vectors[0], upper);
+        const auto turned = rotate<Vector>({a, b}, angles);
+        const auto [even, odd] = at::vec::interleave2(turned.a, turned.b);
+        first.vectors[0] = even;
+        upper = odd;
+        if (kSteps == 2 && second_count > 0) {
+          second.store(out + S::kSize, second_count);
+        }
+      }
+      first.store(out, count);
     }
   }
 }
@@ -127,22 +217,29 @@ ROPE_INLINE void rotate_interleaved(const Row<scalar_t>& row, std::int64_t num_p
 // -------------------------------------------------------------------------------------------------
 // Cosines and sines of a token
 
-// Frequencies of all axes, contiguous and padded: those of the launch, or a copy.
-template <typename Frequency>
+// A NaN whose low bits are zero for any NaN: see NOTE [ bfloat16 in words ].
+template <typename Real>
+ROPE_INLINE Rotation<Real> quiet(const Rotation<Real>& angle) {
+  constexpr Real kNaN = std::numeric_limits<Real>::quiet_NaN();
+  return {angle.cos == angle.cos ? angle.cos : kNaN, angle.sin == angle.sin ? angle.sin : kNaN};
+}
+
+// Frequencies of all axes, in the order of the rows of cosines, padded.
+template <typename scalar_t, typename Frequency>
 ROPE_INLINE void load_frequencies(const Launch& launch, const Workspace& workspace) {
   const PositionAngles& angles = launch.by_position;
   auto* frequencies = static_cast<Frequency*>(workspace.frequencies);
   const std::int64_t length = padded(launch.num_pairs);
+  for (std::int64_t i = 0; i < angles.num_axes * length; ++i) {
+    frequencies[i] = 0;
+  }
   for (int axis = 0; axis < angles.num_axes; ++axis) {
     for (std::int64_t n = 0; n < launch.num_pairs; ++n) {
-      frequencies[axis * length + n] =
+      frequencies[axis * length + order_of<scalar_t>(n, launch.interleaved)] =
           angles.inv_freq == nullptr
               ? static_cast<Frequency>(angles.wavelength_frequencies[n])
               : static_cast<const Frequency*>(angles.inv_freq)[axis * angles.inv_freq_axis_stride +
                                                                n * angles.inv_freq_stride];
-    }
-    for (std::int64_t n = launch.num_pairs; n < length; ++n) {
-      frequencies[axis * length + n] = 0;
     }
   }
 }
@@ -194,26 +291,27 @@ ROPE_INLINE void rotations_of_angles(const Launch& launch, const Workspace& work
       num_left += std::fabs(angles[n]) < kReducible ? 0 : 1;
     }
   }
-  for (std::int64_t n = 0; num_left > 0 && n < launch.num_pairs; ++n) {
-    const auto angle = scale(rotation<Real>(angles[n]), factor, conjugate);
+  for (std::int64_t n = 0; num_left > 0 && n < length; ++n) {
+    const auto angle = quiet(scale(rotation<Real>(angles[n]), factor, conjugate));
     cos[n] = angle.cos;
     sin[n] = angle.sin;
   }
 }
 
-template <typename Real, typename Table>
+template <typename scalar_t, typename Table, typename Real>
 ROPE_INLINE void rotations_of_table(const Launch& launch, const std::int64_t* offsets, Real* cos,
                                     Real* sin) {
   const TableAngles& table = launch.by_table;
   const auto row = find_table_row<Table>(table, offsets[kAngle], offsets[kSin]);
   for (std::int64_t n = 0; n < launch.num_pairs; ++n) {
-    const auto angle = scale(load_rotation<Real>(table, row, n), Real(1), launch.conjugate);
-    cos[n] = angle.cos;
-    sin[n] = angle.sin;
+    const auto angle = quiet(scale(load_rotation<Real>(table, row, n), Real(1), launch.conjugate));
+    const std::int64_t place = order_of<scalar_t>(n, launch.interleaved);
+    cos[place] = angle.cos;
+    sin[place] = angle.sin;
   }
 }
 
-template <typename Real>
+template <typename scalar_t, typename Real>
 ROPE_INLINE void rotations_of_token(const Launch& launch, const Workspace& workspace,
                                     const std::int64_t* offsets, Real* cos, Real* sin) {
   if (!launch.uses_tables) {
@@ -227,56 +325,81 @@ ROPE_INLINE void rotations_of_token(const Launch& launch, const Workspace& works
   }
   switch (launch.by_table.dtype) {
     case c10::ScalarType::Double:
-      return rotations_of_table<Real, double>(launch, offsets, cos, sin);
+      return rotations_of_table<scalar_t, double>(launch, offsets, cos, sin);
     case c10::ScalarType::Float:
-      return rotations_of_table<Real, float>(launch, offsets, cos, sin);
+      return rotations_of_table<scalar_t, float>(launch, offsets, cos, sin);
     case c10::ScalarType::Half:
-      return rotations_of_table<Real, c10::Half>(launch, offsets, cos, sin);
+      return rotations_of_table<scalar_t, c10::Half>(launch, offsets, cos, sin);
     default:
-      return rotations_of_table<Real, c10::BFloat16>(launch, offsets, cos, sin);
+      return rotations_of_table<scalar_t, c10::BFloat16>(launch, offsets, cos, sin);
   }
 }
 
 // -------------------------------------------------------------------------------------------------
 // Rows
 
-// One row of the embedding axis, wherever it lies: the rotated slice, and around it a copy.
-template <typename scalar_t, bool interleaved>
-ROPE_INLINE void rotate_row(const Launch& launch, const Operand& operand,
-                            const Workspace& workspace, Row<scalar_t> row) {
-  const std::int64_t slice = 2 * launch.num_pairs;
+// The elements outside the rotated slice.
+template <typename scalar_t>
+ROPE_INLINE void copy_outside(const Launch& launch, const Operand& operand,
+                              const Rows<scalar_t>& rows) {
   const std::int64_t begin = launch.rotary_offset;
-  if (row.in != row.out) {
-    for (std::int64_t d = 0; d < begin; ++d) {
-      row.out[d * operand.out_axis_stride] = row.in[d * operand.in_axis_stride];
+  const std::int64_t end = begin + 2 * launch.num_pairs;
+  const auto copy = [&](scalar_t* out, const scalar_t* in, std::int64_t from, std::int64_t to) {
+    if (operand.in_axis_stride == 1 && operand.out_axis_stride == 1) {
+      std::memcpy(out + from, in + from, (to - from) * sizeof(scalar_t));
+      return;
     }
-    for (std::int64_t d = begin + slice; d < operand.axis_size; ++d) {
-      row.out[d * operand.out_axis_stride] = row.in[d * operand.in_axis_stride];
+    for (std::int64_t d = from; d < to; ++d) {
+      out[d * operand.out_axis_stride] = in[d * operand.in_axis_stride];
     }
+  };
+  for (std::int64_t r = 0; r < rows.count; ++r) {
+    copy(rows.out_row(r), rows.in_row(r), 0, begin);
+    copy(rows.out_row(r), rows.in_row(r), end, operand.axis_size);
   }
-  const scalar_t* in = row.in + begin * operand.in_axis_stride;
-  scalar_t* out = row.out + begin * operand.out_axis_stride;
-  auto* copy = static_cast<scalar_t*>(workspace.row);
-  row.in = in;
-  row.out = out;
-  if (operand.in_axis_stride != 1) {
-    for (std::int64_t d = 0; d < slice; ++d) {
-      copy[d] = in[d * operand.in_axis_stride];
-    }
-    row.in = copy;
-  }
-  if (operand.out_axis_stride != 1) {
-    row.out = copy;
-  }
+}
+
+template <typename scalar_t, bool interleaved>
+ROPE_INLINE void rotate_slices(const Rows<scalar_t>& rows, std::int64_t num_pairs) {
   if constexpr (interleaved) {
-    rotate_interleaved(row, launch.num_pairs);
+    rotate_interleaved(rows, num_pairs);
   } else {
-    rotate_halves(row, launch.num_pairs);
+    rotate_halves(rows, num_pairs);
   }
-  if (operand.out_axis_stride != 1) {
-    for (std::int64_t d = 0; d < slice; ++d) {
-      out[d * operand.out_axis_stride] = copy[d];
+}
+
+// Slices with gaps between their elements are rotated in a contiguous copy.
+template <typename scalar_t, bool interleaved>
+ROPE_INLINE void rotate_slices_with_gaps(const Launch& launch, const Operand& operand,
+                                         const Workspace& workspace, const Rows<scalar_t>& rows) {
+  constexpr std::int64_t kNoOffsets[2] = {0, 0};
+  auto* copy = static_cast<scalar_t*>(workspace.row);
+  const std::int64_t size = 2 * launch.num_pairs;
+  for (std::int64_t r = 0; r < rows.count; ++r) {
+    for (std::int64_t d = 0; d < size; ++d) {
+      copy[d] = rows.in_row(r)[d * operand.in_axis_stride];
     }
+    rotate_slices<scalar_t, interleaved>({copy, copy, kNoOffsets, 1, rows.cos, rows.sin},
+                                         launch.num_pairs);
+    for (std::int64_t d = 0; d < size; ++d) {
+      rows.out_row(r)[d * operand.out_axis_stride] = copy[d];
+    }
+  }
+}
+
+// Rows of the embedding axis that turn by the same angles, wherever they lie.
+template <typename scalar_t, bool interleaved>
+ROPE_INLINE void rotate_rows(const Launch& launch, const Operand& operand,
+                             const Workspace& workspace, Rows<scalar_t> rows) {
+  if (operand.in != operand.out && operand.axis_size != 2 * launch.num_pairs) {
+    copy_outside(launch, operand, rows);
+  }
+  rows.in += launch.rotary_offset * operand.in_axis_stride;
+  rows.out += launch.rotary_offset * operand.out_axis_stride;
+  if (operand.in_axis_stride == 1 && operand.out_axis_stride == 1) {
+    rotate_slices<scalar_t, interleaved>(rows, launch.num_pairs);
+  } else {
+    rotate_slices_with_gaps<scalar_t, interleaved>(launch, operand, workspace, rows);
   }
 }
 
@@ -294,13 +417,13 @@ ROPE_INLINE void rotate_operand(const Launch& launch, int index, const Workspace
   const auto* in = static_cast<const scalar_t*>(operand.in);
   auto* out = static_cast<scalar_t*>(operand.out);
 
-  const auto rotate_one = [&](std::int64_t token,
-                              std::int64_t shared) __attribute__((always_inline)) {
-    const std::int64_t* token_offset = workspace.token_offsets + token * kTokenArrays + 2 * index;
-    const std::int64_t* shared_offset = workspace.shared_offsets + 2 * shared;
-    rotate_row<scalar_t, interleaved>(
+  // Shared rows [first, first + count) of the chunk, of one token.
+  const auto rotate_some = [&](std::int64_t token, std::int64_t first,
+                               std::int64_t count) __attribute__((always_inline)) {
+    const std::int64_t* offset = workspace.token_offsets + token * kTokenArrays + 2 * index;
+    rotate_rows<scalar_t, interleaved>(
         launch, operand, workspace,
-        {in + token_offset[kIn] + shared_offset[0], out + token_offset[kOut] + shared_offset[1],
+        {in + offset[kIn], out + offset[kOut], workspace.shared_offsets + 2 * first, count,
          static_cast<const Real*>(workspace.cos) + token * length,
          static_cast<const Real*>(workspace.sin) + token * length});
   };
@@ -319,12 +442,13 @@ ROPE_INLINE void rotate_operand(const Launch& launch, int index, const Workspace
       workspace.shared_offsets[2 * s] = offsets[0];
       workspace.shared_offsets[2 * s + 1] = offsets[1];
     }
-    const std::int64_t outer = tokens_inside ? num_chunk : num_tokens;
-    const std::int64_t inner = tokens_inside ? num_tokens : num_chunk;
-    for (std::int64_t i = 0; i < outer; ++i) {
-      for (std::int64_t j = 0; j < inner; ++j) {
-        rotate_one(tokens_inside ? j : i, tokens_inside ? i : j);
+    for (std::int64_t s = 0; tokens_inside && s < num_chunk; ++s) {
+      for (std::int64_t token = 0; token < num_tokens; ++token) {
+        rotate_some(token, s, 1);
       }
+    }
+    for (std::int64_t token = 0; !tokens_inside && token < num_tokens; ++token) {
+      rotate_some(token, 0, num_chunk);
     }
   }
 }
@@ -335,9 +459,9 @@ ROPE_INLINE void rotate_block(const Launch& launch, const Workspace& workspace,
   using Real = at::opmath_type<scalar_t>;
   if (!launch.uses_tables) {
     if (launch.by_position.inv_freq_dtype == c10::ScalarType::Float) {
-      load_frequencies<float>(launch, workspace);
+      load_frequencies<scalar_t, float>(launch, workspace);
     } else {
-      load_frequencies<double>(launch, workspace);
+      load_frequencies<scalar_t, double>(launch, workspace);
     }
   }
   const std::int64_t length = padded(launch.num_pairs);
@@ -348,9 +472,9 @@ ROPE_INLINE void rotate_block(const Launch& launch, const Workspace& workspace,
     for (int array = 0; array < kTokenArrays; ++array) {
       workspace.token_offsets[row * kTokenArrays + array] = offsets[array];
     }
-    rotations_of_token<Real>(launch, workspace, offsets,
-                             static_cast<Real*>(workspace.cos) + row * length,
-                             static_cast<Real*>(workspace.sin) + row * length);
+    rotations_of_token<scalar_t>(launch, workspace, offsets,
+                                 static_cast<Real*>(workspace.cos) + row * length,
+                                 static_cast<Real*>(workspace.sin) + row * length);
   }
   for (int index = 0; index < launch.num_operands; ++index) {
     if (launch.interleaved) {
@@ -366,8 +490,9 @@ ROPE_INLINE void rotate_block(const Launch& launch, const Workspace& workspace,
 #define ROPE_CONCATENATE_(a, b) a##b
 #define ROPE_CONCATENATE(a, b) ROPE_CONCATENATE_(a, b)
 
-void ROPE_CONCATENATE(rotate_, CPU_CAPABILITY)(const Launch& launch, const Workspace& workspace,
-                                               const Block& block) {
+ROPE_ENTRY void ROPE_CONCATENATE(rotate_, CPU_CAPABILITY)(const Launch& launch,
+                                                          const Workspace& workspace,
+                                                          const Block& block) {
   switch (launch.dtype) {
     case c10::ScalarType::Double:
       return rotate_block<double>(launch, workspace, block);
