@@ -5,6 +5,7 @@
 #include "call.h"
 #include "checks.h"
 #include "cpu/launch.h"
+#include "cpu/memory.h"
 #include "cuda/launch.h"
 #include "describe.h"
 
@@ -23,6 +24,12 @@ Outputs check_and_allocate(const Call& call) {
 Outputs rotate_on_cpu(const Call& call) {
   Outputs outputs = check_and_allocate(call);
   check_rows_exist(call);
+  if (!call.in_place) {
+    cpu::prefer_huge_pages(outputs.q);
+    if (call.is_pair) {
+      cpu::prefer_huge_pages(outputs.k);
+    }
+  }
   for_each_launch(call, outputs, cpu::launch);
   return outputs;
 }
