@@ -1,0 +1,78 @@
+// Calls as the operators make them, and what a CUDA device would be given for them.
+#pragma once
+
+#include <functional>
+#include <utility>
+#include <vector>
+
+#include "call.h"
+#include "checks.h"
+#include "cuda/plan.h"
+#include "describe.h"
+
+namespace host {
+
+// A call, and the same call on other tensors.
+struct Call : rope::Call {
+  Call on(const at::Tensor& x) const {
+    Call call = *this;
+    call.q = x;
+    call.k = at::Tensor();
+    call.is_pair = false;
+    return call;
+  }
+  Call on(const at::Tensor& q, const at::Tensor& k) const {
+    Call call = on(q);
+    call.k = k;
+    call.is_pair = true;
+    return call;
+  }
+};
+
+inline Call in_place(Call call) {
+  call.in_place = true;
+  return call;
+}
+
+// A call of apply or apply_qk, before it has tensors to rotate.
+inline Call apply(const at::Tensor& positions, const rope::ApplyOptions& options = {}) {
+  Call call;
+  call.positions = positions;
+  call.options = options;
+  return call;
+}
+
+// Likewise of apply_cos_sin or apply_cos_sin_qk.
+inline Call apply_cos_sin(const at::Tensor& cos, const at::Tensor& sin,
+                          const rope::CosSinOptions& options = {}) {
+  Call call;
+  call.uses_tables = true;
+  call.cos = cos;
+  call.sin = sin;
+  call.positions = options.positions.value_or(at::Tensor());
+  call.options = {.embedding_axis = options.embedding_axis,
+                  .rotary_offset = options.rotary_offset,
+                  .interleaved = options.interleaved,
+                  .conjugate = options.conjugate};
+  return call;
+}
+
+using VisitPlan = std::function<void(const rope::Launch&, const rope::cuda::Plan&)>;
+
+// Visits each kernel that the call would start, in order.
+inline void for_each_plan(const rope::Call& call, const rope::Outputs& outputs,
+                          const VisitPlan& visit) {
+  rope::check(call);
+  rope::for_each_launch(call, outputs, [&](const rope::Launch& launch) {
+    rope::cuda::for_each_plan(launch, [&](const rope::cuda::Plan& plan) { visit(launch, plan); });
+  });
+}
+
+inline std::vector<rope::cuda::Plan> plans(const rope::Call& call, const rope::Outputs& outputs) {
+  std::vector<rope::cuda::Plan> result;
+  for_each_plan(call, outputs,
+                [&](const rope::Launch&, const rope::cuda::Plan& plan) { result.push_back(plan); });
+  return result;
+}
+
+}  // namespace host

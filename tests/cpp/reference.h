@@ -1,0 +1,219 @@
+// The rotation in float64, written plainly from its formula, and the error that an output may have.
+// It shares no code with the library; from rope/rope.h it has the structs of the options.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "rope/rope.h"
+
+namespace reference {
+
+// The error of an element before it is rounded to the output's dtype, over the norm of its pair.
+inline constexpr double kFloat32Error = 0x1p-21;
+// Two products and their sum, each rounded at 2^-53, in the library and here.
+inline constexpr double kFloat64ErrorOfTables = 4 * 0x1p-53;
+// cos and sin are within 1e-12, which moves a pair of norm 1 by at most sqrt(2) times that.
+inline constexpr double kFloat64Error = 1.4143e-12 + kFloat64ErrorOfTables;
+// An exponent, a power, a quotient and a product with a position, each rounded to float64, in an
+// order that the formula leaves open.
+inline constexpr double kErrorOfFormedAngle = 0x1p-51;
+
+struct Expected {
+  at::Tensor values;     // float64
+  at::Tensor tolerance;  // before rounding to the dtype; 0 where an element must come out as it is
+};
+
+// Where the pairs of x are.
+struct Slice {
+  std::int64_t embedding_axis;
+  std::int64_t rotary_offset;
+  bool interleaved;
+};
+
+// cos, sin and error have one column for each pair, and broadcast with x without the embedding
+// axis.
+inline Expected rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
+                       const at::Tensor& error, const Slice& slice) {
+  const std::int64_t num_pairs = cos.size(-1);
+  const at::Tensor n = at::arange(num_pairs);
+  const at::Tensor first = slice.rotary_offset + (slice.interleaved ? 2 * n : n);
+  const at::Tensor second = first + (slice.interleaved ? 1 : num_pairs);
+
+  const at::Tensor values = x.detach().to(at::kDouble).movedim(slice.embedding_axis, -1);
+  const at::Tensor a = values.index_select(-1, first);
+  const at::Tensor b = values.index_select(-1, second);
+  at::Tensor rotated = values.clone();
+  rotated.index_copy_(-1, first, a * cos - b * sin);
+  rotated.index_copy_(-1, second, b * cos + a * sin);
+
+  at::Tensor tolerance = at::zeros_like(values);
+  const at::Tensor of_pair = at::hypot(a, b) * at::hypot(cos, sin) * error;
+  tolerance.index_copy_(-1, first, of_pair);
+  tolerance.index_copy_(-1, second, of_pair);
+  return {rotated.movedim(-1, slice.embedding_axis), tolerance.movedim(-1, slice.embedding_axis)};
+}
+
+// The angle of each pair at each position, float64 of shape (..., N).
+inline at::Tensor angles(const at::Tensor& positions, std::int64_t rotary_dim,
+                         const rope::ApplyOptions& options) {
+  if (!options.inv_freq.has_value()) {
+    std::vector<double> frequencies;
+    for (std::int64_t n = 0; n < rotary_dim / 2; ++n) {
+      const double exponent = -2.0 * static_cast<double>(n) / static_cast<double>(rotary_dim);
+      frequencies.push_back(std::pow(options.max_wavelength, exponent));
+    }
+    return positions.to(at::kDouble).unsqueeze(-1) * at::tensor(frequencies, at::kDouble) /
+           options.scale_factor;
+  }
+  const at::Tensor inv_freq = options.inv_freq->detach();
+  const at::Tensor rounded = positions.to(inv_freq.scalar_type()).unsqueeze(-1);
+  if (inv_freq.dim() == 1) {
+    return (rounded * inv_freq).to(at::kDouble);
+  }
+  at::Tensor sum = rounded[0] * inv_freq[0];
+  for (std::int64_t axis = 1; axis < inv_freq.size(0); ++axis) {
+    sum = sum + rounded[axis] * inv_freq[axis];
+  }
+  return sum.to(at::kDouble);
+}
+
+// What rope::apply should return.
+inline Expected apply(const at::Tensor& x, const at::Tensor& positions,
+                      const rope::ApplyOptions& options = {}) {
+  const std::int64_t rotary_dim =
+      options.inv_freq.has_value()
+          ? 2 * options.inv_freq->size(-1)
+          : options.rotary_dim.value_or(x.size(options.embedding_axis) - options.rotary_offset);
+  const at::Tensor angle = angles(positions.detach(), rotary_dim, options);
+  at::Tensor error =
+      at::full_like(angle, x.scalar_type() == at::kDouble ? kFloat64Error : kFloat32Error);
+  if (!options.inv_freq.has_value()) {
+    error = error + angle.abs() * kErrorOfFormedAngle;
+  }
+  const at::Tensor cos = options.attention_factor * angle.cos();
+  const at::Tensor sin = options.attention_factor * angle.sin();
+  return rotate(x, cos, options.conjugate ? -sin : sin, error,
+                {options.embedding_axis, options.rotary_offset, options.interleaved});
+}
+
+// What rope::apply_cos_sin should return.
+inline Expected apply_cos_sin(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
+                              const rope::CosSinOptions& options = {}) {
+  const auto rows_of = [&](const at::Tensor& table) {
+    const at::Tensor exact = table.detach().to(at::kDouble);
+    if (!options.positions.has_value()) {
+      return exact;
+    }
+    const at::Tensor rows = options.positions->to(at::kLong);
+    std::vector<std::int64_t> sizes = rows.sizes().vec();
+    sizes.push_back(exact.size(1));
+    return exact.index_select(0, rows.flatten()).view(sizes);
+  };
+  const at::Tensor used_cos = rows_of(cos);
+  const at::Tensor used_sin = rows_of(sin);
+  const at::Tensor error = at::full_like(
+      used_cos, x.scalar_type() == at::kDouble ? kFloat64ErrorOfTables : kFloat32Error);
+  return rotate(x, used_cos, options.conjugate ? -used_sin : used_sin, error,
+                {options.embedding_axis, options.rotary_offset, options.interleaved});
+}
+
+// The most that rounding a number of this magnitude to the dtype can change it.
+inline at::Tensor half_ulp(const at::Tensor& magnitude, at::ScalarType dtype) {
+  double epsilon = std::numeric_limits<double>::epsilon();
+  double smallest = std::numeric_limits<double>::min();
+  if (dtype == at::kFloat) {
+    epsilon = std::numeric_limits<float>::epsilon();
+    smallest = std::numeric_limits<float>::min();
+  } else if (dtype == at::kHalf) {
+    epsilon = std::numeric_limits<c10::Half>::epsilon();
+    smallest = std::numeric_limits<c10::Half>::min();
+  } else if (dtype == at::kBFloat16) {
+    epsilon = std::numeric_limits<c10::BFloat16>::epsilon();
+    smallest = std::numeric_limits<c10::BFloat16>::min();
+  }
+  const at::Tensor exponent = std::get<1>(at::frexp(magnitude.clamp_min(smallest)));
+  return at::ldexp(at::full_like(magnitude, epsilon / 4), exponent);
+}
+
+// Whether actual is what was expected, each element rounded once.
+inline testing::AssertionResult is_rotated(const at::Tensor& actual, const Expected& expected) {
+  const auto& [values, tolerance] = expected;
+  if (actual.sizes() != values.sizes()) {
+    return testing::AssertionFailure()
+           << "the shape is " << actual.sizes() << " instead of " << values.sizes();
+  }
+  const at::Tensor rounding = half_ulp(values.abs() + tolerance, actual.scalar_type());
+  const at::Tensor allowed =
+      at::where(tolerance > 0, tolerance + rounding, at::zeros_like(tolerance));
+  const at::Tensor errors = (actual.detach().cpu().to(at::kDouble) - values).abs();
+  const at::Tensor wrong = (errors <= allowed).logical_not().flatten().nonzero();
+  if (wrong.size(0) == 0) {
+    return testing::AssertionSuccess();
+  }
+  const auto first = wrong[0][0].item<std::int64_t>();
+  const auto at_first = [&](const at::Tensor& tensor) {
+    return tensor.flatten()[first].item<double>();
+  };
+  return testing::AssertionFailure()
+         << wrong.size(0) << " of " << values.numel() << " elements are wrong; element " << first
+         << " of " << values.sizes() << " is " << at_first(actual.detach().to(at::kDouble).cpu())
+         << " instead of " << at_first(values) << ", off by " << at_first(errors) << " where "
+         << at_first(allowed) << " is allowed";
+}
+
+// The elements as integers of the same size, in order.
+inline at::Tensor bits(const at::Tensor& x) {
+  const at::ScalarType integer = x.element_size() == 8   ? at::kLong
+                                 : x.element_size() == 4 ? at::kInt
+                                                         : at::kShort;
+  return x.detach().clone(at::MemoryFormat::Contiguous).view(integer);
+}
+
+// Whether two tensors agree in dtype, shape and every bit of every element.
+inline testing::AssertionResult same_bits(const at::Tensor& actual, const at::Tensor& expected) {
+  if (actual.scalar_type() != expected.scalar_type() || actual.sizes() != expected.sizes()) {
+    return testing::AssertionFailure()
+           << "dtype or shape differ: " << actual.scalar_type() << " " << actual.sizes()
+           << " instead of " << expected.scalar_type() << " " << expected.sizes();
+  }
+  const auto differing = (bits(actual) != bits(expected)).sum().item<std::int64_t>();
+  if (differing == 0) {
+    return testing::AssertionSuccess();
+  }
+  return testing::AssertionFailure()
+         << differing << " of " << actual.numel() << " elements differ in their bits";
+}
+
+// Normally distributed, the same in every run.
+inline at::Tensor random_values(at::IntArrayRef sizes, at::ScalarType dtype = at::kFloat,
+                                std::uint64_t seed = 0) {
+  return at::randn(sizes, at::detail::createCPUGenerator(seed), at::kDouble).to(dtype);
+}
+
+// In [low, high), in eighths where the dtype has fractions.
+inline at::Tensor random_positions(at::IntArrayRef sizes, at::ScalarType dtype = at::kLong,
+                                   std::int64_t low = -65536, std::int64_t high = 65536) {
+  const at::Tensor eighths =
+      at::randint(8 * low, 8 * high, sizes, at::detail::createCPUGenerator(1), at::kLong);
+  return at::isFloatingType(dtype) ? (eighths.to(at::kDouble) / 8).to(dtype)
+                                   : at::floor_divide(eighths, 8).to(dtype);
+}
+
+// Between 0 and 1 radians per unit of position.
+inline at::Tensor random_inv_freq(at::IntArrayRef sizes, at::ScalarType dtype = at::kFloat) {
+  return at::rand(sizes, at::detail::createCPUGenerator(2), at::kDouble).to(dtype);
+}
+
+inline constexpr at::ScalarType kFloatDtypes[] = {at::kDouble, at::kFloat, at::kHalf,
+                                                  at::kBFloat16};
+inline constexpr at::ScalarType kPositionDtypes[] = {at::kInt, at::kLong, at::kFloat, at::kDouble};
+
+}  // namespace reference

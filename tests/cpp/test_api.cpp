@@ -1,0 +1,448 @@
+// The C++ functions of rope/rope.h: what they compute, what they refuse, and their derivatives.
+#include <ATen/Context.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <rope/rope.h>
+
+#include <functional>
+#include <map>
+#include <string>
+#include <type_traits>
+
+#include "reference.h"
+
+namespace {
+
+using reference::is_rotated;
+using reference::kFloatDtypes;
+using reference::kPositionDtypes;
+using reference::random_inv_freq;
+using reference::random_positions;
+using reference::random_values;
+using reference::same_bits;
+
+const char* const kOperators[] = {"apply",          "apply_qk",         "apply_",
+                                  "apply_qk_",      "apply_cos_sin",    "apply_cos_sin_qk",
+                                  "apply_cos_sin_", "apply_cos_sin_qk_"};
+
+const c10::FunctionSchema& schema_of(const std::string& name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(("rope::" + name).c_str(), "").schema();
+}
+
+// The members of the options by the names that the schemas give them.
+std::map<std::string, c10::IValue> members(const rope::ApplyOptions& options) {
+  return {{"inv_freq", options.inv_freq},
+          {"embedding_axis", options.embedding_axis},
+          {"rotary_dim", options.rotary_dim},
+          {"rotary_offset", options.rotary_offset},
+          {"max_wavelength", options.max_wavelength},
+          {"scale_factor", options.scale_factor},
+          {"attention_factor", options.attention_factor},
+          {"interleaved", options.interleaved},
+          {"conjugate", options.conjugate}};
+}
+
+std::map<std::string, c10::IValue> members(const rope::CosSinOptions& options) {
+  return {{"positions", options.positions},
+          {"embedding_axis", options.embedding_axis},
+          {"rotary_offset", options.rotary_offset},
+          {"interleaved", options.interleaved},
+          {"conjugate", options.conjugate}};
+}
+
+// The arguments of a schema that have a default, with it.
+std::map<std::string, c10::IValue> defaults(const c10::FunctionSchema& schema) {
+  std::map<std::string, c10::IValue> result;
+  for (const c10::Argument& argument : schema.arguments()) {
+    if (argument.default_value().has_value()) {
+      result.emplace(argument.name(), *argument.default_value());
+    }
+  }
+  return result;
+}
+
+TEST(Options, HaveTheMembersAndDefaultsOfTheSchemas) {
+  for (const std::string name : kOperators) {
+    SCOPED_TRACE(name);
+    const bool uses_tables = name.find("cos_sin") != std::string::npos;
+    EXPECT_EQ(defaults(schema_of(name)),
+              uses_tables ? members(rope::CosSinOptions()) : members(rope::ApplyOptions()));
+  }
+}
+
+TEST(Options, AreAggregates) {
+  EXPECT_TRUE(std::is_aggregate_v<rope::ApplyOptions>);
+  EXPECT_TRUE(std::is_aggregate_v<rope::CosSinOptions>);
+}
+
+TEST(Apply, RotatesEveryDtypeByPositionsOfEveryDtype) {
+  for (const at::ScalarType dtype : kFloatDtypes) {
+    for (const at::ScalarType positions_dtype : kPositionDtypes) {
+      SCOPED_TRACE(c10::str(dtype, " by ", positions_dtype));
+      const at::Tensor x = random_values({2, 7, 3, 32}, dtype);
+      const at::Tensor positions = random_positions({7, 1}, positions_dtype);
+      const at::Tensor y = rope::apply(x, positions);
+      EXPECT_EQ(y.scalar_type(), dtype);
+      EXPECT_TRUE(is_rotated(y, reference::apply(x, positions)));
+    }
+  }
+}
+
+TEST(Apply, TakesEachOption) {
+  const at::Tensor x = random_values({3, 40, 7});
+  const at::Tensor positions = random_positions({7});
+  const at::Tensor axes = random_positions({3, 3, 7});
+  for (const rope::ApplyOptions& options :
+       {rope::ApplyOptions{.embedding_axis = 1}, rope::ApplyOptions{.embedding_axis = -2},
+        rope::ApplyOptions{.embedding_axis = 1, .rotary_dim = 16},
+        rope::ApplyOptions{.embedding_axis = 1, .rotary_offset = 8},
+        rope::ApplyOptions{.embedding_axis = 1, .rotary_dim = 16, .rotary_offset = 3},
+        rope::ApplyOptions{.embedding_axis = 1, .max_wavelength = 5e5},
+        rope::ApplyOptions{.embedding_axis = 1, .scale_factor = 4},
+        rope::ApplyOptions{.embedding_axis = 1, .attention_factor = 1.5},
+        rope::ApplyOptions{.embedding_axis = 1, .interleaved = true},
+        rope::ApplyOptions{.embedding_axis = 1, .conjugate = true},
+        rope::ApplyOptions{.inv_freq = random_inv_freq({12}), .embedding_axis = 1},
+        rope::ApplyOptions{.inv_freq = random_inv_freq({12}, at::kDouble), .embedding_axis = 1}}) {
+    EXPECT_TRUE(
+        is_rotated(rope::apply(x, positions, options), reference::apply(x, positions, options)));
+  }
+  const rope::ApplyOptions of_axes = {.inv_freq = random_inv_freq({3, 12}), .embedding_axis = 1};
+  EXPECT_TRUE(is_rotated(rope::apply(x, axes, of_axes), reference::apply(x, axes, of_axes)));
+}
+
+TEST(Apply, KeepsTheStridesOfATransposedInput) {
+  const at::Tensor x = random_values({2, 3, 7, 32}).transpose(1, 2);
+  const at::Tensor positions = random_positions({7, 1});
+  const at::Tensor y = rope::apply(x, positions);
+  EXPECT_EQ(y.strides(), x.strides());
+  EXPECT_TRUE(is_rotated(y, reference::apply(x, positions)));
+}
+
+TEST(Apply, LeavesItsInputAlone) {
+  const at::Tensor x = random_values({7, 32});
+  const at::Tensor before = x.clone();
+  rope::apply(x, random_positions({7}));
+  EXPECT_TRUE(same_bits(x, before));
+}
+
+TEST(Apply, IsUndoneByItsConjugate) {
+  const at::Tensor x = random_values({7, 32}, at::kDouble);
+  const at::Tensor positions = random_positions({7});
+  const at::Tensor back = rope::apply(rope::apply(x, positions), positions, {.conjugate = true});
+  EXPECT_TRUE(at::allclose(back, x, 0, 1e-10));
+}
+
+TEST(Apply, RotatesEmptyTensorsAndByAScalarPosition) {
+  EXPECT_EQ(rope::apply(at::empty({0, 32}), at::arange(0)).sizes(), at::IntArrayRef({0, 32}));
+  EXPECT_EQ(rope::apply(at::empty({3, 0}), at::arange(3)).sizes(), at::IntArrayRef({3, 0}));
+  const at::Tensor x = random_values({7, 32});
+  EXPECT_TRUE(is_rotated(rope::apply(x, at::tensor(5)), reference::apply(x, at::tensor(5))));
+}
+
+TEST(Apply, KeepsNaNInItsOwnPair) {
+  at::Tensor x = random_values({7, 32});
+  x[2][3] = std::numeric_limits<double>::quiet_NaN();
+  const at::Tensor wrong = rope::apply(x, random_positions({7})).isnan();
+  EXPECT_EQ(wrong.sum().item<int>(), 2);
+  EXPECT_TRUE(wrong[2][3].item<bool>());
+  EXPECT_TRUE(wrong[2][19].item<bool>());
+}
+
+TEST(Apply, WorksOnMetaTensors) {
+  const at::Tensor x = at::empty({7, 32}, at::dtype(at::kHalf).device(at::kMeta));
+  const at::Tensor y = rope::apply(x, at::empty({7}, at::dtype(at::kLong).device(at::kMeta)));
+  EXPECT_TRUE(y.is_meta());
+  EXPECT_EQ(y.sizes(), x.sizes());
+  EXPECT_EQ(y.scalar_type(), at::kHalf);
+}
+
+TEST(ApplyQk, RotatesEachAsAlone) {
+  const at::Tensor q = random_values({2, 7, 6, 32});
+  const at::Tensor k = random_values({2, 7, 2, 32}, at::kFloat, 1);
+  const at::Tensor positions = random_positions({7, 1});
+  const rope::ApplyOptions options = {.inv_freq = random_inv_freq({12}), .attention_factor = 1.2};
+  const auto [q_rotated, k_rotated] = rope::apply_qk(q, k, positions, options);
+  EXPECT_TRUE(is_rotated(q_rotated, reference::apply(q, positions, options)));
+  EXPECT_TRUE(same_bits(q_rotated, rope::apply(q, positions, options)));
+  EXPECT_TRUE(same_bits(k_rotated, rope::apply(k, positions, options)));
+}
+
+TEST(ApplyQk, RotatesTensorsThatDiffer) {
+  const at::Tensor positions = random_positions({7, 1});
+  const at::Tensor q = random_values({2, 7, 6, 32});
+  for (const at::Tensor& k :
+       {random_values({7, 2, 32}, at::kHalf), random_values({3, 2, 7, 1, 32}, at::kDouble),
+        random_values({2, 2, 7, 32}).transpose(1, 2), random_values({2, 7, 2, 64})}) {
+    const auto [q_rotated, k_rotated] = rope::apply_qk(q, k, positions);
+    EXPECT_TRUE(same_bits(q_rotated, rope::apply(q, positions)));
+    EXPECT_TRUE(same_bits(k_rotated, rope::apply(k, positions)));
+  }
+}
+
+TEST(ApplyInPlace, RotatesWhatItIsGivenAndReturnsIt) {
+  const at::Tensor x = random_values({7, 2, 32});
+  const at::Tensor positions = random_positions({7, 1});
+  const rope::ApplyOptions options = {.rotary_dim = 16, .rotary_offset = 5, .interleaved = true};
+  const at::Tensor expected = rope::apply(x, positions, options);
+  const at::Tensor returned = rope::apply_(x, positions, options);
+  EXPECT_TRUE(returned.is_same(x));
+  EXPECT_TRUE(same_bits(x, expected));
+}
+
+TEST(ApplyInPlace, RotatesAPairAndReturnsIt) {
+  const at::Tensor packed = random_values({7, 3, 32});
+  const at::Tensor before = packed.clone();
+  const at::Tensor q = packed.select(1, 0);
+  const at::Tensor k = packed.select(1, 1);
+  const at::Tensor positions = random_positions({7});
+  const auto [q_returned, k_returned] = rope::apply_qk_(q, k, positions);
+  EXPECT_TRUE(q_returned.is_same(q));
+  EXPECT_TRUE(k_returned.is_same(k));
+  EXPECT_TRUE(same_bits(q, rope::apply(before.select(1, 0), positions)));
+  EXPECT_TRUE(same_bits(k, rope::apply(before.select(1, 1), positions)));
+  EXPECT_TRUE(same_bits(packed.select(1, 2), before.select(1, 2)));
+}
+
+TEST(ApplyCosSin, UsesTablesOfEveryDtype) {
+  for (const at::ScalarType dtype : kFloatDtypes) {
+    for (const at::ScalarType table : kFloatDtypes) {
+      SCOPED_TRACE(c10::str(dtype, " by ", table));
+      const at::Tensor x = random_values({2, 7, 3, 32}, dtype);
+      const at::Tensor cos = random_values({7, 1, 16}, table, 1);
+      const at::Tensor sin = random_values({7, 1, 16}, table, 2);
+      EXPECT_TRUE(
+          is_rotated(rope::apply_cos_sin(x, cos, sin), reference::apply_cos_sin(x, cos, sin)));
+    }
+  }
+}
+
+TEST(ApplyCosSin, TakesEachOption) {
+  const at::Tensor x = random_values({3, 40, 7});
+  const at::Tensor cos = random_values({7, 12}, at::kFloat, 1);
+  const at::Tensor sin = random_values({7, 12}, at::kFloat, 2);
+  const at::Tensor rows = random_positions({3, 7}, at::kInt, 0, 7);
+  for (const rope::CosSinOptions& options :
+       {rope::CosSinOptions{.embedding_axis = 1}, rope::CosSinOptions{.embedding_axis = -2},
+        rope::CosSinOptions{.positions = rows, .embedding_axis = 1},
+        rope::CosSinOptions{.embedding_axis = 1, .rotary_offset = 5},
+        rope::CosSinOptions{.embedding_axis = 1, .interleaved = true},
+        rope::CosSinOptions{.embedding_axis = 1, .conjugate = true}}) {
+    EXPECT_TRUE(is_rotated(rope::apply_cos_sin(x, cos, sin, options),
+                           reference::apply_cos_sin(x, cos, sin, options)));
+  }
+}
+
+TEST(ApplyCosSin, RotatesPairsAndInPlaceAlike) {
+  const at::Tensor q = random_values({7, 6, 32});
+  const at::Tensor k = random_values({7, 2, 32}, at::kFloat, 1);
+  const at::Tensor cos = random_values({9, 16}, at::kDouble, 2);
+  const at::Tensor sin = random_values({9, 16}, at::kDouble, 3);
+  const rope::CosSinOptions options = {.positions = random_positions({7, 1}, at::kLong, 0, 9)};
+  const at::Tensor q_expected = rope::apply_cos_sin(q, cos, sin, options);
+  const at::Tensor k_expected = rope::apply_cos_sin(k, cos, sin, options);
+  EXPECT_TRUE(is_rotated(q_expected, reference::apply_cos_sin(q, cos, sin, options)));
+
+  const auto [q_rotated, k_rotated] = rope::apply_cos_sin_qk(q, k, cos, sin, options);
+  EXPECT_TRUE(same_bits(q_rotated, q_expected));
+  EXPECT_TRUE(same_bits(k_rotated, k_expected));
+
+  const at::Tensor x = q.clone();
+  EXPECT_TRUE(rope::apply_cos_sin_(x, cos, sin, options).is_same(x));
+  EXPECT_TRUE(same_bits(x, q_expected));
+
+  const auto [q_returned, k_returned] = rope::apply_cos_sin_qk_(q, k, cos, sin, options);
+  EXPECT_TRUE(q_returned.is_same(q));
+  EXPECT_TRUE(k_returned.is_same(k));
+  EXPECT_TRUE(same_bits(q, q_expected));
+  EXPECT_TRUE(same_bits(k, k_expected));
+}
+
+// That a call throws exactly this, of exactly this kind.
+template <typename Error>
+void expect_error(const std::function<void()>& call, const std::string& message) {
+  try {
+    call();
+    ADD_FAILURE() << "nothing was thrown instead of: " << message;
+  } catch (const Error& error) {
+    EXPECT_EQ(std::string(error.what_without_backtrace()), message);
+  } catch (const std::exception& error) {
+    ADD_FAILURE() << "an error of another kind than expected: " << error.what();
+  }
+}
+
+TEST(Errors, OfValuesAreValueErrors) {
+  const at::Tensor x = at::ones({2, 7, 3, 16});
+  const at::Tensor positions = at::arange(7).unsqueeze(1);
+  const auto expect = [&](const rope::ApplyOptions& options, const std::string& message) {
+    expect_error<c10::ValueError>([&] { rope::apply(x, positions, options); },
+                                  "rope::apply(): expected " + message);
+  };
+  expect({.rotary_dim = 7}, "rotary_dim to be even, but got 7");
+  expect({.rotary_dim = -2}, "rotary_dim to be at least 0, but got -2");
+  expect({.rotary_dim = 12, .rotary_offset = 8},
+         "rotary_dim to be at most 8, the elements of x from rotary_offset on, but got 12");
+  expect({.rotary_offset = -1}, "rotary_offset to be at least 0, but got -1");
+  expect({.max_wavelength = 0}, "max_wavelength to be positive and finite, but got 0");
+  expect({.scale_factor = -1}, "scale_factor to be positive and finite, but got -1");
+  expect({.inv_freq = at::ones({8}), .scale_factor = 2},
+         "scale_factor to be left at its default together with inv_freq, but got 2");
+  expect({.inv_freq = at::ones({2, 2, 2})},
+         "inv_freq to have shape (N) or (A, N), but got [2, 2, 2]");
+  expect_error<c10::ValueError>([&] { rope::apply(x, at::arange(5)); },
+                                "rope::apply(): expected positions to be broadcastable with the "
+                                "shape of x without embedding_axis, [2, 7, 3], but got [5]");
+}
+
+TEST(Errors, OfDtypesAreTypeErrors) {
+  const at::Tensor x = at::ones({7, 16});
+  expect_error<c10::TypeError>(
+      [&] { rope::apply(x.to(at::kLong), at::arange(7)); },
+      "rope::apply(): expected x to be float64, float32, float16 or bfloat16, but got int64");
+  expect_error<c10::TypeError>(
+      [&] { rope::apply(x, at::arange(7).to(at::kHalf)); },
+      "rope::apply(): expected positions to be int32, int64, float32 or float64 (float16 loses "
+      "integers above 2048), but got float16");
+  expect_error<c10::TypeError>(
+      [&] { rope::apply_cos_sin(x, at::ones({7, 8}), at::ones({7, 8}, at::kDouble)); },
+      "rope::apply_cos_sin(): expected sin to have the dtype of cos, float32, but got float64");
+}
+
+TEST(Errors, OfIndicesAreIndexErrors) {
+  const at::Tensor x = at::ones({7, 16});
+  expect_error<c10::IndexError>(
+      [&] { rope::apply(x, at::arange(7), {.embedding_axis = 2}); },
+      "rope::apply(): expected embedding_axis to be in [-2, 1] for the dimensions of x, but got 2");
+  for (const std::int64_t row : {-1, 5}) {
+    expect_error<c10::IndexError>(
+        [&] {
+          rope::apply_cos_sin(x, at::ones({5, 8}), at::ones({5, 8}),
+                              {.positions = at::full({7}, row, at::kLong)});
+        },
+        "rope::apply_cos_sin(): expected positions to be in [0, 5), the rows of cos and sin, but "
+        "got " +
+            std::to_string(row));
+  }
+}
+
+TEST(Errors, OfCallsInPlaceAreFoundBeforeAnythingIsWritten) {
+  const at::Tensor x = random_values({7, 16});
+  const at::Tensor before = x.clone();
+  const at::Tensor expanded = at::ones({1, 16}).expand({7, 16});
+  expect_error<c10::ValueError>([&] { rope::apply_(expanded, at::arange(7)); },
+                                "rope::apply_(): expected x to have each element at its own place "
+                                "in memory, but got sizes [7, 16] with strides [0, 1]");
+  EXPECT_THROW(rope::apply_qk_(x, x, at::arange(7)), c10::ValueError);
+  EXPECT_THROW(rope::apply_qk_(x, at::ones({7, 15}), at::arange(7)), c10::ValueError);
+  EXPECT_TRUE(same_bits(x, before));
+}
+
+TEST(Errors, NameTheOperatorAndTheArgumentOfAPair) {
+  expect_error<c10::ValueError>(
+      [&] { rope::apply_qk(at::ones({7, 16}), at::ones({5, 16}), at::arange(7)); },
+      "rope::apply_qk(): expected positions to be broadcastable with the shape of k without "
+      "embedding_axis, [5], but got [7]");
+}
+
+TEST(Errors, TellThatATensorIsMissing) {
+  const at::Tensor none;
+  const at::Tensor x = at::ones({7, 16});
+  const at::Tensor table = at::ones({7, 8});
+  const auto expect = [](const std::function<void()>& call, const std::string& where) {
+    expect_error<c10::TypeError>(call, where + " to be a tensor, but got none");
+  };
+  expect([&] { rope::apply(none, at::arange(7)); }, "rope::apply(): expected x");
+  expect([&] { rope::apply(x, none); }, "rope::apply(): expected positions");
+  expect([&] { rope::apply_qk(none, x, at::arange(7)); }, "rope::apply_qk(): expected q");
+  expect([&] { rope::apply_qk(x, none, at::arange(7)); }, "rope::apply_qk(): expected k");
+  expect([&] { rope::apply_(none, at::arange(7)); }, "rope::apply_(): expected x");
+  expect([&] { rope::apply_cos_sin(x, none, table); }, "rope::apply_cos_sin(): expected cos");
+  expect([&] { rope::apply_cos_sin(x, table, none); }, "rope::apply_cos_sin(): expected sin");
+  // Without any tensor the dispatcher finds no operator to ask.
+  EXPECT_THROW(rope::apply(none, none), c10::Error);
+  EXPECT_THROW(rope::apply_cos_sin_qk_(none, none, none, none), c10::Error);
+}
+
+TEST(Autograd, TheGradientOfXIsTheConjugateRotation) {
+  const at::Tensor x = random_values({7, 2, 32}).requires_grad_();
+  const at::Tensor positions = random_positions({7, 1});
+  const at::Tensor gradient = random_values({7, 2, 32}, at::kFloat, 1);
+  const rope::ApplyOptions options = {.rotary_dim = 16, .attention_factor = 1.3};
+  rope::apply(x, positions, options).backward(gradient);
+  rope::ApplyOptions conjugate = options;
+  conjugate.conjugate = true;
+  EXPECT_TRUE(same_bits(x.grad(), rope::apply(gradient, positions, conjugate)));
+}
+
+TEST(Autograd, TheGradientsOfAPairAreThoseOfEach) {
+  const at::Tensor q = random_values({7, 6, 32}).requires_grad_();
+  const at::Tensor k = random_values({7, 2, 32}, at::kFloat, 1).requires_grad_();
+  const at::Tensor positions = random_positions({7, 1});
+  const auto [q_rotated, k_rotated] = rope::apply_qk(q, k, positions);
+  (q_rotated.sum() + 2 * k_rotated.sum()).backward();
+  const rope::ApplyOptions conjugate = {.conjugate = true};
+  EXPECT_TRUE(same_bits(q.grad(), rope::apply(at::ones_like(q), positions, conjugate)));
+  EXPECT_TRUE(same_bits(k.grad(), rope::apply(at::full_like(k, 2), positions, conjugate)));
+}
+
+TEST(Autograd, GivesTheGradientsOfWhatMakesTheAngle) {
+  const at::Tensor x = random_values({7, 32}, at::kDouble);
+  const at::Tensor weight = random_values({7, 32}, at::kDouble, 1);
+  const at::Tensor positions = random_positions({7}, at::kDouble, -9, 9).requires_grad_();
+  const at::Tensor inv_freq = random_inv_freq({16}, at::kDouble).requires_grad_();
+  (rope::apply(x, positions, {.inv_freq = inv_freq}) * weight).sum().backward();
+
+  const at::Tensor plain_positions = positions.detach().clone().requires_grad_();
+  const at::Tensor plain_inv_freq = inv_freq.detach().clone().requires_grad_();
+  const at::Tensor angle = plain_positions.unsqueeze(-1) * plain_inv_freq;
+  const at::Tensor a = x.slice(-1, 0, 16);
+  const at::Tensor b = x.slice(-1, 16, 32);
+  const at::Tensor plain =
+      at::cat({a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()}, -1);
+  (plain * weight).sum().backward();
+  EXPECT_TRUE(at::allclose(positions.grad(), plain_positions.grad(), 1e-9, 1e-9));
+  EXPECT_TRUE(at::allclose(inv_freq.grad(), plain_inv_freq.grad(), 1e-9, 1e-9));
+}
+
+TEST(Autograd, GivesTheGradientsOfTables) {
+  const at::Tensor x = random_values({7, 2, 32}, at::kDouble);
+  const at::Tensor cos = random_values({7, 1, 16}, at::kDouble, 1).requires_grad_();
+  const at::Tensor sin = random_values({7, 1, 16}, at::kDouble, 2).requires_grad_();
+  rope::apply_cos_sin(x, cos, sin).sum().backward();
+  const at::Tensor a = x.slice(-1, 0, 16);
+  const at::Tensor b = x.slice(-1, 16, 32);
+  EXPECT_TRUE(at::allclose(cos.grad(), (a + b).sum(1, true)));
+  EXPECT_TRUE(at::allclose(sin.grad(), (a - b).sum(1, true)));
+}
+
+TEST(Autograd, FollowsARotationInPlace) {
+  const at::Tensor x = random_values({7, 32}).requires_grad_();
+  const at::Tensor positions = random_positions({7});
+  const at::Tensor y = x * 3;
+  rope::apply_(y, positions);
+  y.sum().backward();
+  const at::Tensor conjugate = rope::apply(at::ones_like(x), positions, {.conjugate = true});
+  EXPECT_TRUE(at::allclose(x.grad(), 3 * conjugate));
+}
+
+TEST(Autograd, RefusesALeafInPlace) {
+  const at::Tensor x = random_values({7, 32}).requires_grad_();
+  EXPECT_THROW(rope::apply_(x, random_positions({7})), c10::Error);
+}
+
+TEST(Cuda, GivesWhatTheContractAsksForOrSaysHowToGetIt) {
+  if (!at::hasCUDA()) {
+    GTEST_SKIP() << "no CUDA device here";
+  }
+  for (const at::ScalarType dtype : kFloatDtypes) {
+    const at::Tensor x = random_values({2, 7, 3, 32}, dtype);
+    const at::Tensor positions = random_positions({7, 1});
+    try {
+      const at::Tensor y = rope::apply(x.to(at::kCUDA), positions.to(at::kCUDA));
+      EXPECT_TRUE(is_rotated(y, reference::apply(x, positions)));
+    } catch (const c10::NotImplementedError& error) {
+      EXPECT_NE(error.msg().find("built without CUDA"), std::string::npos) << error.what();
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,227 @@
+// How launches are spread over the threads of a CUDA device. No memory is touched: addresses are
+// made up.
+#include <cmath>
+
+#include "host_launch.h"
+#include "reference.h"
+
+namespace {
+
+using host::Call;
+using rope::Outputs;
+using rope::cuda::Plan;
+
+constexpr std::int64_t kMostBlocks = (std::int64_t{1} << 31) - 1;  // of a grid's first dimension
+constexpr std::int64_t kGiga = std::int64_t{1} << 30;
+
+// Where tensors seem to lie, far from each other: multiples of 2 MiB.
+constexpr std::int64_t kInput = std::int64_t{1} << 40;
+constexpr std::int64_t kOutput = std::int64_t{1} << 41;
+constexpr std::int64_t kPositions = std::int64_t{1} << 42;
+
+// A tensor that looks like one of a device.
+at::Tensor fake(at::IntArrayRef sizes, at::ScalarType dtype = at::kBFloat16,
+                std::int64_t address = kInput, at::OptionalIntArrayRef strides = std::nullopt) {
+  std::vector<std::int64_t> contiguous(sizes.size(), 1);
+  for (auto d = std::ssize(sizes) - 2; d >= 0; --d) {
+    contiguous[d] = contiguous[d + 1] * sizes[d + 1];
+  }
+  return at::for_blob(reinterpret_cast<void*>(address), sizes)
+      .strides(strides.value_or(contiguous))
+      .options(at::dtype(dtype))
+      .target_device(at::kCPU)
+      .make_tensor();
+}
+
+// The plans of a call whose outputs are aligned.
+std::vector<Plan> plans(const Call& call) {
+  if (call.in_place) {
+    return host::plans(call, {call.q, call.k});
+  }
+  const auto output = [](const at::Tensor& x) {
+    return x.defined() ? fake(x.sizes(), x.scalar_type(), kOutput) : at::Tensor();
+  };
+  return host::plans(call, {output(call.q), output(call.k)});
+}
+
+Plan plan(const Call& call) {
+  const std::vector<Plan> all = plans(call);
+  EXPECT_EQ(all.size(), 1);
+  return all.at(0);
+}
+
+Call by_tokens(std::int64_t tokens, const rope::ApplyOptions& options = {}) {
+  return host::apply(fake({tokens, 1}, at::kLong, kPositions), options);
+}
+
+TEST(CudaPlan, ParametersOfTheKernelFitInto4KiB) {
+  EXPECT_LE(sizeof(rope::Launch) + sizeof(rope::cuda::Work) + sizeof(rope::cuda::Frequencies),
+            4096);
+}
+
+TEST(CudaPlan, IsOneLaunchForAPairOfDifferentHeads) {
+  const Plan one = plan(by_tokens(1).on(fake({1, 1, 32, 128}), fake({1, 1, 8, 128})));
+  EXPECT_TRUE(one.uses_words);
+  EXPECT_FALSE(one.index_is_64bit);
+  EXPECT_EQ(one.work.shared_rows, 40);
+  EXPECT_EQ(one.work.rows_per_thread, 1);
+  EXPECT_EQ(one.work.items, 40 * 8);  // 8 pairs of bfloat16 are two words of 16 bytes.
+}
+
+TEST(CudaPlan, UsesWordsWhereEveryRowIsAligned) {
+  for (const at::ScalarType dtype : reference::kFloatDtypes) {
+    const std::int64_t word = rope::cuda::word_elements(dtype);
+    for (const bool interleaved : {false, true}) {
+      SCOPED_TRACE(c10::str("dtype = ", dtype, ", interleaved = ", interleaved));
+      const Call call = by_tokens(5, {.interleaved = interleaved});
+      EXPECT_TRUE(plan(call.on(fake({2, 5, 3, 8 * word}, dtype))).uses_words);
+      const Call part =
+          by_tokens(5, {.rotary_dim = 4 * word, .rotary_offset = word, .interleaved = interleaved});
+      EXPECT_TRUE(plan(part.on(fake({2, 5, 3, 8 * word}, dtype))).uses_words);
+      EXPECT_TRUE(plan(call.on(fake({5, 3, 8 * word}, dtype, kInput + 16))).uses_words);
+      const std::vector<std::int64_t> gaps = {30 * word, 9 * word, 1};
+      EXPECT_TRUE(plan(call.on(fake({5, 3, 8 * word}, dtype, kInput, gaps))).uses_words);
+    }
+  }
+}
+
+TEST(CudaPlan, UsesSingleElementsWhereSomeRowIsNotAligned) {
+  for (const at::ScalarType dtype : reference::kFloatDtypes) {
+    const std::int64_t word = rope::cuda::word_elements(dtype);
+    const auto bytes = static_cast<std::int64_t>(c10::elementSize(dtype));
+    for (const bool interleaved : {false, true}) {
+      SCOPED_TRACE(c10::str("dtype = ", dtype, ", interleaved = ", interleaved));
+      const auto uses_words = [&](const rope::ApplyOptions& options, const at::Tensor& x) {
+        rope::ApplyOptions all = options;
+        all.interleaved = interleaved;
+        return plan(by_tokens(5, all).on(x)).uses_words;
+      };
+      const std::vector<std::int64_t> sizes = {5, 3, 8 * word};
+      EXPECT_FALSE(uses_words({}, fake(sizes, dtype, kInput + bytes)));
+      EXPECT_FALSE(uses_words({}, fake(sizes, dtype, kInput, {{24 * word, 8 * word + 1, 1}})));
+      EXPECT_FALSE(uses_words({}, fake(sizes, dtype, kInput, {{24 * word + 1, 8 * word, 1}})));
+      EXPECT_FALSE(uses_words({}, fake(sizes, dtype, kInput, {{48 * word, 16 * word, 2}})));
+      EXPECT_FALSE(uses_words({}, fake({5, 3, 7 * word}, dtype)));
+      EXPECT_FALSE(uses_words({.rotary_dim = 2 * word, .rotary_offset = 1}, fake(sizes, dtype)));
+      EXPECT_FALSE(uses_words({.rotary_dim = 2 * word + 2}, fake(sizes, dtype)));
+      EXPECT_FALSE(uses_words({.rotary_dim = 2 * word}, fake({5, 3, 2 * word + 1}, dtype)));
+    }
+  }
+}
+
+TEST(CudaPlan, UsesSingleElementsForAPairWhereOneIsNotAligned) {
+  const at::Tensor aligned = fake({5, 3, 64});
+  const at::Tensor unaligned = fake({5, 3, 64}, at::kBFloat16, kInput + 2);
+  EXPECT_TRUE(plan(by_tokens(5).on(aligned, aligned)).uses_words);
+  EXPECT_FALSE(plan(by_tokens(5).on(aligned, unaligned)).uses_words);
+  EXPECT_FALSE(plan(by_tokens(5).on(unaligned, aligned)).uses_words);
+}
+
+TEST(CudaPlan, UsesSingleElementsWhereTheOutputIsNotAligned) {
+  const Call call = by_tokens(5).on(fake({5, 3, 64}));
+  EXPECT_FALSE(
+      host::plans(call, {fake({5, 3, 64}, at::kBFloat16, kOutput + 2), {}}).at(0).uses_words);
+}
+
+TEST(CudaPlan, CopiesWhatIsOutsideTheSliceOnlyOutOfPlace) {
+  const Call call = by_tokens(5, {.rotary_dim = 64});
+  const at::Tensor x = fake({5, 3, 128});
+  EXPECT_EQ(plan(call.on(x)).work.copy_chunks, 4);
+  EXPECT_EQ(plan(host::in_place(call.on(x))).work.copy_chunks, 0);
+}
+
+TEST(CudaPlan, CarriesEveryFrequencyOfTheWavelengthOnce) {
+  for (const std::int64_t pairs : {1, 64, 255, 256, 257, 512, 513, 1000}) {
+    SCOPED_TRACE(c10::str("pairs = ", pairs));
+    const Call call = by_tokens(5, {.rotary_dim = 2 * pairs, .max_wavelength = 5e5});
+    const std::vector<Plan> all = plans(call.on(fake({5, 3, 2 * pairs + 16})));
+    EXPECT_EQ(std::ssize(all), (pairs + 255) / 256);
+    std::int64_t next = 0;
+    for (const Plan& some : all) {
+      EXPECT_EQ(some.work.first_pair, next);
+      EXPECT_EQ(some.work.copy_chunks > 0, next == 0);
+      for (std::int64_t n = next; n < some.work.last_pair; ++n) {
+        const double exponent = -2.0 * static_cast<double>(n) / (2.0 * static_cast<double>(pairs));
+        const double frequency = std::pow(5e5, exponent);
+        ASSERT_NEAR(some.frequencies.values[n - next], frequency, 1e-15 * frequency);
+      }
+      next = some.work.last_pair;
+    }
+    EXPECT_EQ(next, pairs);
+  }
+}
+
+TEST(CudaPlan, IsOneLaunchForAnyNumberOfGivenFrequenciesOrColumns) {
+  const at::Tensor x = fake({5, 3, 4096});
+  EXPECT_EQ(plan(by_tokens(5, {.inv_freq = fake({2048}, at::kFloat)}).on(x)).work.last_pair, 2048);
+  const at::Tensor table = fake({5, 1, 2048}, at::kFloat);
+  EXPECT_EQ(plan(host::apply_cos_sin(table, table).on(x)).work.last_pair, 2048);
+}
+
+TEST(CudaPlan, GivesLargeLaunchesMoreRowsPerThread) {
+  std::int64_t last = 1;
+  for (std::int64_t tokens = 1; tokens <= std::int64_t{1} << 20; tokens *= 4) {
+    const Plan some = plan(by_tokens(tokens).on(fake({tokens, 32, 128}), fake({tokens, 8, 128})));
+    EXPECT_GE(some.work.rows_per_thread, last);
+    last = some.work.rows_per_thread;
+  }
+  EXPECT_GT(last, 1);
+}
+
+TEST(CudaPlan, StaysWithinTheGridUpTo2To33Elements) {
+  for (const at::ScalarType dtype : {at::kDouble, at::kHalf}) {
+    for (std::int64_t elements = 1024; elements <= 8 * kGiga; elements *= 2) {
+      for (const std::int64_t size : {2, 6, 128, 1024}) {
+        for (const std::int64_t heads : {1, 32}) {
+          const std::int64_t tokens = elements / size / heads;
+          for (const std::int64_t offset : {0, 8}) {
+            SCOPED_TRACE(c10::str("(", tokens, ", ", heads, ", ", size, ") + ", offset));
+            if (tokens == 0) {
+              continue;
+            }
+            const at::Tensor x = fake({tokens, heads, size}, dtype, kInput + offset);
+            for (const Plan& some : plans(by_tokens(tokens).on(x))) {
+              EXPECT_GE(some.blocks, 1);
+              EXPECT_LE(some.blocks, kMostBlocks);
+              EXPECT_GE(some.blocks * rope::cuda::kThreads, some.work.items);
+              EXPECT_LT((some.blocks - 1) * rope::cuda::kThreads, some.work.items);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(CudaPlan, CountsIn64BitsExactlyWhereSomeOffsetNeedsThem) {
+  const Call call = by_tokens(2);
+  const auto index_is_64bit = [&](std::int64_t stride, at::ScalarType dtype) {
+    return plan(call.on(fake({2, 3, 64}, dtype, kInput, {{stride, 64, 1}}))).index_is_64bit;
+  };
+  // The last row begins at the stride and two heads more.
+  EXPECT_FALSE(index_is_64bit(2 * kGiga - 1 - 128, at::kFloat));
+  EXPECT_TRUE(index_is_64bit(2 * kGiga - 128, at::kFloat));
+  EXPECT_FALSE(plan(by_tokens(1 << 16).on(fake({1 << 16, 255, 128}))).index_is_64bit);
+  EXPECT_TRUE(plan(by_tokens(1 << 16).on(fake({1 << 16, 257, 128}))).index_is_64bit);
+}
+
+TEST(CudaPlan, CountsIn64BitsWherePositionsOrTablesNeedThem) {
+  const at::Tensor x = fake({2, 1, 64});
+  const at::Tensor near = fake({2, 1}, at::kLong, kPositions, {{2 * kGiga - 1, 1}});
+  const at::Tensor far = fake({2, 1}, at::kLong, kPositions, {{2 * kGiga, 1}});
+  EXPECT_FALSE(plan(host::apply(near).on(x)).index_is_64bit);
+  EXPECT_TRUE(plan(host::apply(far).on(x)).index_is_64bit);
+  const at::Tensor table = fake({2, 1, 32}, at::kFloat);
+  const at::Tensor far_table = fake({2, 1, 32}, at::kFloat, kPositions, {{2 * kGiga, 1, 1}});
+  EXPECT_FALSE(plan(host::apply_cos_sin(table, table).on(x)).index_is_64bit);
+  EXPECT_TRUE(plan(host::apply_cos_sin(far_table, table).on(x)).index_is_64bit);
+  EXPECT_TRUE(plan(host::apply_cos_sin(table, far_table).on(x)).index_is_64bit);
+}
+
+TEST(CudaPlan, CountsIn64BitsWhereKNeedsThem) {
+  const at::Tensor q = fake({2, 3, 64});
+  const at::Tensor k = fake({2, 3, 64}, at::kBFloat16, kInput, {{2 * kGiga, 64, 1}});
+  EXPECT_TRUE(plan(by_tokens(2).on(q, k)).index_is_64bit);
+}
+
+}  // namespace

@@ -1,0 +1,668 @@
+// What the threads of the CUDA kernel do, run on the host: every thread of every block of every
+// launch of a call.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <string>
+
+#include "cuda/thread.h"
+#include "host_launch.h"
+#include "reference.h"
+
+namespace {
+
+using host::Call;
+using reference::kFloatDtypes;
+using reference::kPositionDtypes;
+using reference::random_inv_freq;
+using reference::random_positions;
+using reference::random_values;
+using reference::same_bits;
+using rope::Launch;
+using rope::Outputs;
+using rope::cuda::Plan;
+
+// Elements around a tensor that nothing may write.
+constexpr std::int64_t kGuard = 64;
+
+// How the threads of a launch are run; all ways must give the same bits.
+struct Running {
+  bool last_thread_first = false;
+  bool index_is_64bit = false;  // also where 32 bits are enough
+};
+
+void run_threads(const Launch& launch, const Plan& plan, std::int64_t first_block,
+                 std::int64_t last_block, const Running& running) {
+  rope::cuda::with_thread(launch, plan, [&](auto type) {
+    using Thread = typename decltype(type)::type;
+    const Thread threads(launch, plan.work, plan.frequencies);
+    const std::int64_t begin = first_block * rope::cuda::kThreads;
+    const std::int64_t end = last_block * rope::cuda::kThreads;
+    for (std::int64_t i = begin; i < end; ++i) {
+      const std::int64_t turn = running.last_thread_first ? end - 1 - (i - begin) : i;
+      threads.run(turn / rope::cuda::kThreads, static_cast<int>(turn % rope::cuda::kThreads));
+    }
+  });
+}
+
+void run(const Call& call, const Outputs& outputs, const Running& running = {}) {
+  host::for_each_plan(call, outputs, [&](const Launch& launch, Plan plan) {
+    plan.index_is_64bit = plan.index_is_64bit || running.index_is_64bit;
+    run_threads(launch, plan, 0, plan.blocks, running);
+  });
+}
+
+// All that is in the storage of x.
+at::Tensor storage_of(const at::Tensor& x) { return at::empty({0}, x.options()).set_(x.storage()); }
+
+at::Tensor with_storage(const at::Tensor& flat, const at::Tensor& like) {
+  return flat.as_strided(like.sizes(), like.strides(), like.storage_offset());
+}
+
+at::Tensor copy_with_layout(const at::Tensor& x) {
+  return with_storage(storage_of(x.detach()).clone(), x);
+}
+
+// What an operator would return for x, filled with NaN, in the middle of a larger buffer of NaN.
+at::Tensor poisoned_like(const at::Tensor& x) {
+  const at::Tensor like = at::empty_like(x);
+  const at::Tensor buffer = at::full({like.numel() + 2 * kGuard},
+                                     std::numeric_limits<double>::quiet_NaN(), like.options());
+  return buffer.as_strided(like.sizes(), like.strides(), kGuard);
+}
+
+Outputs poisoned_outputs(const Call& call) {
+  return {poisoned_like(call.q), call.is_pair ? poisoned_like(call.k) : at::Tensor()};
+}
+
+// Whether the elements of x's storage that are not x's own are as they were.
+testing::AssertionResult surroundings_are(const at::Tensor& before, const at::Tensor& x) {
+  at::Tensor own = at::zeros({before.numel()}, at::kBool);
+  with_storage(own, x).fill_(true);
+  return same_bits(storage_of(x).masked_fill(own, 0), before.masked_fill(own, 0));
+}
+
+bool overlaps_itself(const at::Tensor& x) {
+  at::Tensor count = at::zeros({storage_of(x).numel()}, at::kInt);
+  const at::Tensor addresses = with_storage(at::arange(count.numel()), x).flatten();
+  count.index_add_(0, addresses, at::ones({addresses.numel()}, at::kInt));
+  return count.max().item<int>() > 1;
+}
+
+reference::Expected expected(const Call& call, const at::Tensor& x) {
+  const rope::ApplyOptions& options = call.options;
+  if (!call.uses_tables) {
+    return reference::apply(x, call.positions, options);
+  }
+  const auto positions =
+      call.positions.defined() ? std::optional<at::Tensor>(call.positions) : std::nullopt;
+  return reference::apply_cos_sin(x, call.cos, call.sin,
+                                  {positions, options.embedding_axis, options.rotary_offset,
+                                   options.interleaved, options.conjugate});
+}
+
+Outputs rotated(const Call& call, const Running& running = {}) {
+  const Outputs outputs = poisoned_outputs(call);
+  run(call, outputs, running);
+  return outputs;
+}
+
+void expect_same_bits(const Outputs& actual, const Outputs& wanted, const std::string& what) {
+  EXPECT_TRUE(same_bits(actual.q, wanted.q)) << what;
+  if (wanted.k.defined()) {
+    EXPECT_TRUE(same_bits(actual.k, wanted.k)) << what << ", k";
+  }
+}
+
+std::vector<at::Tensor> tensors(const Call& call) {
+  std::vector<at::Tensor> result;
+  for (const at::Tensor& tensor : {call.q, call.k, call.positions, call.cos, call.sin,
+                                   call.options.inv_freq.value_or(at::Tensor())}) {
+    if (tensor.defined()) {
+      result.push_back(tensor);
+    }
+  }
+  return result;
+}
+
+// The rotation is right, complete, and touches nothing else.
+void expect_rotates(const Call& call, const Outputs& outputs) {
+  std::vector<at::Tensor> inputs_before;
+  for (const at::Tensor& input : tensors(call)) {
+    inputs_before.push_back(storage_of(input).clone());
+  }
+  const at::Tensor q_before = storage_of(outputs.q).clone();
+  const at::Tensor k_before = call.is_pair ? storage_of(outputs.k).clone() : at::Tensor();
+  run(call, outputs);
+  EXPECT_TRUE(reference::is_rotated(outputs.q, expected(call, call.q)));
+  EXPECT_TRUE(surroundings_are(q_before, outputs.q)) << "around the output";
+  if (call.is_pair) {
+    EXPECT_TRUE(reference::is_rotated(outputs.k, expected(call, call.k))) << "k";
+    EXPECT_TRUE(surroundings_are(k_before, outputs.k)) << "around the output of k";
+  }
+  const std::vector<at::Tensor> inputs = tensors(call);
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    const at::Tensor now = storage_of(inputs[i]);
+    EXPECT_TRUE(at::equal(now, inputs_before[i]) || same_bits(now, inputs_before[i]))
+        << "an input was written: " << i;
+  }
+}
+
+void expect_the_same_in_place(const Call& call, const Outputs& wanted) {
+  for (const bool last_thread_first : {false, true}) {
+    const at::Tensor q = copy_with_layout(call.q);
+    const at::Tensor k = call.is_pair ? copy_with_layout(call.k) : at::Tensor();
+    const Call on_copies = call.is_pair ? call.on(q, k) : call.on(q);
+    run(host::in_place(on_copies), {q, k}, {.last_thread_first = last_thread_first});
+    expect_same_bits({q, k}, wanted, "in place");
+    EXPECT_TRUE(surroundings_are(storage_of(call.q), q)) << "around x in place";
+    if (call.is_pair) {
+      EXPECT_TRUE(surroundings_are(storage_of(call.k), k)) << "around k in place";
+    }
+  }
+}
+
+// All that must hold for every call: the result is right, and the same bits come out however it is
+// run.
+void expect_right(const Call& call) {
+  const Outputs outputs = poisoned_outputs(call);
+  expect_rotates(call, outputs);
+  if (testing::Test::HasFailure()) {
+    return;
+  }
+  expect_same_bits(rotated(call, {.last_thread_first = true}), outputs, "the last thread first");
+  expect_same_bits(rotated(call, {.index_is_64bit = true}), outputs, "with 64-bit indices");
+  const at::Tensor q = call.q.contiguous();
+  if (!call.is_pair) {
+    expect_same_bits(rotated(call.on(q)), outputs, "contiguous");
+  } else {
+    expect_same_bits(rotated(call.on(q, call.k.contiguous())), outputs, "contiguous");
+    const at::Tensor q_alone = rotated(call.on(call.q)).q;
+    expect_same_bits({q_alone, rotated(call.on(call.k)).q}, outputs, "alone");
+  }
+  if (!overlaps_itself(call.q) && !(call.is_pair && overlaps_itself(call.k))) {
+    expect_the_same_in_place(call, outputs);
+  }
+}
+
+// A view of the given strides into a larger buffer of random numbers.
+at::Tensor strided_values(at::IntArrayRef sizes, at::IntArrayRef strides, std::int64_t offset = 0,
+                          at::ScalarType dtype = at::kFloat) {
+  std::int64_t reach = offset + 1;
+  for (std::size_t d = 0; d < sizes.size(); ++d) {
+    reach += (sizes[d] - 1) * strides[d];
+  }
+  return random_values({reach + 2 * kGuard}, dtype).as_strided(sizes, strides, kGuard + offset);
+}
+
+// The two orders of pairs and the two directions.
+template <typename Run>
+void for_each_form(const Run& run) {
+  for (const bool interleaved : {false, true}) {
+    for (const bool conjugate : {false, true}) {
+      SCOPED_TRACE(c10::str("interleaved = ", interleaved, ", conjugate = ", conjugate));
+      run(interleaved, conjugate);
+    }
+  }
+}
+
+template <typename Run>
+void for_each_dtype(const Run& run) {
+  for (const at::ScalarType dtype : kFloatDtypes) {
+    SCOPED_TRACE(c10::str("dtype = ", dtype));
+    run(dtype);
+  }
+}
+
+TEST(CudaThreads, RotateEveryDtypeInEveryForm) {
+  for_each_dtype([](at::ScalarType dtype) {
+    for_each_form([&](bool interleaved, bool conjugate) {
+      const Call call = host::apply(random_positions({5, 1}),
+                                    {.interleaved = interleaved, .conjugate = conjugate});
+      expect_right(call.on(random_values({2, 5, 3, 64}, dtype)));
+    });
+  });
+}
+
+TEST(CudaThreads, RotateHeadsBeforeTokens) {
+  for_each_dtype([](at::ScalarType dtype) {
+    const Call call = host::apply(random_positions({7}), {.max_wavelength = 5e5});
+    expect_right(call.on(random_values({2, 3, 7, 32}, dtype)));
+    expect_right(
+        call.on(random_values({2, 3, 7, 32}, dtype).transpose(1, 2).contiguous().transpose(1, 2)));
+  });
+}
+
+TEST(CudaThreads, RotateOneTokenOfManyHeads) {
+  for_each_dtype([](at::ScalarType dtype) {
+    for_each_form([&](bool interleaved, bool conjugate) {
+      const Call call = host::apply(random_positions({1, 1, 1}),
+                                    {.interleaved = interleaved, .conjugate = conjugate});
+      expect_right(
+          call.on(random_values({1, 1, 32, 128}, dtype), random_values({1, 1, 8, 128}, dtype, 1)));
+    });
+  });
+}
+
+TEST(CudaThreads, RotateByPositionsOfEveryDtypeAndShape) {
+  const at::Tensor x = random_values({2, 5, 3, 16});
+  for (const at::ScalarType dtype : kPositionDtypes) {
+    SCOPED_TRACE(c10::str("dtype = ", dtype));
+    for (const std::vector<std::int64_t>& sizes : std::vector<std::vector<std::int64_t>>{
+             {}, {1}, {3}, {5, 1}, {5, 3}, {2, 1, 1}, {2, 5, 3}}) {
+      SCOPED_TRACE(c10::str("sizes = ", sizes));
+      expect_right(host::apply(random_positions(sizes, dtype)).on(x));
+    }
+  }
+}
+
+TEST(CudaThreads, RotateByPositionsOfAnyStrides) {
+  const at::Tensor x = random_values({2, 5, 3, 16});
+  expect_right(host::apply(random_positions({3, 5, 4}).slice(2, 0, 4, 2).permute({2, 1, 0})).on(x));
+  expect_right(host::apply(random_positions({1, 5, 1}).expand({2, 5, 3})).on(x));
+  expect_right(host::apply(random_positions({}).expand({2, 5, 3})).on(x));
+}
+
+TEST(CudaThreads, RotateByFarPositions) {
+  constexpr std::int64_t kFar = (std::int64_t{1} << 31) - 1;
+  for_each_dtype([](at::ScalarType dtype) {
+    const at::Tensor x = random_values({64, 64}, dtype);
+    expect_right(host::apply(random_positions({64}, at::kLong, -kFar, kFar)).on(x));
+    expect_right(host::apply(random_positions({64}, at::kLong, -kFar, kFar),
+                             {.inv_freq = 1000 * random_inv_freq({32})})
+                     .on(x));
+  });
+}
+
+TEST(CudaThreads, ScaleTheAngleAndTheResult) {
+  for_each_dtype([](at::ScalarType dtype) {
+    const Call call = host::apply(
+        random_positions({9}),
+        {.max_wavelength = 1e6, .scale_factor = 8, .attention_factor = 1.25, .conjugate = true});
+    expect_right(call.on(random_values({9, 32}, dtype)));
+  });
+}
+
+TEST(CudaThreads, LeaveWhatIsOutsideTheSliceAsItIs) {
+  struct Case {
+    std::int64_t size, offset, dim;
+  };
+  for_each_dtype([](at::ScalarType dtype) {
+    for (const auto& [size, offset, dim] :
+         {Case{64, 0, 32}, Case{96, 32, 32}, Case{96, 16, 64}, Case{64, 32, 32}, Case{40, 16, 16},
+          Case{72, 8, 48}, Case{67, 16, 48}, Case{64, 3, 32}, Case{64, 1, 62}, Case{33, 0, 32},
+          Case{20, 17, 2}, Case{20, 5, 6}}) {
+      SCOPED_TRACE(c10::str("size = ", size, ", offset = ", offset, ", dim = ", dim));
+      for_each_form([&, size = size, offset = offset, dim = dim](bool interleaved, bool conjugate) {
+        const Call call = host::apply(random_positions({3, 1}), {.rotary_dim = dim,
+                                                                 .rotary_offset = offset,
+                                                                 .interleaved = interleaved,
+                                                                 .conjugate = conjugate});
+        expect_right(call.on(random_values({2, 3, 2, size}, dtype)));
+      });
+    }
+  });
+}
+
+TEST(CudaThreads, CopyWhereNothingIsRotated) {
+  for_each_dtype([](at::ScalarType dtype) {
+    for (const std::int64_t size : {1, 7, 16, 64}) {
+      SCOPED_TRACE(c10::str("size = ", size));
+      const Call call = host::apply(random_positions({3}), {.rotary_dim = 0});
+      expect_right(call.on(random_values({2, 3, size}, dtype)));
+    }
+  });
+}
+
+TEST(CudaThreads, RotateAnyNumberOfPairs) {
+  for_each_dtype([](at::ScalarType dtype) {
+    for (const std::int64_t pairs : {1, 2, 3, 4, 5, 7, 8, 12, 33, 127, 128}) {
+      SCOPED_TRACE(c10::str("pairs = ", pairs));
+      for_each_form([&](bool interleaved, bool conjugate) {
+        const Call call = host::apply(random_positions({2, 1}),
+                                      {.interleaved = interleaved, .conjugate = conjugate});
+        expect_right(call.on(random_values({2, 3, 2 * pairs}, dtype)));
+      });
+    }
+  });
+}
+
+TEST(CudaThreads, RotateUnalignedMemory) {
+  for_each_dtype([](at::ScalarType dtype) {
+    for (const std::int64_t offset : {0, 1, 2, 3, 4, 8}) {
+      SCOPED_TRACE(c10::str("offset = ", offset));
+      for_each_form([&](bool interleaved, bool conjugate) {
+        const Call call = host::apply(random_positions({3, 1}),
+                                      {.interleaved = interleaved, .conjugate = conjugate});
+        expect_right(call.on(strided_values({3, 2, 32}, {64, 32, 1}, offset, dtype)));
+      });
+    }
+  });
+}
+
+TEST(CudaThreads, RotateRowsAtUnalignedSteps) {
+  for_each_dtype([](at::ScalarType dtype) {
+    const Call call = host::apply(random_positions({3, 1}));
+    expect_right(call.on(strided_values({3, 2, 32}, {66, 33, 1}, 0, dtype)));
+    expect_right(call.on(strided_values({3, 2, 32}, {65, 32, 1}, 0, dtype)));
+    expect_right(call.on(strided_values({3, 2, 32}, {32, 97, 1}, 0, dtype)));
+  });
+}
+
+TEST(CudaThreads, RotateViewsWithGaps) {
+  for_each_dtype([](at::ScalarType dtype) {
+    for_each_form([&](bool interleaved, bool conjugate) {
+      const Call call = host::apply(random_positions({3, 1}),
+                                    {.interleaved = interleaved, .conjugate = conjugate});
+      expect_right(call.on(strided_values({2, 3, 4, 32}, {960, 320, 64, 1}, 0, dtype)));
+      expect_right(call.on(strided_values({2, 3, 4, 32}, {768, 256, 64, 2}, 0, dtype)));
+      expect_right(call.on(strided_values({2, 3, 4, 32}, {1, 2, 6, 24}, 0, dtype)));
+    });
+  });
+}
+
+TEST(CudaThreads, RotateExpandedViews) {
+  for_each_dtype([](at::ScalarType dtype) {
+    const Call call = host::apply(random_positions({3, 1}));
+    expect_right(call.on(random_values({2, 3, 1, 32}, dtype).expand({2, 3, 4, 32})));
+    expect_right(call.on(random_values({1, 1, 4, 32}, dtype).expand({2, 3, 4, 32})));
+    expect_right(call.on(random_values({2, 3, 4, 1}, dtype).expand({2, 3, 4, 32})));
+  });
+}
+
+TEST(CudaThreads, RotateAlongAnyAxis) {
+  for_each_dtype([](at::ScalarType dtype) {
+    for (std::int64_t axis = -4; axis < 4; ++axis) {
+      SCOPED_TRACE(c10::str("axis = ", axis));
+      std::vector<std::int64_t> sizes = {2, 3, 4};
+      sizes.insert(sizes.begin() + (axis + 4) % 4, 20);
+      const Call call = host::apply(random_positions({3, 1}),
+                                    {.embedding_axis = axis, .rotary_dim = 16, .rotary_offset = 1});
+      expect_right(call.on(random_values(sizes, dtype)));
+      expect_right(call.on(random_values(sizes, dtype).contiguous(at::MemoryFormat::ChannelsLast)));
+    }
+  });
+}
+
+TEST(CudaThreads, RotateOneDimension) {
+  for_each_dtype([](at::ScalarType dtype) {
+    expect_right(host::apply(random_positions({})).on(random_values({64}, dtype)));
+  });
+}
+
+TEST(CudaThreads, FormTheAngleInTheDtypeOfTheFrequencies) {
+  for_each_dtype([](at::ScalarType dtype) {
+    for (const at::ScalarType frequency : {at::kFloat, at::kDouble}) {
+      SCOPED_TRACE(c10::str("inv_freq's dtype = ", frequency));
+      for (const at::ScalarType position : kPositionDtypes) {
+        SCOPED_TRACE(c10::str("positions' dtype = ", position));
+        const at::Tensor inv_freq = random_inv_freq({16}, frequency);
+        const at::Tensor x = random_values({5, 2, 32}, dtype);
+        expect_right(host::apply(random_positions({5, 1}, position), {.inv_freq = inv_freq}).on(x));
+      }
+    }
+  });
+}
+
+TEST(CudaThreads, ReadFrequenciesOfAnyStrides) {
+  const at::Tensor x = random_values({5, 32});
+  for (const at::ScalarType dtype : {at::kFloat, at::kDouble}) {
+    const at::Tensor strided = random_inv_freq({16, 3}, dtype).select(1, 1);
+    expect_right(host::apply(random_positions({5}), {.inv_freq = strided}).on(x));
+    const at::Tensor expanded = random_inv_freq({1}, dtype).expand({16});
+    expect_right(host::apply(random_positions({5}), {.inv_freq = expanded}).on(x));
+  }
+}
+
+TEST(CudaThreads, SumTheAnglesOfTheAxes) {
+  for_each_dtype([](at::ScalarType dtype) {
+    for (const at::ScalarType frequency : {at::kFloat, at::kDouble}) {
+      for (const std::int64_t axes : {1, 2, 3, 4}) {
+        SCOPED_TRACE(c10::str("inv_freq = ", frequency, ", axes = ", axes));
+        const at::Tensor inv_freq = random_inv_freq({axes, 16}, frequency);
+        const at::Tensor x = random_values({2, 5, 3, 32}, dtype);
+        const at::Tensor positions = random_positions({axes, 2, 5, 1});
+        expect_right(host::apply(positions, {.inv_freq = inv_freq}).on(x));
+        const at::Tensor by_columns = random_inv_freq({16, axes}, frequency).t();
+        const at::Tensor axes_last = random_positions({2, 5, 1, axes}).permute({3, 0, 1, 2});
+        expect_right(host::apply(axes_last, {.inv_freq = by_columns}).on(x));
+      }
+    }
+  });
+}
+
+TEST(CudaThreads, UseMoreFrequenciesThanOneLaunchCarries) {
+  for_each_dtype([](at::ScalarType dtype) {
+    for (const std::int64_t pairs : {256, 257, 512, 600}) {
+      SCOPED_TRACE(c10::str("pairs = ", pairs));
+      for_each_form([&](bool interleaved, bool conjugate) {
+        const Call call = host::apply(random_positions({3, 1}), {.rotary_dim = 2 * pairs,
+                                                                 .rotary_offset = 8,
+                                                                 .interleaved = interleaved,
+                                                                 .conjugate = conjugate});
+        expect_right(call.on(random_values({3, 2, 2 * pairs + 24}, dtype)));
+      });
+    }
+  });
+}
+
+TEST(CudaThreads, UseTablesOfEveryDtype) {
+  for_each_dtype([](at::ScalarType dtype) {
+    for (const at::ScalarType table : kFloatDtypes) {
+      SCOPED_TRACE(c10::str("tables' dtype = ", table));
+      const at::Tensor cos = random_values({5, 1, 16}, table, 1);
+      const at::Tensor sin = random_values({5, 1, 16}, table, 2);
+      for_each_form([&](bool interleaved, bool conjugate) {
+        const Call call = host::apply_cos_sin(
+            cos, sin, {.rotary_offset = 8, .interleaved = interleaved, .conjugate = conjugate});
+        expect_right(call.on(random_values({2, 5, 3, 48}, dtype)));
+      });
+    }
+  });
+}
+
+TEST(CudaThreads, UseTheRowsOfTablesThatPositionsName) {
+  for_each_dtype([](at::ScalarType dtype) {
+    for (const at::ScalarType row : {at::kInt, at::kLong}) {
+      SCOPED_TRACE(c10::str("positions' dtype = ", row));
+      const at::Tensor cos = random_values({11, 16}, at::kFloat, 1);
+      const at::Tensor sin = random_values({11, 16}, at::kFloat, 2);
+      const Call call =
+          host::apply_cos_sin(cos, sin, {.positions = random_positions({2, 5, 1}, row, 0, 11)});
+      expect_right(call.on(random_values({2, 5, 3, 32}, dtype)));
+    }
+  });
+}
+
+TEST(CudaThreads, ReadTablesOfAnyStrides) {
+  const at::Tensor x = random_values({2, 5, 3, 32});
+  const at::Tensor cos = random_values({16, 2, 5}, at::kFloat, 1).permute({1, 2, 0}).unsqueeze(2);
+  const at::Tensor sin = random_values({5, 1, 32}, at::kFloat, 2).slice(2, 0, 32, 2);
+  expect_right(host::apply_cos_sin(cos, sin.expand({2, 5, 1, 16})).on(x));
+  expect_right(host::apply_cos_sin(sin.expand({2, 5, 3, 16}), cos.expand({2, 5, 3, 16})).on(x));
+  const at::Tensor one = random_values({}, at::kFloat, 3);
+  expect_right(host::apply_cos_sin(one.expand({5, 1, 16}), one.expand({5, 1, 16})).on(x));
+  const at::Tensor rows = random_positions({5, 1}, at::kLong, 0, 7);
+  const at::Tensor wide = random_values({16, 14}, at::kFloat, 4);
+  expect_right(host::apply_cos_sin(wide.t().slice(0, 0, 14, 2), wide.t().slice(0, 1, 14, 2),
+                                   {.positions = rows})
+                   .on(x));
+}
+
+TEST(CudaThreadsDeathTest, StopAtARowThatTheTablesDoNotHave) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  const at::Tensor table = random_values({4, 8});
+  const at::Tensor x = random_values({1, 16});
+  for (const std::int64_t row : {-1, 4}) {
+    const at::Tensor rows = at::full({1}, row, at::kLong);
+    EXPECT_DEATH(rotated(host::apply_cos_sin(table, table, {.positions = rows}).on(x)),
+                 "table.num_rows");
+  }
+}
+
+TEST(CudaThreads, RotatePairsThatDiffer) {
+  const Call call = host::apply(random_positions({5, 1}));
+  // In heads, in rank, in strides, in the size of the axis, and in dtype.
+  expect_right(call.on(random_values({2, 5, 6, 32}), random_values({2, 5, 2, 32}, at::kFloat, 1)));
+  expect_right(call.on(random_values({2, 5, 6, 32}), random_values({5, 2, 32}, at::kFloat, 1)));
+  expect_right(call.on(random_values({5, 1, 32}), random_values({3, 2, 5, 2, 32}, at::kFloat, 1)));
+  expect_right(call.on(random_values({2, 5, 6, 32}),
+                       random_values({2, 2, 5, 32}, at::kFloat, 1).transpose(1, 2)));
+  expect_right(
+      call.on(random_values({2, 5, 6, 32}), strided_values({2, 5, 2, 32}, {960, 192, 96, 3})));
+  expect_right(call.on(random_values({2, 5, 6, 32}), random_values({2, 5, 2, 64}, at::kFloat, 1)));
+  expect_right(call.on(random_values({2, 5, 6, 32}), random_values({2, 5, 2, 32}, at::kHalf, 1)));
+  for (const std::int64_t k_size : {32, 33, 48, 100}) {
+    const Call sliced =
+        host::apply(random_positions({5, 1}), {.rotary_dim = 16, .rotary_offset = 8});
+    expect_right(
+        sliced.on(random_values({2, 5, 6, 40}), random_values({2, 5, 2, k_size}, at::kFloat, 1)));
+  }
+}
+
+TEST(CudaThreads, RotateEachOfAPairWhereTheOtherIsEmpty) {
+  const Call call = host::apply(random_positions({5, 1}));
+  const at::Tensor some = random_values({5, 2, 32});
+  const at::Tensor none = at::empty({5, 0, 32});
+  expect_rotates(call.on(some, none), poisoned_outputs(call.on(some, none)));
+  expect_rotates(call.on(none, some), poisoned_outputs(call.on(none, some)));
+}
+
+TEST(CudaThreads, RotateQAndKOfOnePackedBufferInPlace) {
+  for_each_dtype([](at::ScalarType dtype) {
+    const at::Tensor packed = random_values({2, 5, 3, 4, 32}, dtype);
+    const Call call = host::apply(random_positions({5, 1}));
+    for (const bool last_thread_first : {false, true}) {
+      const at::Tensor copy = packed.clone();
+      const auto part = [&](int i) { return copy.select(2, i); };
+      run(host::in_place(call.on(part(0), part(1))), {part(0), part(1)},
+          {.last_thread_first = last_thread_first});
+      EXPECT_TRUE(reference::is_rotated(part(0), expected(call, packed.select(2, 0))));
+      EXPECT_TRUE(reference::is_rotated(part(1), expected(call, packed.select(2, 1))));
+      EXPECT_TRUE(same_bits(part(2), packed.select(2, 2)));
+    }
+  });
+}
+
+TEST(CudaThreads, RotateMoreDimensionsThanOneLaunchDescribes) {
+  // Neither positions nor x can be walked as fewer dimensions beside the other.
+  const std::vector<std::int64_t> sizes(14, 2);
+  std::vector<std::int64_t> reversed;
+  for (std::int64_t d = 13; d >= 0; --d) {
+    reversed.push_back(d);
+  }
+  std::vector<std::int64_t> sizes_of_x = sizes;
+  sizes_of_x.push_back(4);
+  const at::Tensor x = random_values(sizes_of_x);
+  const Call by_token = host::apply(random_positions(sizes).permute(reversed));
+  EXPECT_GT(host::plans(by_token.on(x), poisoned_outputs(by_token.on(x))).size(), 1);
+  expect_right(by_token.on(x));
+
+  // All 14 share their angles, and every second element is left out.
+  std::vector<std::int64_t> strides;
+  for (std::int64_t d = 0; d < 14; ++d) {
+    strides.insert(strides.begin(),
+                   8 * ((std::int64_t{1} << d) + (d % 2) * (std::int64_t{1} << 15)));
+  }
+  strides.push_back(1);
+  const Call by_all = host::apply(random_positions({}));
+  const at::Tensor gappy = strided_values(sizes_of_x, strides);
+  EXPECT_GT(host::plans(by_all.on(gappy), poisoned_outputs(by_all.on(gappy))).size(), 1);
+  expect_rotates(by_all.on(gappy), poisoned_outputs(by_all.on(gappy)));
+}
+
+TEST(CudaThreads, RotateManyRowsWithTheAnglesOfOne) {
+  for (const std::int64_t tokens : {4001, 16001}) {
+    SCOPED_TRACE(c10::str("tokens = ", tokens));
+    const Call call = host::apply(random_positions({tokens, 1}))
+                          .on(random_values({tokens, 38, 6}, at::kHalf),
+                              random_values({tokens, 7, 6}, at::kHalf, 1));
+    const Outputs outputs = poisoned_outputs(call);
+    const std::vector<Plan> plans = host::plans(call, outputs);
+    ASSERT_EQ(plans.size(), 1);
+    // The last thread of each token has fewer rows than the others.
+    const rope::cuda::Work& work = plans[0].work;
+    EXPECT_GT(work.rows_per_thread, 1);
+    EXPECT_NE(work.shared_rows % work.rows_per_thread, 0);
+    expect_rotates(call, outputs);
+    expect_the_same_in_place(call, outputs);
+  }
+}
+
+TEST(CudaThreads, DoNothingForEmptyTensors) {
+  const Call call = host::apply(random_positions({5, 1}));
+  for (const at::Tensor& x :
+       {at::empty({0, 5, 2, 32}), at::empty({5, 0, 32}), at::empty({5, 2, 0})}) {
+    EXPECT_TRUE(host::plans(call.on(x), {at::empty_like(x), {}}).empty());
+    EXPECT_TRUE(host::plans(call.on(x, x), {at::empty_like(x), at::empty_like(x)}).empty());
+  }
+}
+
+TEST(CudaThreads, KeepNaNAndInfinityInTheirPair) {
+  for_each_dtype([](at::ScalarType dtype) {
+    for (const bool interleaved : {false, true}) {
+      const Call call = host::apply(random_positions({3}), {.interleaved = interleaved});
+      const at::Tensor finite = random_values({3, 32}, dtype);
+      const at::Tensor x = finite.clone();
+      x[1][5] = std::numeric_limits<double>::quiet_NaN();
+      x[2][4] = std::numeric_limits<double>::infinity();
+      const at::Tensor y = rotated(call.on(x)).q;
+      const at::Tensor unharmed = rotated(call.on(finite)).q;
+      // Elements 4 and 5 are one pair where pairs are neighbours; else their partners are 16
+      // further.
+      at::Tensor harmed = at::zeros({3, 32}, at::kBool);
+      harmed[1][5] = harmed[1][interleaved ? 4 : 21] = true;
+      harmed[2][4] = harmed[2][interleaved ? 5 : 20] = true;
+      EXPECT_TRUE(at::equal(y.isfinite(), harmed.logical_not()));
+      EXPECT_TRUE(same_bits(y.masked_fill(harmed, 0), unharmed.masked_fill(harmed, 0)));
+    }
+  });
+}
+
+// Memory that takes up no space until it is written.
+at::Tensor sparse_memory(at::IntArrayRef sizes, at::ScalarType dtype) {
+  const std::size_t bytes = c10::multiply_integers(sizes) * c10::elementSize(dtype);
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) {
+    return {};
+  }
+  return at::from_blob(memory, sizes, [=](void* begin) { munmap(begin, bytes); }, at::dtype(dtype));
+}
+
+TEST(CudaThreads, ReachTheEndsOfTensorsOf2To33Elements) {
+  constexpr std::int64_t kBatch = std::int64_t{1} << 13;
+  constexpr std::int64_t kTokens = std::int64_t{1} << 13;
+  constexpr std::int64_t kSize = 128;
+  const at::Tensor positions = at::arange(kTokens);
+  for (const bool in_place : {false, true}) {
+    for (const std::int64_t rotary_dim : {kSize, kSize - 2}) {  // words, and single elements
+      SCOPED_TRACE(c10::str("in_place = ", in_place, ", rotary_dim = ", rotary_dim));
+      const at::Tensor x = sparse_memory({kBatch, kTokens, kSize}, at::kBFloat16);
+      const at::Tensor y = in_place ? x : sparse_memory(x.sizes(), at::kBFloat16);
+      if (!x.defined() || !y.defined()) {
+        GTEST_SKIP() << "no 16 GiB of addresses here";
+      }
+      const at::Tensor first = random_values({kSize}, at::kBFloat16, 1);
+      const at::Tensor last = random_values({kSize}, at::kBFloat16, 2);
+      x[0][0].copy_(first);
+      x[kBatch - 1][kTokens - 1].copy_(last);
+      Call call = host::apply(positions, {.rotary_dim = rotary_dim}).on(x);
+      call.in_place = in_place;
+      host::for_each_plan(call, {y, {}}, [&](const Launch& launch, const Plan& plan) {
+        EXPECT_TRUE(plan.index_is_64bit);
+        EXPECT_EQ(plan.uses_words, rotary_dim == kSize);
+        run_threads(launch, plan, 0, 1, {});
+        run_threads(launch, plan, plan.blocks - 1, plan.blocks, {});
+      });
+      const Call row = host::apply(positions, {.rotary_dim = rotary_dim});
+      EXPECT_TRUE(same_bits(y[0][0], first));  // Position 0.
+      EXPECT_TRUE(reference::is_rotated(
+          y[kBatch - 1][kTokens - 1], reference::apply(last, positions[kTokens - 1], row.options)));
+    }
+  }
+}
+
+}  // namespace

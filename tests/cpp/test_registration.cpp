@@ -1,0 +1,132 @@
+// A program that names no symbol of the library, only links to it and runs TorchScript: the
+// operators are there.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <gtest/gtest.h>
+#include <torch/csrc/jit/frontend/resolver.h>
+#include <torch/script.h>
+
+#include <cmath>
+#include <memory>
+#include <sstream>
+#include <string>
+
+namespace {
+
+// TorchScript's name `rope`, which Python writes torch.ops.rope.
+struct Operators : torch::jit::Resolver {
+  std::shared_ptr<torch::jit::SugaredValue> resolveValue(
+      const std::string& name, torch::jit::GraphFunction& method,
+      const torch::jit::SourceRange& location) override {
+    if (name == "rope") {
+      return std::make_shared<torch::jit::BuiltinModule>("rope");
+    }
+    return torch::jit::nativeResolver()->resolveValue(name, method, location);
+  }
+};
+
+torch::jit::Module scripted(const std::string& forward) {
+  torch::jit::Module module("Rotation");
+  module.define(forward, std::make_shared<Operators>());
+  return module;
+}
+
+torch::jit::Module saved_and_loaded(const torch::jit::Module& module) {
+  std::stringstream file;
+  module.save(file);
+  return torch::jit::load(file);
+}
+
+const char* const kRotateNeighbours = R"(
+def forward(self, x, positions):
+    return rope.apply(x, positions, interleaved=True)
+)";
+
+const char* const kRotatePair = R"(
+def forward(self, q, k, positions):
+    return rope.apply_qk(q, k, positions)
+)";
+
+const char* const kRotateInPlace = R"(
+def forward(self, x, positions):
+    y = x.clone()
+    rope.apply_(y, positions, interleaved=True)
+    return y
+)";
+
+const char* const kRotateByTables = R"(
+def forward(self, x, cos, sin):
+    return rope.apply_cos_sin(x, cos, sin, interleaved=True)
+)";
+
+// One pair, so one frequency: 1 radian per unit of position.
+at::Tensor rotated(const at::Tensor& x, double angle) {
+  const at::Tensor a = x.select(-1, 0);
+  const at::Tensor b = x.select(-1, 1);
+  return at::stack(
+      {a * std::cos(angle) - b * std::sin(angle), b * std::cos(angle) + a * std::sin(angle)}, -1);
+}
+
+TEST(Registration, DefinesAllEightOperators) {
+  for (const char* name : {"apply", "apply_qk", "apply_", "apply_qk_", "apply_cos_sin",
+                           "apply_cos_sin_qk", "apply_cos_sin_", "apply_cos_sin_qk_"}) {
+    const auto found = c10::Dispatcher::singleton().findSchema({std::string("rope::") + name, ""});
+    EXPECT_TRUE(found.has_value()) << name;
+  }
+}
+
+TEST(Registration, ALoadedModelRuns) {
+  torch::jit::Module model = saved_and_loaded(scripted(kRotateNeighbours));
+  const at::Tensor x = at::randn({4, 2}, at::kDouble);
+  const at::Tensor y = model.forward({x, at::tensor(3)}).toTensor();
+  EXPECT_TRUE(at::allclose(y, rotated(x, 3.0), 0, 1e-11));
+}
+
+TEST(Registration, ALoadedModelRotatesAPair) {
+  torch::jit::Module model = saved_and_loaded(scripted(kRotatePair));
+  const at::Tensor q = at::randn({4, 2}, at::kDouble);
+  const at::Tensor k = at::randn({3, 4, 2}, at::kDouble);
+  const auto result = model.forward({q, k, at::tensor(-2)}).toTuple();
+  EXPECT_TRUE(at::allclose(result->elements()[0].toTensor(), rotated(q, -2.0), 0, 1e-11));
+  EXPECT_TRUE(at::allclose(result->elements()[1].toTensor(), rotated(k, -2.0), 0, 1e-11));
+}
+
+TEST(Registration, ALoadedModelRotatesInPlace) {
+  torch::jit::Module model = saved_and_loaded(scripted(kRotateInPlace));
+  const at::Tensor x = at::randn({4, 2}, at::kDouble);
+  const at::Tensor y = model.forward({x, at::tensor(3)}).toTensor();
+  EXPECT_TRUE(at::allclose(y, rotated(x, 3.0), 0, 1e-11));
+}
+
+TEST(Registration, ALoadedModelUsesTables) {
+  torch::jit::Module model = saved_and_loaded(scripted(kRotateByTables));
+  const at::Tensor x = at::randn({4, 2}, at::kDouble);
+  const at::Tensor angle = at::full({1}, 0.7, at::kDouble);
+  const at::Tensor y = model.forward({x, angle.cos(), angle.sin()}).toTensor();
+  EXPECT_TRUE(at::allclose(y, rotated(x, 0.7), 0, 1e-11));
+}
+
+TEST(Registration, ALoadedModelDifferentiates) {
+  torch::jit::Module model = saved_and_loaded(scripted(kRotateNeighbours));
+  const at::Tensor gradient = at::randn({4, 2}, at::kDouble);
+  // The first runs are profiled, the later ones optimised.
+  for (int i = 0; i < 4; ++i) {
+    const at::Tensor x = at::randn({4, 2}, at::kDouble).requires_grad_();
+    model.forward({x, at::tensor(3)}).toTensor().backward(gradient);
+    EXPECT_TRUE(at::allclose(x.grad(), rotated(gradient, -3.0), 0, 1e-11));
+  }
+}
+
+TEST(Registration, ALoadedModelRefusesWhatTheOperatorRefuses) {
+  torch::jit::Module model = saved_and_loaded(scripted(kRotateNeighbours));
+  try {
+    model.forward({at::ones({4, 3}), at::tensor(3)});
+    FAIL() << "nothing was thrown";
+  } catch (const std::exception& error) {
+    EXPECT_NE(
+        std::string(error.what()).find("rope::apply(): expected rotary_dim to be even, but got 3"),
+        std::string::npos)
+        << error.what();
+  }
+}
+
+}  // namespace
