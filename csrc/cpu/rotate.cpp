@@ -137,37 +137,40 @@ struct Rows {
   ROPE_INLINE scalar_t* out_row(std::int64_t r) const { return out + offsets[2 * r + 1]; }
 };
 
-template <typename Vector, int kCount>
-struct Rotations {
-  Rotation<Vector> vectors[kCount];
+// How far ahead of the elements at hand memory is asked for, in bytes: what is read, and what is
+// written. Worth a third of the time where the data is in memory or in the last-level cache; it
+// costs nothing noticeable nearer.
+constexpr std::int64_t kReadAhead = 4096;
+constexpr std::int64_t kWriteAhead = 2048;
 
-  template <typename Real>
-  static ROPE_INLINE Rotations load(const Real* cos, const Real* sin) {
-    Rotations loaded;
-    for (int v = 0; v < kCount; ++v) {
-      loaded.vectors[v] = {Vector::loadu(cos + v * Vector::size()),
-                           Vector::loadu(sin + v * Vector::size())};
-    }
-    return loaded;
-  }
-};
+ROPE_INLINE void prefetch(const void* in, const void* out) {
+  __builtin_prefetch(static_cast<const char*>(in) + kReadAhead, /*rw=*/0);
+  __builtin_prefetch(static_cast<const char*>(out) + kWriteAhead, /*rw=*/1);
+}
+
+template <typename Vector, typename Real>
+ROPE_INLINE Rotation<Vector> load_rotation(const Real* cos, const Real* sin) {
+  return {Vector::loadu(cos), Vector::loadu(sin)};
+}
 
 // Scalar math: out[n], out[n + N] = rotate({in[n], in[n + N]}, {cos[n], sin[n]})
 template <typename scalar_t>
 ROPE_INLINE void rotate_halves(const Rows<scalar_t>& rows, std::int64_t num_pairs) {
   using S = Step<scalar_t>;
-  for (std::int64_t n = 0; n < num_pairs; n += S::kSize) {
-    const std::int64_t count = num_pairs - n;
-    const auto angles =
-        Rotations<typename S::Vector, S::kVectors>::load(rows.cos + n, rows.sin + n);
-    for (std::int64_t r = 0; r < rows.count; ++r) {
+  using Vector = typename S::Vector;
+  for (std::int64_t r = 0; r < rows.count; ++r) {
+    for (std::int64_t n = 0; n < num_pairs; n += S::kSize) {
       const scalar_t* in = rows.in_row(r) + n;
       scalar_t* out = rows.out_row(r) + n;
+      prefetch(in, out);
+      prefetch(in + num_pairs, out + num_pairs);
+      const std::int64_t count = num_pairs - n;
       S a = S::load(in, count);
       S b = S::load(in + num_pairs, count);
       for (int v = 0; v < S::kVectors; ++v) {
-        const auto turned =
-            rotate<typename S::Vector>({a.vectors[v], b.vectors[v]}, angles.vectors[v]);
+        const std::int64_t first = n + v * Vector::size();
+        const auto angle = load_rotation<Vector>(rows.cos + first, rows.sin + first);
+        const auto turned = rotate<Vector>({a.vectors[v], b.vectors[v]}, angle);
         a.vectors[v] = turned.a;
         b.vectors[v] = turned.b;
       }
@@ -185,23 +188,24 @@ ROPE_INLINE void rotate_interleaved(const Rows<scalar_t>& rows, std::int64_t num
   // Two vectors hold as many pairs as one has elements. In words they are a step, already parted.
   constexpr int kSteps = S::kVectors == 1 ? 2 : 1;
   constexpr std::int64_t kPairs = kSteps * S::kSize / 2;
-  for (std::int64_t n = 0; n < num_pairs; n += kPairs) {
-    const auto angles = Rotations<Vector, 1>::load(rows.cos + n, rows.sin + n).vectors[0];
-    const std::int64_t count = 2 * (num_pairs - n);
-    const std::int64_t second_count = count < S::kSize ? 0 : count - S::kSize;
-    for (std::int64_t r = 0; r < rows.count; ++r) {
+  for (std::int64_t r = 0; r < rows.count; ++r) {
+    for (std::int64_t n = 0; n < num_pairs; n += kPairs) {
       const scalar_t* in = rows.in_row(r) + 2 * n;
       scalar_t* out = rows.out_row(r) + 2 * n;
+      prefetch(in, out);
+      const auto angle = load_rotation<Vector>(rows.cos + n, rows.sin + n);
+      const std::int64_t count = 2 * (num_pairs - n);
+      const std::int64_t second_count = count < S::kSize ? 0 : count - S::kSize;
       S first = S::load(in, count);
       if constexpr (S::kInWords) {
-        const auto turned = rotate<Vector>({first.vectors[0], first.vectors[1]}, angles);
+        const auto turned = rotate<Vector>({first.vectors[0], first.vectors[1]}, angle);
         first.vectors[0] = turned.a;
         first.vectors[1] = turned.b;
       } else {
         S second = kSteps == 2 ? S::load(in + S::kSize, second_count) : first;
         Vector& upper = kSteps == 2 ? second.vectors[0] : first.vectors[S::kVectors - 1];
         const auto [a, b] = at::vec::deinterleave2(first.vectors[0], upper);
-        const auto turned = rotate<Vector>({a, b}, angles);
+        const auto turned = rotate<Vector>({a, b}, angle);
         const auto [even, odd] = at::vec::interleave2(turned.a, turned.b);
         first.vectors[0] = even;
         upper = odd;
