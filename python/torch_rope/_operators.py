@@ -1,9 +1,10 @@
 """The public functions: the operators of ``torch.ops.rope``, for a tensor or a ``(q, k)`` tuple."""
 
-from typing import TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.jit._builtins import _register_builtin
 from torch.overrides import has_torch_function
 
@@ -96,7 +97,8 @@ def apply(
         interleaved,
         conjugate,
     )
-    return cast(Rotated, _call("apply", x, (positions, inv_freq), options))
+    rotated: Rotated = _call("apply", x, (positions, inv_freq), options)
+    return rotated
 
 
 def apply_(
@@ -213,7 +215,8 @@ def apply_cos_sin(
         True
     """
     options = (embedding_axis, rotary_offset, interleaved, conjugate)
-    return cast(Rotated, _call("apply_cos_sin", x, (cos, sin, positions), options))
+    rotated: Rotated = _call("apply_cos_sin", x, (cos, sin, positions), options)
+    return rotated
 
 
 def apply_cos_sin_(
@@ -287,7 +290,7 @@ def _call(
     x: Tensor | tuple[Tensor, Tensor],
     tensors: tuple[Tensor | None, ...],
     options: tuple[object, ...],
-) -> object:
+) -> Any:
     """Calls the operator for x, a tensor or a pair.
 
     The module _C is the quick way, the more so without keywords. Where Python code follows the call
@@ -297,7 +300,7 @@ def _call(
         rotated: tuple[Tensor, ...] = (x,)
     else:
         rotated, name = x, _PAIRS[name]
-    if torch.compiler.is_compiling() or has_torch_function((*rotated, *tensors)):
+    if is_compiling() or has_torch_function((*rotated, *tensors)):
         names = _TABLE_OPTIONS if "cos_sin" in name else _OPTIONS
         keywords = dict(zip(names, options, strict=True))
         return getattr(torch.ops.rope, name)(*rotated, *tensors, **keywords)
