@@ -34,7 +34,16 @@ using at::vec::Vectorized;
 // that the addition does not carry out of it: x is bfloat16 itself, and cosines and sines are
 // cleaned by quiet().
 //
-// The cosines and sines of a row are laid out in the order in which its vectors come: see order_of.
+// The cosines and sines of a row are laid out in the order in which its vectors come: see
+// for_each_place.
+
+// NOTE [ Last step of a row ]
+//
+// A row that is no whole number of steps ends in a step that overlaps the one before: it begins
+// where the row has one step left. In place, the step before writes what the last one reads, so
+// that the last one is loaded first of all. Its cosines and sines have a place of their own behind
+// those of the whole steps. Rows shorter than a step are loaded and stored in part. Every element
+// is the result of the same operations on the same numbers in all of these cases.
 
 // A step of a row: as many elements as one vector of the storage type holds, as vectors of the
 // computation type, in the order of memory or, for bfloat16, first the even elements, then the odd
@@ -53,7 +62,9 @@ struct Step {
   static ROPE_INLINE Step load(const scalar_t* from, std::int64_t count) {
     if constexpr (kInWords) {
       Words words;
-      if (count < kSize) {
+      if (count < kSize && count % 2 == 0) {
+        words = Words::loadu(from, count / 2);
+      } else if (count < kSize) {
         scalar_t elements[kSize] = {};
         std::memcpy(elements, from, count * sizeof(scalar_t));
         words = Words::loadu(elements);
@@ -78,7 +89,9 @@ struct Step {
     if constexpr (kInWords) {
       const Words even = (rounded(vectors[0]) >> Words(16)) & Words(0xffff);
       const Words words = even | (rounded(vectors[1]) & Words(kHighHalf));
-      if (count < kSize) {
+      if (count < kSize && count % 2 == 0) {
+        words.store(to, static_cast<int>(count / 2));
+      } else if (count < kSize) {
         scalar_t elements[kSize];
         words.store(elements);
         std::memcpy(to, elements, count * sizeof(scalar_t));
@@ -110,15 +123,30 @@ struct Step {
   }
 };
 
-// Where the cosine of pair n stands in its row.
-template <typename scalar_t>
-ROPE_INLINE std::int64_t order_of(std::int64_t n, bool interleaved) {
-  using S = Step<scalar_t>;
-  if (S::kInWords && !interleaved) {
-    const std::int64_t in_step = n % S::kSize;
-    return n - in_step + in_step / 2 + in_step % 2 * (S::kSize / 2);
+// Pairs that one turn of the loop over a row rotates.
+template <typename scalar_t, bool interleaved>
+constexpr std::int64_t kPairsPerStep =
+    interleaved ? Step<scalar_t>::Vector::size() : Step<scalar_t>::kSize;
+
+// Calls visit(place, n) for each place of a row's cosines that one is wanted at, and for the pair n
+// it belongs to.
+template <typename scalar_t, bool interleaved, typename Visit>
+ROPE_INLINE void for_each_place(std::int64_t num_pairs, const Visit& visit) {
+  constexpr std::int64_t kPairs = kPairsPerStep<scalar_t, interleaved>;
+  for (std::int64_t place = 0; place < num_pairs; place += kPairs) {
+    const bool is_last = num_pairs < place + kPairs;
+    const std::int64_t begin = is_last && num_pairs > kPairs ? num_pairs - kPairs : place;
+    const std::int64_t count = num_pairs < kPairs ? num_pairs : kPairs;
+    if (Step<scalar_t>::kInWords && !interleaved) {
+      for (std::int64_t i = 0; i < count; ++i) {
+        visit(place + i / 2 + i % 2 * (kPairs / 2), begin + i);
+      }
+    } else {
+      for (std::int64_t i = 0; i < count; ++i) {
+        visit(place + i, begin + i);
+      }
+    }
   }
-  return n;
 }
 
 // Rows that turn by the same angles: the rotated slice of each, contiguous. Row r begins at in +
@@ -153,67 +181,112 @@ ROPE_INLINE Rotation<Vector> load_rotation(const Real* cos, const Real* sin) {
   return {Vector::loadu(cos), Vector::loadu(sin)};
 }
 
+// What one turn of the loop over a row holds. `count` is the number of pairs from n on.
 // Scalar math: out[n], out[n + N] = rotate({in[n], in[n + N]}, {cos[n], sin[n]})
 template <typename scalar_t>
-ROPE_INLINE void rotate_halves(const Rows<scalar_t>& rows, std::int64_t num_pairs) {
+struct Halves {
   using S = Step<scalar_t>;
   using Vector = typename S::Vector;
-  for (std::int64_t r = 0; r < rows.count; ++r) {
-    for (std::int64_t n = 0; n < num_pairs; n += S::kSize) {
-      const scalar_t* in = rows.in_row(r) + n;
-      scalar_t* out = rows.out_row(r) + n;
-      prefetch(in, out);
-      prefetch(in + num_pairs, out + num_pairs);
-      const std::int64_t count = num_pairs - n;
-      S a = S::load(in, count);
-      S b = S::load(in + num_pairs, count);
-      for (int v = 0; v < S::kVectors; ++v) {
-        const std::int64_t first = n + v * Vector::size();
-        const auto angle = load_rotation<Vector>(rows.cos + first, rows.sin + first);
-        const auto turned = rotate<Vector>({a.vectors[v], b.vectors[v]}, angle);
-        a.vectors[v] = turned.a;
-        b.vectors[v] = turned.b;
-      }
-      a.store(out, count);
-      b.store(out + num_pairs, count);
+  S a;
+  S b;
+
+  static ROPE_INLINE Halves load(const scalar_t* in, std::int64_t n, std::int64_t num_pairs,
+                                 std::int64_t count) {
+    return {S::load(in + n, count), S::load(in + num_pairs + n, count)};
+  }
+  ROPE_INLINE void turn(const typename S::Real* cos, const typename S::Real* sin) {
+    for (int v = 0; v < S::kVectors; ++v) {
+      const std::int64_t first = v * Vector::size();
+      const auto angle = load_rotation<Vector>(cos + first, sin + first);
+      const auto turned = rotate<Vector>({a.vectors[v], b.vectors[v]}, angle);
+      a.vectors[v] = turned.a;
+      b.vectors[v] = turned.b;
     }
   }
-}
+  ROPE_INLINE void store(scalar_t* out, std::int64_t n, std::int64_t num_pairs,
+                         std::int64_t count) const {
+    a.store(out + n, count);
+    b.store(out + num_pairs + n, count);
+  }
+  static ROPE_INLINE void prefetch_ahead(const scalar_t* in, const scalar_t* out, std::int64_t n,
+                                         std::int64_t num_pairs) {
+    prefetch(in + n, out + n);
+    prefetch(in + num_pairs + n, out + num_pairs + n);
+  }
+};
 
 // Scalar math: out[2n], out[2n + 1] = rotate({in[2n], in[2n + 1]}, {cos[n], sin[n]})
 template <typename scalar_t>
-ROPE_INLINE void rotate_interleaved(const Rows<scalar_t>& rows, std::int64_t num_pairs) {
+struct Interleaved {
   using S = Step<scalar_t>;
   using Vector = typename S::Vector;
-  // Two vectors hold as many pairs as one has elements. In words they are a step, already parted.
-  constexpr int kSteps = S::kVectors == 1 ? 2 : 1;
-  constexpr std::int64_t kPairs = kSteps * S::kSize / 2;
-  for (std::int64_t r = 0; r < rows.count; ++r) {
-    for (std::int64_t n = 0; n < num_pairs; n += kPairs) {
-      const scalar_t* in = rows.in_row(r) + 2 * n;
-      scalar_t* out = rows.out_row(r) + 2 * n;
-      prefetch(in, out);
-      const auto angle = load_rotation<Vector>(rows.cos + n, rows.sin + n);
-      const std::int64_t count = 2 * (num_pairs - n);
-      const std::int64_t second_count = count < S::kSize ? 0 : count - S::kSize;
-      S first = S::load(in, count);
-      if constexpr (S::kInWords) {
-        const auto turned = rotate<Vector>({first.vectors[0], first.vectors[1]}, angle);
-        first.vectors[0] = turned.a;
-        first.vectors[1] = turned.b;
-      } else {
-        S second = kSteps == 2 ? S::load(in + S::kSize, second_count) : first;
-        Vector& upper = kSteps == 2 ? second.vectors[0] : first.vectors[S::kVectors - 1];
-        const auto [a, b] = at::vec::deinterleave2(first.vectors[0], upper);
-        const auto turned = rotate<Vector>({a, b}, angle);
-        const auto [even, odd] = at::vec::interleave2(turned.a, turned.b);
-        first.vectors[0] = even;
-        upper = odd;
-        if (kSteps == 2 && second_count > 0) {
-          second.store(out + S::kSize, second_count);
-        }
+  // Two vectors hold as many pairs as one has elements: two steps, or one of 16-bit elements.
+  static constexpr int kSteps = 2 / S::kVectors;
+  S steps[kSteps];
+
+  static ROPE_INLINE Interleaved load(const scalar_t* in, std::int64_t n, std::int64_t,
+                                      std::int64_t count) {
+    Interleaved loaded;
+    for (int step = 0; step < kSteps; ++step) {
+      const std::int64_t left = 2 * count - step * S::kSize;
+      loaded.steps[step] = S::load(in + 2 * n + step * S::kSize, left > 0 ? left : 0);
+    }
+    return loaded;
+  }
+  ROPE_INLINE void turn(const typename S::Real* cos, const typename S::Real* sin) {
+    const auto angle = load_rotation<Vector>(cos, sin);
+    Vector& first = steps[0].vectors[0];
+    Vector& second = steps[kSteps - 1].vectors[S::kVectors - 1];
+    if constexpr (S::kInWords) {  // parted already
+      const auto turned = rotate<Vector>({first, second}, angle);
+      first = turned.a;
+      second = turned.b;
+    } else {
+      const auto [a, b] = at::vec::deinterleave2(first, second);
+      const auto turned = rotate<Vector>({a, b}, angle);
+      const auto [even, odd] = at::vec::interleave2(turned.a, turned.b);
+      first = even;
+      second = odd;
+    }
+  }
+  ROPE_INLINE void store(scalar_t* out, std::int64_t n, std::int64_t, std::int64_t count) const {
+    for (int step = 0; step < kSteps; ++step) {
+      const std::int64_t left = 2 * count - step * S::kSize;
+      if (left > 0) {
+        steps[step].store(out + 2 * n + step * S::kSize, left);
       }
-      first.store(out, count);
+    }
+  }
+  static ROPE_INLINE void prefetch_ahead(const scalar_t* in, const scalar_t* out, std::int64_t n,
+                                         std::int64_t) {
+    prefetch(in + 2 * n, out + 2 * n);
+  }
+};
+
+template <typename scalar_t, bool interleaved>
+ROPE_INLINE void rotate_slices(const Rows<scalar_t>& rows, std::int64_t num_pairs) {
+  using Turn = std::conditional_t<interleaved, Interleaved<scalar_t>, Halves<scalar_t>>;
+  constexpr std::int64_t kPairs = kPairsPerStep<scalar_t, interleaved>;
+  const std::int64_t whole = num_pairs / kPairs * kPairs;
+  const bool is_short = num_pairs < kPairs;
+  const bool overlaps = !is_short && whole < num_pairs;  // See NOTE [ Last step of a row ]
+  for (std::int64_t r = 0; r < rows.count; ++r) {
+    const scalar_t* in = rows.in_row(r);
+    scalar_t* out = rows.out_row(r);
+    const std::int64_t last = overlaps ? num_pairs - kPairs : 0;
+    Turn last_turn;
+    if (overlaps || is_short) {
+      last_turn = Turn::load(in, last, num_pairs, is_short ? num_pairs : kPairs);
+    }
+    for (std::int64_t n = 0; n < whole; n += kPairs) {
+      Turn::prefetch_ahead(in, out, n, num_pairs);
+      Turn turn = Turn::load(in, n, num_pairs, kPairs);
+      turn.turn(rows.cos + n, rows.sin + n);
+      turn.store(out, n, num_pairs, kPairs);
+    }
+    if (overlaps || is_short) {
+      last_turn.turn(rows.cos + whole, rows.sin + whole);
+      last_turn.store(out, last, num_pairs, is_short ? num_pairs : kPairs);
     }
   }
 }
@@ -229,22 +302,24 @@ ROPE_INLINE Rotation<Real> quiet(const Rotation<Real>& angle) {
 }
 
 // Frequencies of all axes, in the order of the rows of cosines, padded.
-template <typename scalar_t, typename Frequency>
+template <typename scalar_t, bool interleaved, typename Frequency>
 ROPE_INLINE void load_frequencies(const Launch& launch, const Workspace& workspace) {
   const PositionAngles& angles = launch.by_position;
   auto* frequencies = static_cast<Frequency*>(workspace.frequencies);
   const std::int64_t length = padded(launch.num_pairs);
-  for (std::int64_t i = 0; i < angles.num_axes * length; ++i) {
-    frequencies[i] = 0;
-  }
   for (int axis = 0; axis < angles.num_axes; ++axis) {
-    for (std::int64_t n = 0; n < launch.num_pairs; ++n) {
-      frequencies[axis * length + order_of<scalar_t>(n, launch.interleaved)] =
-          angles.inv_freq == nullptr
-              ? static_cast<Frequency>(angles.wavelength_frequencies[n])
-              : static_cast<const Frequency*>(angles.inv_freq)[axis * angles.inv_freq_axis_stride +
-                                                               n * angles.inv_freq_stride];
+    Frequency* row = frequencies + axis * length;
+    for (std::int64_t place = 0; place < length; ++place) {
+      row[place] = 0;
     }
+    for_each_place<scalar_t, interleaved>(
+        launch.num_pairs, [&](std::int64_t place, std::int64_t n) __attribute__((always_inline)) {
+          row[place] = angles.inv_freq == nullptr
+                           ? static_cast<Frequency>(angles.wavelength_frequencies[n])
+                           : static_cast<const Frequency*>(
+                                 angles.inv_freq)[axis * angles.inv_freq_axis_stride +
+                                                  n * angles.inv_freq_stride];
+        });
   }
 }
 
@@ -259,18 +334,22 @@ ROPE_INLINE void form_angles(const Launch& launch, const Workspace& workspace,
     return load_position<Frequency>(source.positions, source.positions_dtype,
                                     position_offset + axis * source.positions_axis_stride);
   };
-  const auto form = [&](int num_axes, const auto& position) __attribute__((always_inline)) {
+  const auto form = [&](int num_axes, const auto& position,
+                        double scale_factor) __attribute__((always_inline)) {
     for (std::int64_t n = 0; n < length; ++n) {
       const auto inv_freq = [&](int axis) { return frequencies[axis * length + n]; };
-      workspace.angles[n] =
-          form_angle<Frequency>(num_axes, position, inv_freq, source.scale_factor);
+      workspace.angles[n] = form_angle<Frequency>(num_axes, position, inv_freq, scale_factor);
     }
   };
-  if (source.num_axes == 1) {
-    const Frequency position = load(0);
-    form(1, [=](int) { return position; });
+  if (source.num_axes > 1) {
+    form(source.num_axes, load, source.scale_factor);
+    return;
+  }
+  const auto position = [position = load(0)](int) { return position; };
+  if (source.scale_factor == 1.0) {
+    form(1, position, 1.0);  // Without the division, which would take most of the time.
   } else {
-    form(source.num_axes, load);
+    form(1, position, source.scale_factor);
   }
 }
 
@@ -283,39 +362,40 @@ ROPE_INLINE void rotations_of_angles(const Launch& launch, const Workspace& work
   const double* angles = workspace.angles;
   const auto factor = static_cast<Real>(launch.by_position.attention_factor);
   const bool conjugate = launch.conjugate;
-  std::int64_t num_left = length;
+  std::uint64_t irreducible = ~std::uint64_t{0};
   if constexpr (std::is_same_v<Real, float>) {
     for (std::int64_t n = 0; n < length; ++n) {
       const auto angle = scale(reduced_rotation(angles[n]), factor, conjugate);
       cos[n] = angle.cos;
       sin[n] = angle.sin;
     }
-    num_left = 0;
+    irreducible = 0;
     for (std::int64_t n = 0; n < length; ++n) {
-      num_left += std::fabs(angles[n]) < kReducible ? 0 : 1;
+      irreducible |= irreducible_bit(angles[n]);
     }
   }
-  for (std::int64_t n = 0; num_left > 0 && n < length; ++n) {
+  for (std::int64_t n = 0; irreducible >> 63 != 0 && n < length; ++n) {
     const auto angle = quiet(scale(rotation<Real>(angles[n]), factor, conjugate));
     cos[n] = angle.cos;
     sin[n] = angle.sin;
   }
 }
 
-template <typename scalar_t, typename Table, typename Real>
-ROPE_INLINE void rotations_of_table(const Launch& launch, const std::int64_t* offsets, Real* cos,
-                                    Real* sin) {
-  const TableAngles& table = launch.by_table;
+template <typename scalar_t, bool interleaved, typename Table, typename Real>
+ROPE_INLINE void rotations_of_table(const Launch& launch, const std::int64_t* offsets,
+                                    Real* __restrict cos, Real* __restrict sin) {
+  const TableAngles table = launch.by_table;
   const auto row = find_table_row<Table>(table, offsets[kAngle], offsets[kSin]);
-  for (std::int64_t n = 0; n < launch.num_pairs; ++n) {
-    const auto angle = quiet(scale(load_rotation<Real>(table, row, n), Real(1), launch.conjugate));
-    const std::int64_t place = order_of<scalar_t>(n, launch.interleaved);
-    cos[place] = angle.cos;
-    sin[place] = angle.sin;
-  }
+  for_each_place<scalar_t, interleaved>(
+      launch.num_pairs, [&](std::int64_t place, std::int64_t n) __attribute__((always_inline)) {
+        const auto angle =
+            quiet(scale(rope::load_rotation<Real>(table, row, n), Real(1), launch.conjugate));
+        cos[place] = angle.cos;
+        sin[place] = angle.sin;
+      });
 }
 
-template <typename scalar_t, typename Real>
+template <typename scalar_t, bool interleaved, typename Real>
 ROPE_INLINE void rotations_of_token(const Launch& launch, const Workspace& workspace,
                                     const std::int64_t* offsets, Real* cos, Real* sin) {
   if (!launch.uses_tables) {
@@ -329,13 +409,13 @@ ROPE_INLINE void rotations_of_token(const Launch& launch, const Workspace& works
   }
   switch (launch.by_table.dtype) {
     case c10::ScalarType::Double:
-      return rotations_of_table<scalar_t, double>(launch, offsets, cos, sin);
+      return rotations_of_table<scalar_t, interleaved, double>(launch, offsets, cos, sin);
     case c10::ScalarType::Float:
-      return rotations_of_table<scalar_t, float>(launch, offsets, cos, sin);
+      return rotations_of_table<scalar_t, interleaved, float>(launch, offsets, cos, sin);
     case c10::ScalarType::Half:
-      return rotations_of_table<scalar_t, c10::Half>(launch, offsets, cos, sin);
+      return rotations_of_table<scalar_t, interleaved, c10::Half>(launch, offsets, cos, sin);
     default:
-      return rotations_of_table<scalar_t, c10::BFloat16>(launch, offsets, cos, sin);
+      return rotations_of_table<scalar_t, interleaved, c10::BFloat16>(launch, offsets, cos, sin);
   }
 }
 
@@ -360,15 +440,6 @@ ROPE_INLINE void copy_outside(const Launch& launch, const Operand& operand,
   for (std::int64_t r = 0; r < rows.count; ++r) {
     copy(rows.out_row(r), rows.in_row(r), 0, begin);
     copy(rows.out_row(r), rows.in_row(r), end, operand.axis_size);
-  }
-}
-
-template <typename scalar_t, bool interleaved>
-ROPE_INLINE void rotate_slices(const Rows<scalar_t>& rows, std::int64_t num_pairs) {
-  if constexpr (interleaved) {
-    rotate_interleaved(rows, num_pairs);
-  } else {
-    rotate_halves(rows, num_pairs);
   }
 }
 
@@ -397,6 +468,9 @@ ROPE_INLINE void rotate_rows(const Launch& launch, const Operand& operand,
                              const Workspace& workspace, Rows<scalar_t> rows) {
   if (operand.in != operand.out && operand.axis_size != 2 * launch.num_pairs) {
     copy_outside(launch, operand, rows);
+  }
+  if (launch.num_pairs == 0) {
+    return;
   }
   rows.in += launch.rotary_offset * operand.in_axis_stride;
   rows.out += launch.rotary_offset * operand.out_axis_stride;
@@ -457,15 +531,15 @@ ROPE_INLINE void rotate_operand(const Launch& launch, int index, const Workspace
   }
 }
 
-template <typename scalar_t>
+template <typename scalar_t, bool interleaved>
 ROPE_INLINE void rotate_block(const Launch& launch, const Workspace& workspace,
                               const Block& block) {
   using Real = at::opmath_type<scalar_t>;
   if (!launch.uses_tables) {
     if (launch.by_position.inv_freq_dtype == c10::ScalarType::Float) {
-      load_frequencies<scalar_t, float>(launch, workspace);
+      load_frequencies<scalar_t, interleaved, float>(launch, workspace);
     } else {
-      load_frequencies<scalar_t, double>(launch, workspace);
+      load_frequencies<scalar_t, interleaved, double>(launch, workspace);
     }
   }
   const std::int64_t length = padded(launch.num_pairs);
@@ -476,17 +550,20 @@ ROPE_INLINE void rotate_block(const Launch& launch, const Workspace& workspace,
     for (int array = 0; array < kTokenArrays; ++array) {
       workspace.token_offsets[row * kTokenArrays + array] = offsets[array];
     }
-    rotations_of_token<scalar_t>(launch, workspace, offsets,
-                                 static_cast<Real*>(workspace.cos) + row * length,
-                                 static_cast<Real*>(workspace.sin) + row * length);
+    rotations_of_token<scalar_t, interleaved>(launch, workspace, offsets,
+                                              static_cast<Real*>(workspace.cos) + row * length,
+                                              static_cast<Real*>(workspace.sin) + row * length);
   }
   for (int index = 0; index < launch.num_operands; ++index) {
-    if (launch.interleaved) {
-      rotate_operand<scalar_t, true>(launch, index, workspace, block);
-    } else {
-      rotate_operand<scalar_t, false>(launch, index, workspace, block);
-    }
+    rotate_operand<scalar_t, interleaved>(launch, index, workspace, block);
   }
+}
+
+template <typename scalar_t>
+ROPE_INLINE void rotate_block(const Launch& launch, const Workspace& workspace,
+                              const Block& block) {
+  launch.interleaved ? rotate_block<scalar_t, true>(launch, workspace, block)
+                     : rotate_block<scalar_t, false>(launch, workspace, block);
 }
 
 }  // namespace
