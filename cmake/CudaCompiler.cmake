@@ -103,6 +103,9 @@ if(ROPE_CUDA_ENABLED)
     choose_cuda_architectures(CMAKE_CUDA_ARCHITECTURES)
   endif()
   set(CMAKE_CUDA_RUNTIME_LIBRARY None)  # It is torch's, linked by path; pip's has no libcudart.so to find.
+  # CMake links a program to identify the compiler, and nvcc 13.0 of pip looks for libraries in lib64 where they are in lib.
+  get_filename_component(cuda_bin "${CMAKE_CUDA_COMPILER}" DIRECTORY)
+  set(ENV{LIBRARY_PATH} "${cuda_bin}/../lib:$ENV{LIBRARY_PATH}")
   set(CMAKE_CUDA_STANDARD 20)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
   enable_language(CUDA)
