@@ -370,3 +370,11 @@ def test_inference_mode_gives_the_same_bits(device: str) -> None:
     expected = torch_rope.apply(x, positions)
     with torch.inference_mode():
         assert_same_bits(torch_rope.apply(x, positions), expected)
+
+
+def test_an_output_of_several_huge_pages_has_the_bits_of_small_ones(device: str) -> None:
+    x = random_values((4100, 8, 66), torch.float32, device=device)
+    positions = torch.arange(4100, device=device)[:, None]
+    parts = zip(x.split(100), positions.split(100), strict=True)
+    expected = torch.cat([torch_rope.apply(*part) for part in parts])
+    assert torch.equal(torch_rope.apply(x, positions), expected)

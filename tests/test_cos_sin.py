@@ -187,3 +187,12 @@ def test_one_row_out_of_range_leaves_q_and_k_as_they_were() -> None:
         torch_rope.apply_cos_sin_((q, k), *tables((10, 8)), positions)
     assert_same_bits(q, before[0])
     assert_same_bits(k, before[1])
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_a_nan_of_any_payload_in_a_table_stays_a_nan(device: str, dtype: torch.dtype) -> None:
+    table = torch.full((32,), 0x7FFFFFFF, dtype=torch.int32, device=device).view(torch.float32)
+    x = torch.ones(3, 64, dtype=dtype, device=device)
+    assert torch_rope.apply_cos_sin(x, table, table).isnan().all()
+    position = torch.full((), -1, dtype=torch.int64, device=device).view(torch.float64)
+    assert torch_rope.apply(x, position).isnan().all()

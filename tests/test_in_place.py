@@ -253,3 +253,15 @@ def test_exactly_the_pairs_that_share_an_element_are_refused(
         torch_rope.apply_((q, k), positions)
         assert_same_bits(q, expected[0])
         assert_same_bits(k, expected[1])
+
+
+def test_an_inference_tensor_is_refused_before_it_is_written(device: str) -> None:
+    with torch.inference_mode():
+        x = random_values((9, 64), device=device)
+    copy = x.clone()
+    with pytest.raises(RuntimeError, match="inference tensor"):
+        torch_rope.apply_(x, torch.tensor(3, device=device))
+    assert torch.equal(x, copy)
+    with torch.inference_mode():
+        torch_rope.apply_(x, torch.tensor(3, device=device))
+    assert not torch.equal(x, copy)
