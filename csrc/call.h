@@ -61,12 +61,12 @@ using WithTableArguments =
              std::int64_t /*rotary_offset*/, bool /*interleaved*/, bool /*conjugate*/>;
 
 Call make_call(const at::Tensor& positions, const std::optional<at::Tensor>& inv_freq,
-                        std::int64_t embedding_axis, std::optional<std::int64_t> rotary_dim,
-                        std::int64_t rotary_offset, double max_wavelength, double scale_factor,
-                        double attention_factor, bool interleaved, bool conjugate);
+               std::int64_t embedding_axis, std::optional<std::int64_t> rotary_dim,
+               std::int64_t rotary_offset, double max_wavelength, double scale_factor,
+               double attention_factor, bool interleaved, bool conjugate);
 Call make_call(const at::Tensor& cos, const at::Tensor& sin,
-                        const std::optional<at::Tensor>& positions, std::int64_t embedding_axis,
-                        std::int64_t rotary_offset, bool interleaved, bool conjugate);
+               const std::optional<at::Tensor>& positions, std::int64_t embedding_axis,
+               std::int64_t rotary_offset, bool interleaved, bool conjugate);
 
 // The kernels that one function over calls makes, with the signatures of the schemas.
 template <Outputs (*rotate)(const Call&)>
