@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 import torch_rope
 
 FOLDER = Path(torch_rope.__file__).parent
@@ -58,6 +59,8 @@ def test_the_extension_is_linked_with_the_library() -> None:
 
 
 def test_the_library_is_found_wherever_the_package_is_moved() -> None:
+    if LIBRARY.parents[2] != Path(torch.__file__).parents[1]:
+        pytest.skip("an editable install stays where it is, and names the folder of torch")
     for library in (LIBRARY, Path(torch_rope._C.__file__)):
         lines = output_of("readelf", "--dynamic", "--wide", str(library)).splitlines()
         paths = [line.partition("[")[2].rstrip("]") for line in lines if "PATH)" in line]
