@@ -42,7 +42,8 @@ Outputs rotate_on_cuda(const Call& call) {
       call.q.device(),
       ". For the kernels, build where torch is a CUDA build and nvcc is there, from the CUDA "
       "toolkit or ",
-      "the pip packages cuda-toolkit[nvcc,cccl]: ROPE_CUDA=1 pip install --no-build-isolation .");
+      "the pip packages cuda-toolkit[cccl,crt,nvcc,nvvm]: ROPE_CUDA=1 pip install "
+      "--no-build-isolation .");
   Outputs outputs = check_and_allocate(call);
   for_each_launch(call, outputs,
                   [&](const Launch& launch) { cuda::launch(launch, call.q.get_device()); });

@@ -9,6 +9,13 @@
 #include <cstring>
 #include <type_traits>
 
+// On a device, called instead of inlined: for what is long and need not be quick.
+#ifdef __CUDACC__
+#define ROPE_OUT_OF_LINE __noinline__
+#else
+#define ROPE_OUT_OF_LINE
+#endif
+
 namespace rope {
 
 // The two elements of x that turn together.
@@ -96,12 +103,8 @@ C10_HOST_DEVICE inline Rotation<float> reduced_rotation(double t) {
   return {((quarter + 1) & 2) ? -cos_t : cos_t, (quarter & 2) ? -sin_t : sin_t};
 }
 
-// The C library's cosine and sine: on a device one function that is called, since it is long and
-// seldom needed.
-#ifdef __CUDACC__
-__noinline__
-#endif
-    C10_HOST_DEVICE inline Rotation<double> library_rotation(double t) {
+// The C library's cosine and sine.
+ROPE_OUT_OF_LINE C10_HOST_DEVICE inline Rotation<double> library_rotation(double t) {
   return {std::cos(t), std::sin(t)};
 }
 

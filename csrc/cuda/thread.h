@@ -218,26 +218,34 @@ class Thread {
   template <typename Frequency>
   C10_HOST_DEVICE void find_angles_by_position(std::int64_t first_pair, Index position_offset,
                                                Angles& angles) const {
-    const PositionAngles& source = launch_.by_position;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      angles[i] = angle_by_position<Frequency>(launch_, work_, frequencies_, first_pair + i,
+                                               position_offset);
+    }
+  }
+
+  // Out of line, since inlined once for each pair it would double the time it takes to compile
+  // this.
+  template <typename Frequency>
+  ROPE_OUT_OF_LINE C10_HOST_DEVICE static Rotation<Real> angle_by_position(
+      const Launch& launch, const Work& work, const Frequencies& frequencies, std::int64_t n,
+      Index position_offset) {
+    const PositionAngles& source = launch.by_position;
     const auto position = [&](int axis) {
       return load_position<Frequency>(source.positions, source.positions_dtype,
                                       position_offset + axis * source.positions_axis_stride);
     };
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      const std::int64_t n = first_pair + i;
-      const auto inv_freq = [&](int axis) {
-        return source.inv_freq == nullptr
-                   ? static_cast<Frequency>(frequencies_.values[n - work_.first_pair])
-                   : static_cast<const Frequency*>(
-                         source.inv_freq)[axis * source.inv_freq_axis_stride +
-                                          n * source.inv_freq_stride];
-      };
-      const double t =
-          form_angle<Frequency>(source.num_axes, position, inv_freq, source.scale_factor);
-      angles[i] =
-          scale(rotation<Real>(t), static_cast<Real>(source.attention_factor), launch_.conjugate);
-    }
+    const auto inv_freq = [&](int axis) {
+      return source.inv_freq == nullptr
+                 ? static_cast<Frequency>(frequencies.values[n - work.first_pair])
+                 : static_cast<const Frequency*>(
+                       source.inv_freq)[axis * source.inv_freq_axis_stride +
+                                        n * source.inv_freq_stride];
+    };
+    const double t =
+        form_angle<Frequency>(source.num_axes, position, inv_freq, source.scale_factor);
+    return scale(rotation<Real>(t), static_cast<Real>(source.attention_factor), launch.conjugate);
   }
 
   template <typename Table>
