@@ -135,13 +135,15 @@ void with_thread_of(const Launch& launch, const Plan& plan, const Run& run) {
   const auto choose = [](bool value, const auto& then) {
     value ? then(std::true_type{}) : then(std::false_type{});
   };
-  choose(launch.interleaved, [&](auto interleaved) {
-    choose(plan.uses_words, [&](auto uses_words) {
-      choose(plan.index_is_64bit, [&](auto index_is_64bit) {
-        constexpr int kPairs = uses_words ? 16 / sizeof(scalar_t) : 1;
-        using Index = std::conditional_t<index_is_64bit, std::int64_t, std::int32_t>;
-        run(std::type_identity<Thread<scalar_t, kPairs, interleaved, Index>>{});
-      });
+  choose(plan.index_is_64bit, [&](auto index_is_64bit) {
+    using Index = std::conditional_t<index_is_64bit, std::int64_t, std::int32_t>;
+    if (!plan.uses_words) {
+      run(std::type_identity<Thread<scalar_t, 1, false, Index>>{});
+      return;
+    }
+    choose(launch.interleaved, [&](auto interleaved) {
+      constexpr int kPairs = 16 / sizeof(scalar_t);
+      run(std::type_identity<Thread<scalar_t, kPairs, interleaved, Index>>{});
     });
   });
 }

@@ -58,6 +58,8 @@ struct Row {
 // Rows a thread loads before it stores the first, so that their latencies overlap.
 inline constexpr int kRowsInFlight = 4;
 
+// kPairs is that of a chunk. For single pairs kInterleaved is without meaning: one code serves
+// both.
 template <typename scalar_t, int kPairs, bool kInterleaved, typename Index>
 class Thread {
  public:
@@ -113,8 +115,9 @@ class Thread {
   // Where the two words of a chunk begin in a row: its first elements and its second, or, where
   // pairs are interleaved, its first half and its second.
   C10_HOST_DEVICE std::int64_t word_begin(std::int64_t first_pair, int word) const {
-    return kInterleaved ? launch_.rotary_offset + 2 * first_pair + word * kPairs
-                        : launch_.rotary_offset + first_pair + word * launch_.num_pairs;
+    const bool interleaved = kPairs == 1 ? launch_.interleaved : kInterleaved;
+    return interleaved ? launch_.rotary_offset + 2 * first_pair + word * kPairs
+                       : launch_.rotary_offset + first_pair + word * launch_.num_pairs;
   }
 
   // Words of more than one element lie at steps of 1: the launch sees to it.
