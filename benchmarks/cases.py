@@ -1,0 +1,220 @@
+"""What is rotated: the cases of the benchmark, their tensors, and the exact result."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch_rope
+from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+
+MAX_WAVELENGTH = 10000.0
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A query and a key of one attention layer, and how they are rotated.
+
+    Attributes:
+        dtype: A key of ``DTYPES``.
+        layout: ``"BSHD"`` or ``"BHSD"``: the order of batch, sequence, heads and head_dim.
+        tokens: Length of the sequence.
+        batch: How many sequences; more than one is decoding, each sequence at its own position.
+        q_heads: Heads of the query.
+        k_heads: Heads of the key.
+        head_dim: Size of one head.
+        rotary_dim: How many elements of it are rotated; by default all.
+        interleaved: Whether pairs are neighbours.
+        angles: Where torch-rope takes them from: ``"formula"``, ``"inv_freq"``, ``"axes"`` (three,
+            as M-RoPE has), ``"tables"`` or ``"rows"`` (of tables, by position).
+        variant: What sets it apart from the half-split rotation of 128 elements by the formula.
+    """
+
+    dtype: str
+    layout: str = "BSHD"
+    tokens: int = 1024
+    batch: int = 1
+    q_heads: int = 32
+    k_heads: int = 8
+    head_dim: int = 128
+    rotary_dim: int | None = None
+    interleaved: bool = False
+    angles: str = "formula"
+    variant: str = ""
+
+    def __str__(self) -> str:
+        """Returns the name that ``--cases`` searches."""
+        sequences = f"{self.batch} x " if self.batch > 1 else ""
+        name = f"{self.dtype} {self.layout} {sequences}{self.tokens}"
+        return f"{name} {self.variant}" if self.variant else name
+
+    @property
+    def in_cache(self) -> bool:
+        """Whether the targets count the data as in cache: up to 1,024 tokens."""
+        return self.batch * self.tokens <= 1024
+
+    @property
+    def is_variant(self) -> bool:
+        """Whether the target is a multiple of the half-split rotation of 128 elements."""
+        return self.variant not in ("", "decode")
+
+    @property
+    def rotated(self) -> int:
+        """How many elements of a head are rotated."""
+        return self.rotary_dim or self.head_dim
+
+
+QUICK = (
+    "float32 BSHD 512",
+    "bfloat16 BSHD 512",
+    "bfloat16 BHSD 512",
+    "bfloat16 BSHD 4096",
+    "bfloat16 BSHD 64 x 1 decode",
+    "bfloat16 BSHD 1024 interleaved",
+)
+
+# One head has the tokens of all 40, and other head_dims have more or fewer: every variant moves (to
+# a token) the bytes of 1,024 tokens of 128 elements and 40 heads, so that times compare directly.
+VARIANTS = (
+    Case("", interleaved=True, variant="interleaved"),
+    Case("", rotary_dim=64, variant="partial 64 of 128"),
+    Case("", tokens=1638, head_dim=80, rotary_dim=32, variant="partial 32 of 80"),
+    Case("", tokens=1456, head_dim=90, variant="odd pair count, D 90"),
+    Case("", tokens=2048, head_dim=64, variant="D 64"),
+    Case("", tokens=1638, head_dim=80, variant="D 80"),
+    Case("", tokens=1365, head_dim=96, variant="D 96"),
+    Case("", tokens=512, head_dim=256, variant="D 256"),
+    Case("", tokens=20480, q_heads=1, k_heads=1, variant="one head"),
+    Case("", angles="inv_freq", variant="inv_freq (N)"),
+    Case("", angles="axes", variant="inv_freq (3, N)"),
+    Case("", angles="tables", variant="tables"),
+    Case("", angles="rows", variant="tables by position"),
+)
+
+
+def list_cases() -> list[Case]:
+    """Returns every case, in the order of the tables."""
+    sizes = [
+        Case(dtype, layout, tokens)
+        for dtype in DTYPES
+        for layout in ("BSHD", "BHSD")
+        for tokens in (64, 512, 1024, 4096)
+    ]
+    longest = [Case("bfloat16", tokens=16384)]
+    decode = [Case("bfloat16", tokens=1, batch=64, variant="decode")]
+    variants = [
+        replace(case, dtype=dtype) for dtype in ("float32", "bfloat16") for case in VARIANTS
+    ]
+    return sizes + longest + decode + variants
+
+
+class Problem:
+    """The tensors of a case, in torch's terms.
+
+    Attributes:
+        case: The case.
+        q: The query.
+        k: The key.
+        positions: int64, broadcastable with the shape of q and k without head_dim.
+        inv_freq: float64 of shape ``(N,)``.
+        angles: float64 of shape ``(..., N)``, ``(...)`` being broadcastable like ``positions``.
+    """
+
+    def __init__(self, case: Case, device: str, requires_grad: bool = False) -> None:
+        """Makes random tensors."""
+        torch.manual_seed(0)
+        self.case = case
+
+        def random(heads: int) -> Tensor:
+            sizes = {"B": case.batch, "S": case.tokens, "H": heads, "D": case.head_dim}
+            shape = [sizes[dimension] for dimension in case.layout]
+            x = torch.randn(shape, dtype=DTYPES[case.dtype], device=device)
+            return x.requires_grad_(requires_grad)
+
+        self.q, self.k = random(case.q_heads), random(case.k_heads)
+        if case.batch > 1:
+            sequence = torch.randint(4096, (case.batch, case.tokens), device=device)
+        else:
+            sequence = torch.arange(case.tokens, device=device)[None]
+        self.sequence = sequence  # (B, S)
+        self.positions = sequence[..., None] if case.layout == "BSHD" else sequence[:, None]
+
+        exponents = torch.arange(0, case.rotated, 2, dtype=torch.float64, device=device)
+        self.inv_freq = MAX_WAVELENGTH ** -(exponents / case.rotated)
+        if case.angles == "axes":
+            # Time, height and width of a video of 8 x 8 patches, in sections of the frequencies.
+            p = self.positions
+            self.axes = torch.stack((p // 64, p // 8 % 8, p % 8))
+            pairs = torch.arange(len(self.inv_freq), device=device)
+            section = (pairs * 3 // len(pairs)) == torch.arange(3, device=device)[:, None]
+            self.axis_inv_freq = (self.inv_freq * section).float()
+            self.angles = self.axes[..., None] * (self.inv_freq * section)[:, None, None, None]
+            self.angles = self.angles.sum(dim=0)
+        else:
+            self.angles = self.positions[..., None] * self.inv_freq
+
+    @property
+    def tables(self) -> Pair:
+        """Cosines and sines (..., N) in the dtype of q."""
+        return self.angles.cos().to(self.q.dtype), self.angles.sin().to(self.q.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of q and k together."""
+        return self.q.nbytes + self.k.nbytes
+
+    def rotate_exactly(self, pair: Pair, interleaved: bool, conjugate: bool = False) -> Pair:
+        """Rotates in float64."""
+        cos, sin = self.angles.cos(), self.angles.sin() * (-1 if conjugate else 1)
+
+        def rotate(x: Tensor) -> Tensor:
+            x = x.detach().double()
+            rotated, rest = x[..., : self.case.rotated], x[..., self.case.rotated :]
+            if interleaved:
+                a, b = rotated.unflatten(-1, (-1, 2)).unbind(-1)
+            else:
+                a, b = rotated.chunk(2, dim=-1)
+            turned = (a * cos - b * sin, b * cos + a * sin)
+            rotated = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+            return torch.cat((rotated, rest), dim=-1)
+
+        q, k = pair
+        return rotate(q), rotate(k)
+
+    def check(self, result: Pair, exact: Pair) -> None:
+        """Raises AssertionError where the dtype does not explain how far a result is from exact.
+
+        Allowed are the roundings of tables, products and their sum to the dtype, and an angle that
+        was formed in float32, as most peers do.
+        """
+        tolerance = 4 * torch.finfo(self.q.dtype).eps + self.angles.abs().max().item() * 2.0**-23
+        for actual, expected in zip(result, exact, strict=True):
+            error = (actual.detach() - expected).abs().max().item()
+            bound = tolerance * expected.abs().max().item()
+            if not error <= bound:
+                raise AssertionError(f"{error:.1e} from the exact result, more than {bound:.1e}")
+
+
+def torch_rope_call(problem: Problem, in_place: bool = False) -> Callable[[], Pair]:
+    """Returns torch-rope's call for a problem."""
+    case, pair = problem.case, (problem.q, problem.k)
+    interleaved = case.interleaved
+    if case.angles in ("tables", "rows"):
+        rotate = torch_rope.apply_cos_sin_ if in_place else torch_rope.apply_cos_sin
+        cos, sin = problem.tables
+        if case.angles == "tables":
+            return lambda: rotate(pair, cos, sin, interleaved=interleaved)
+        rows = (cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1]))
+        return lambda: rotate(pair, *rows, problem.positions, interleaved=interleaved)
+
+    rotate_by_angles = torch_rope.apply_ if in_place else torch_rope.apply
+    positions, inv_freq = problem.positions, None
+    if case.angles == "axes":
+        positions, inv_freq = problem.axes, problem.axis_inv_freq
+    elif case.angles == "inv_freq":
+        inv_freq = problem.inv_freq.float()
+    return lambda: rotate_by_angles(
+        pair, positions, inv_freq, rotary_dim=case.rotated, interleaved=interleaved
+    )

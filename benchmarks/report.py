@@ -1,0 +1,62 @@
+"""What the reports share: the machine, and tables."""
+
+import datetime
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import torch_rope
+
+PACKAGES = (
+    "jax",
+    "onnxruntime",
+    "mlx",
+    "torchtune",
+    "rotary-embedding-torch",
+    "flash-attn",
+    "flashinfer-python",
+    "liger-kernel",
+    "transformer-engine",
+)
+
+
+def offers_huge_pages() -> bool:
+    """Whether the system gives huge pages to who asks by madvise."""
+    switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return switch.exists() and "[never]" not in switch.read_text()
+
+
+def processor() -> str:
+    """Returns the processor's name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def describe_environment(device: str) -> dict[str, str]:
+    """Returns what the figures depend on."""
+    environment = {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "CPU capability": torch.backends.cpu.get_cpu_capability(),
+        "huge pages by madvise": "yes" if offers_huge_pages() else "no",
+        "torch-rope": torch_rope.__version__,
+        "torch": torch.__version__,
+    }
+    for package in PACKAGES:
+        try:
+            environment[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return environment
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    """Returns a Markdown table, in columns."""
+    cells = [header, *lines]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+    rule = ["-" * width for width in widths]
+    rows = (map(str.ljust, line, widths) for line in [header, rule, *lines])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
