@@ -26,12 +26,12 @@ using torch::autograd::variable_list;
 // The shape of what the pairs' gradients are summed to: one row of pairs for each position, or for
 // each row of tables that move along with x.
 c10::SymDimVector token_sizes(const Call& call) {
-  c10::SymIntArrayRef sizes = call.cos.defined() ? call.cos.sym_sizes() : c10::SymIntArrayRef();
+  c10::SymIntArrayRef sizes;
   if (call.positions.defined()) {
     const auto& inv_freq = call.options.inv_freq;
     sizes = call.positions.sym_sizes().slice(inv_freq.has_value() && inv_freq->dim() == 2 ? 1 : 0);
   } else {
-    sizes = sizes.slice(0, sizes.size() - 1);
+    sizes = call.cos.sym_sizes().slice(0, call.cos.dim() - 1);
   }
   c10::SymDimVector result(sizes.begin(), sizes.end());
   result.push_back(rotary_dim(call, call.q) / 2);
@@ -129,10 +129,6 @@ ApplyOptions load_options(AutogradContext* ctx) {
 }
 
 using OptionalTensor = std::optional<at::Tensor>;
-
-OptionalTensor as_optional(const at::Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
 
 bool requires_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
 
@@ -295,9 +291,9 @@ Outputs rotate_with_autograd(const Call& call) {
     const at::AutoDispatchBelowAutograd guard;
     return dispatch(call);
   }
-  check(call);
   if (call.in_place) {
-    // Before anything is written.
+    // Before anything is written: what follows may be more than one call.
+    check(call);
     torch::autograd::check_inplace(call.q, true);
     if (call.is_pair) {
       torch::autograd::check_inplace(call.k, true);

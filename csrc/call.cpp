@@ -8,10 +8,6 @@ namespace rope {
 
 namespace {
 
-std::optional<at::Tensor> as_optional(const at::Tensor& tensor) {
-  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
-}
-
 // The four operators of one family, looked up once.
 template <typename... Arguments>
 class Handles {
@@ -109,6 +105,10 @@ Call make_call(const at::Tensor& cos, const at::Tensor& sin,
   call.options.interleaved = interleaved;
   call.options.conjugate = conjugate;
   return call;
+}
+
+std::optional<at::Tensor> as_optional(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
 }
 
 Outputs dispatch(const Call& call) {

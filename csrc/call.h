@@ -43,6 +43,9 @@ struct Outputs {
   at::Tensor k;
 };
 
+// An undefined tensor is none, as schemas have it.
+std::optional<at::Tensor> as_optional(const at::Tensor& tensor);
+
 // Calls the operator through the dispatcher of PyTorch. (The module torch_rope._C uses this and
 // make_call too.)
 Outputs dispatch(const Call& call);
