@@ -26,6 +26,17 @@ bool is_supported_float(at::ScalarType dtype) {
          dtype == at::kBFloat16;
 }
 
+// The number of columns of inv_freq or of the tables, where there are any.
+std::optional<c10::SymInt> num_columns(const Call& call) {
+  if (call.uses_tables) {
+    return call.cos.sym_size(-1);
+  }
+  if (call.options.inv_freq.has_value()) {
+    return call.options.inv_freq->sym_size(-1);
+  }
+  return std::nullopt;
+}
+
 // True, and remembered as a fact, for sizes that are symbols.
 bool holds(const c10::SymBool& condition) { return condition.expect_true(__FILE__, __LINE__); }
 
@@ -211,16 +222,6 @@ void check_memory(const Call& call, const at::Tensor& x, const char* argument) {
 }
 
 }  // namespace
-
-std::optional<c10::SymInt> num_columns(const Call& call) {
-  if (call.uses_tables) {
-    return call.cos.sym_size(-1);
-  }
-  if (call.options.inv_freq.has_value()) {
-    return call.options.inv_freq->sym_size(-1);
-  }
-  return std::nullopt;
-}
 
 c10::SymInt rotary_dim(const Call& call, const at::Tensor& x) {
   if (call.options.rotary_dim.has_value()) {

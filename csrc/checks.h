@@ -15,9 +15,6 @@ void check(const Call& call);
 // table that positions ask for exists. The kernels rely on it for not reading past the tables.
 void check_rows_exist(const Call& call);
 
-// The number of columns of inv_freq or of the tables: undefined tensors have none.
-std::optional<c10::SymInt> num_columns(const Call& call);
-
 // Twice the number of pairs of x that the call rotates.
 c10::SymInt rotary_dim(const Call& call, const at::Tensor& x);
 
