@@ -1,6 +1,7 @@
 // What every device shares: check, allocate, describe, launch. And Meta, which stops after the
 // second step.
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 
 #include "call.h"
 #include "checks.h"
@@ -13,16 +14,26 @@ namespace rope {
 
 namespace {
 
+template <at::Tensor (*empty_like)(const at::Tensor&)>
 Outputs check_and_allocate(const Call& call) {
   check(call);
   if (call.in_place) {
     return {call.q, call.k};
   }
-  return {at::empty_like(call.q), call.is_pair ? at::empty_like(call.k) : at::Tensor()};
+  return {empty_like(call.q), call.is_pair ? empty_like(call.k) : at::Tensor()};
+}
+
+at::Tensor empty_like(const at::Tensor& x) { return at::empty_like(x); }
+
+// The same for a tensor on the CPU, without the dispatcher, which takes a good part of a tiny call.
+at::Tensor empty_like_on_cpu(const at::Tensor& x) {
+  return x.is_non_overlapping_and_dense()
+             ? at::Tensor(at::detail::empty_strided_cpu(x.sizes(), x.strides(), x.scalar_type()))
+             : at::empty_like(x);
 }
 
 Outputs rotate_on_cpu(const Call& call) {
-  Outputs outputs = check_and_allocate(call);
+  Outputs outputs = check_and_allocate<empty_like_on_cpu>(call);
   check_rows_exist(call);
   if (!call.in_place) {
     cpu::prefer_huge_pages(outputs.q);
@@ -44,7 +55,7 @@ Outputs rotate_on_cuda(const Call& call) {
       "toolkit or ",
       "the pip packages cuda-toolkit[cccl,crt,nvcc,nvvm]: ROPE_CUDA=1 pip install "
       "--no-build-isolation .");
-  Outputs outputs = check_and_allocate(call);
+  Outputs outputs = check_and_allocate<empty_like>(call);
   for_each_launch(call, outputs,
                   [&](const Launch& launch) { cuda::launch(launch, call.q.get_device()); });
   return outputs;
@@ -63,5 +74,5 @@ TORCH_LIBRARY_IMPL(rope, CUDA, library) {
 }
 
 TORCH_LIBRARY_IMPL(rope, Meta, library) {
-  rope::Operators<rope::check_and_allocate>::register_all(library);
+  rope::Operators<rope::check_and_allocate<rope::empty_like>>::register_all(library);
 }

@@ -1,14 +1,14 @@
 """The public functions: the operators of ``torch.ops.rope``, for a tensor or a ``(q, k)`` tuple."""
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.jit._builtins import _register_builtin
 from torch.overrides import has_torch_function
 
 from torch_rope import _C
+from torch_rope import _visible as visible
 
 Rotated = TypeVar("Rotated", Tensor, tuple[Tensor, Tensor])
 
@@ -87,7 +87,12 @@ def apply(
         >>> torch.allclose(torch_rope.apply(q_rotated, positions, conjugate=True), q, atol=1e-5)
         True
     """
-    options = (
+    is_pair = not isinstance(x, Tensor)
+    tensors = (*x, positions, inv_freq) if is_pair else (x, positions, inv_freq)
+    operators = visible if is_compiling() or has_torch_function(tensors) else _C
+    rotate = operators.apply_qk if is_pair else operators.apply
+    rotated: Rotated = rotate(
+        *tensors,
         embedding_axis,
         rotary_dim,
         rotary_offset,
@@ -97,7 +102,6 @@ def apply(
         interleaved,
         conjugate,
     )
-    rotated: Rotated = _call("apply", x, (positions, inv_freq), options)
     return rotated
 
 
@@ -149,7 +153,12 @@ def apply_(
         >>> torch.equal(qkv[:, 0], expected)
         True
     """
-    options = (
+    is_pair = not isinstance(x, Tensor)
+    tensors = (*x, positions, inv_freq) if is_pair else (x, positions, inv_freq)
+    operators = visible if is_compiling() or has_torch_function(tensors) else _C
+    rotate = operators.apply_qk_ if is_pair else operators.apply_
+    rotate(
+        *tensors,
         embedding_axis,
         rotary_dim,
         rotary_offset,
@@ -159,7 +168,6 @@ def apply_(
         interleaved,
         conjugate,
     )
-    _call("apply_", x, (positions, inv_freq), options)
     return x
 
 
@@ -214,8 +222,11 @@ def apply_cos_sin(
         >>> torch.allclose(y, torch_rope.apply(x, positions), atol=1e-5)
         True
     """
-    options = (embedding_axis, rotary_offset, interleaved, conjugate)
-    rotated: Rotated = _call("apply_cos_sin", x, (cos, sin, positions), options)
+    is_pair = not isinstance(x, Tensor)
+    tensors = (*x, cos, sin, positions) if is_pair else (x, cos, sin, positions)
+    operators = visible if is_compiling() or has_torch_function(tensors) else _C
+    rotate = operators.apply_cos_sin_qk if is_pair else operators.apply_cos_sin
+    rotated: Rotated = rotate(*tensors, embedding_axis, rotary_offset, interleaved, conjugate)
     return rotated
 
 
@@ -258,53 +269,12 @@ def apply_cos_sin_(
         >>> torch_rope.apply_cos_sin_(x, torch.tensor([0.0]), torch.tensor([1.0]))
         tensor([0., 1.])
     """
-    options = (embedding_axis, rotary_offset, interleaved, conjugate)
-    _call("apply_cos_sin_", x, (cos, sin, positions), options)
+    is_pair = not isinstance(x, Tensor)
+    tensors = (*x, cos, sin, positions) if is_pair else (x, cos, sin, positions)
+    operators = visible if is_compiling() or has_torch_function(tensors) else _C
+    rotate = operators.apply_cos_sin_qk_ if is_pair else operators.apply_cos_sin_
+    rotate(*tensors, embedding_axis, rotary_offset, interleaved, conjugate)
     return x
-
-
-# The operators for a pair.
-_PAIRS = {
-    "apply": "apply_qk",
-    "apply_": "apply_qk_",
-    "apply_cos_sin": "apply_cos_sin_qk",
-    "apply_cos_sin_": "apply_cos_sin_qk_",
-}
-
-# The keyword arguments of the schemas, in their order.
-_OPTIONS = (
-    "embedding_axis",
-    "rotary_dim",
-    "rotary_offset",
-    "max_wavelength",
-    "scale_factor",
-    "attention_factor",
-    "interleaved",
-    "conjugate",
-)
-_TABLE_OPTIONS = ("embedding_axis", "rotary_offset", "interleaved", "conjugate")
-
-
-def _call(
-    name: str,
-    x: Tensor | tuple[Tensor, Tensor],
-    tensors: tuple[Tensor | None, ...],
-    options: tuple[object, ...],
-) -> Any:
-    """Calls the operator for x, a tensor or a pair.
-
-    The module _C is the quick way, the more so without keywords. Where Python code follows the call
-    (a compiler, a subclass, a mode), it must see torch.ops.
-    """
-    if isinstance(x, Tensor):
-        rotated: tuple[Tensor, ...] = (x,)
-    else:
-        rotated, name = x, _PAIRS[name]
-    if is_compiling() or has_torch_function((*rotated, *tensors)):
-        names = _TABLE_OPTIONS if "cos_sin" in name else _OPTIONS
-        keywords = dict(zip(names, options, strict=True))
-        return getattr(torch.ops.rope, name)(*rotated, *tensors, **keywords)
-    return getattr(_C, name)(*rotated, *tensors, *options)
 
 
 # torch.jit.script compiles a call of these functions, with one tensor, to the operator itself.

@@ -1,0 +1,33 @@
+"""The operators of ``torch.ops``, called by position as those of ``_C`` are.
+
+A compiler, a tensor subclass or a mode sees these calls. Those of ``_C`` are quicker, but Python
+does not see them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def _by_position(name: str) -> Callable[..., Any]:
+    operator = getattr(torch.ops.rope, name).default
+    arguments = operator._schema.arguments
+    keywords = [argument.name for argument in arguments if argument.kwarg_only]
+    num_tensors = len(arguments) - len(keywords)
+
+    def call(*values: Any) -> Any:
+        options = dict(zip(keywords, values[num_tensors:], strict=True))
+        return operator(*values[:num_tensors], **options)
+
+    return call
+
+
+apply = _by_position("apply")
+apply_qk = _by_position("apply_qk")
+apply_ = _by_position("apply_")
+apply_qk_ = _by_position("apply_qk_")
+apply_cos_sin = _by_position("apply_cos_sin")
+apply_cos_sin_qk = _by_position("apply_cos_sin_qk")
+apply_cos_sin_ = _by_position("apply_cos_sin_")
+apply_cos_sin_qk_ = _by_position("apply_cos_sin_qk_")
