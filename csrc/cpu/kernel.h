@@ -36,6 +36,7 @@ struct Workspace {
   void* row;          // 2 * num_pairs elements, where x is not contiguous along the embedding axis
   std::int64_t* token_offsets;   // (tokens, kTokenArrays)
   std::int64_t* shared_offsets;  // (kSharedChunk, 2)
+  bool reads_ahead;              // Whether the rows do not lie in a near cache.
 };
 
 // The kernel: rotates one block. One function for each CPU capability; all are csrc/cpu/rotate.cpp.

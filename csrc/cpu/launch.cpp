@@ -17,26 +17,42 @@ namespace {
 
 using Kernel = void (*)(const Launch&, const Workspace&, const Block&);
 
-Kernel choose_kernel() {
+// A step of 16-bit elements in AVX-512 is 32 pairs. Rows of 16 bits that are no whole number of
+// steps are quicker in narrower ones, which give the same bits.
+struct Kernels {
+  Kernel any_row;
+  Kernel uneven_row;
+};
+
+Kernels choose_kernels() {
 #ifdef ROPE_X86_KERNELS
   const std::string capability = at::get_cpu_capability();
   if (capability == "AVX512") {
-    return rotate_AVX512;
+    return {rotate_AVX512, rotate_AVX2};
   }
   if (capability == "AVX2") {
-    return rotate_AVX2;
+    return {rotate_AVX2, rotate_AVX2};
   }
 #endif
-  return rotate_DEFAULT;
+  return {rotate_DEFAULT, rotate_DEFAULT};
 }
 
-// Cosines and sines of the tokens of one block, small enough to stay in a first-level cache of 32
-// KiB with the rows.
-constexpr std::int64_t kBlockBytes = 16 * 1024;
-constexpr std::int64_t kMaxBlockTokens = 64;
+Kernel choose_kernel(const Launch& launch) {
+  static const Kernels kernels = choose_kernels();
+  const bool is_uneven = c10::elementSize(launch.dtype) == 2 && launch.num_pairs % 32 != 0;
+  return is_uneven ? kernels.uneven_row : kernels.any_row;
+}
+
+// Cosines and sines of the tokens of one block: few enough to stay in a second-level cache, and
+// enough to leave long stretches of each head where the tokens of a head lie side by side.
+constexpr std::int64_t kBlockBytes = 64 * 1024;
+constexpr std::int64_t kMaxBlockTokens = 128;
 
 // Elements that are worth a thread of their own: ATen's own number (at::internal::GRAIN_SIZE).
 constexpr std::int64_t kGrainElements = 32768;
+
+// Launches that move more bytes than this ask for memory ahead: a second-level cache holds less.
+constexpr std::int64_t kNearBytes = 1 << 20;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -47,6 +63,7 @@ struct Plan {
   std::int64_t num_parts;
   std::int64_t num_blocks;
   std::int64_t grain;  // blocks
+  bool reads_ahead;
 
   Block block(std::int64_t index) const {
     const std::int64_t begin = index / num_parts * block_tokens;
@@ -57,10 +74,13 @@ struct Plan {
 Plan plan(const Launch& launch, std::int64_t row_bytes) {
   std::int64_t most_shared = 1;
   std::int64_t elements_per_token = 0;
+  std::int64_t moved_per_token = 0;
   for (int i = 0; i < launch.num_operands; ++i) {
     const std::int64_t shared = launch.operands[i].shared.count();
     most_shared = std::max(most_shared, shared);
-    elements_per_token += shared * launch.operands[i].axis_size;
+    const std::int64_t elements = shared * launch.operands[i].axis_size;
+    elements_per_token += elements;
+    moved_per_token += launch.operands[i].in == launch.operands[i].out ? elements : 2 * elements;
   }
   Plan plan{};
   plan.num_tokens = launch.tokens.count();
@@ -75,6 +95,8 @@ Plan plan(const Launch& launch, std::int64_t row_bytes) {
       ceil_div(plan.block_tokens * elements_per_token, plan.num_parts);
   plan.grain =
       std::max<std::int64_t>(kGrainElements / std::max<std::int64_t>(elements_per_block, 1), 1);
+  const auto element_bytes = static_cast<std::int64_t>(c10::elementSize(launch.dtype));
+  plan.reads_ahead = plan.num_tokens * moved_per_token * element_bytes > kNearBytes;
   return plan;
 }
 
@@ -98,17 +120,16 @@ std::byte* thread_memory(std::int64_t bytes) {
 }
 
 // The workspace of the thread that asks, each piece of it at a cache line of its own.
-Workspace thread_workspace(const Launch& launch, std::int64_t block_tokens,
-                           std::int64_t row_bytes) {
+Workspace thread_workspace(const Launch& launch, const Plan& plan, std::int64_t row_bytes) {
   const std::int64_t frequencies = launch.uses_tables ? 0 : launch.by_position.num_axes;
   const std::int64_t row = padded(launch.num_pairs) * static_cast<std::int64_t>(sizeof(double));
   const std::int64_t sizes[] = {
-      block_tokens * row_bytes,
-      block_tokens * row_bytes,
+      plan.block_tokens * row_bytes,
+      plan.block_tokens * row_bytes,
       row,
       frequencies * row,
       2 * row,
-      block_tokens * kTokenArrays * static_cast<std::int64_t>(sizeof(std::int64_t)),
+      plan.block_tokens * kTokenArrays * static_cast<std::int64_t>(sizeof(std::int64_t)),
       kSharedChunk * 2 * static_cast<std::int64_t>(sizeof(std::int64_t)),
   };
   std::int64_t total = 0;
@@ -124,19 +145,20 @@ Workspace thread_workspace(const Launch& launch, std::int64_t block_tokens,
           base + begins[3],
           base + begins[4],
           reinterpret_cast<std::int64_t*>(base + begins[5]),
-          reinterpret_cast<std::int64_t*>(base + begins[6])};
+          reinterpret_cast<std::int64_t*>(base + begins[6]),
+          plan.reads_ahead};
 }
 
 }  // namespace
 
 void launch(const Launch& launch) {
-  static const Kernel kernel = choose_kernel();
+  const Kernel kernel = choose_kernel(launch);
   const auto real_size = static_cast<std::int64_t>(
       launch.dtype == c10::ScalarType::Double ? sizeof(double) : sizeof(float));
   const std::int64_t row_bytes = padded(launch.num_pairs) * real_size;
   const Plan blocks = plan(launch, row_bytes);
   at::parallel_for(0, blocks.num_blocks, blocks.grain, [&](std::int64_t begin, std::int64_t end) {
-    const Workspace workspace = thread_workspace(launch, blocks.block_tokens, row_bytes);
+    const Workspace workspace = thread_workspace(launch, blocks, row_bytes);
     for (std::int64_t i = begin; i < end; ++i) {
       kernel(launch, workspace, blocks.block(i));
     }

@@ -15,9 +15,11 @@
 #include "cpu/kernel.h"
 #include "rotation.h"
 
-// Everything is inlined into the entry, what other files define too.
+// Everything is inlined into the entry, what other files define too, but for the loops over rows,
+// which get all registers to themselves.
 #define ROPE_INLINE inline __attribute__((always_inline))
 #define ROPE_ENTRY __attribute__((flatten))
+#define ROPE_LOOP __attribute__((noinline, flatten))
 
 namespace rope::cpu {
 
@@ -149,44 +151,66 @@ ROPE_INLINE void for_each_place(std::int64_t num_pairs, const Visit& visit) {
   }
 }
 
-// Rows that turn by the same angles: the rotated slice of each, contiguous. Row r begins at in +
-// offsets[2 * r] and at out + offsets[2 * r + 1].
+// Rows of the embedding axis, of which the rotated slice is contiguous.
 template <typename scalar_t>
 struct Rows {
   using Real = at::opmath_type<scalar_t>;
   const scalar_t* in;
   scalar_t* out;
+  // Row r begins at in + offsets[r * offsets_stride] and at out + offsets[r * offsets_stride + 1].
   const std::int64_t* offsets;
+  std::int64_t offsets_stride;
   std::int64_t count;
-  const Real* cos;  // padded
+  // Row r turns by the angles at cos + r * angles_stride: by the same angles as all, where it is 0.
+  const Real* cos;
   const Real* sin;
+  std::int64_t angles_stride;
 
-  ROPE_INLINE const scalar_t* in_row(std::int64_t r) const { return in + offsets[2 * r]; }
-  ROPE_INLINE scalar_t* out_row(std::int64_t r) const { return out + offsets[2 * r + 1]; }
+  ROPE_INLINE const scalar_t* in_row(std::int64_t r) const {
+    return in + offsets[r * offsets_stride];
+  }
+  ROPE_INLINE scalar_t* out_row(std::int64_t r) const {
+    return out + offsets[r * offsets_stride + 1];
+  }
 };
 
-// How far ahead of the elements at hand memory is asked for, in bytes: what is read, and what is
-// written. Worth a third of the time where the data is in memory or in the last-level cache; it
-// costs nothing noticeable nearer.
+// How far ahead of the row at hand memory is asked for, in bytes: what is read, and what is
+// written. Worth a third of the time where the data is in memory or in the last-level cache.
 constexpr std::int64_t kReadAhead = 4096;
 constexpr std::int64_t kWriteAhead = 2048;
+constexpr std::int64_t kCacheLine = 64;
 
-ROPE_INLINE void prefetch(const void* in, const void* out) {
-  __builtin_prefetch(static_cast<const char*>(in) + kReadAhead, /*rw=*/0);
-  __builtin_prefetch(static_cast<const char*>(out) + kWriteAhead, /*rw=*/1);
+template <typename scalar_t>
+ROPE_INLINE void prefetch_ahead(const scalar_t* in, const scalar_t* out, std::int64_t size) {
+  const std::int64_t bytes = size * static_cast<std::int64_t>(sizeof(scalar_t));
+  for (std::int64_t byte = 0; byte < bytes; byte += kCacheLine) {
+    __builtin_prefetch(reinterpret_cast<const char*>(in) + byte + kReadAhead, /*rw=*/0);
+    __builtin_prefetch(reinterpret_cast<const char*>(out) + byte + kWriteAhead, /*rw=*/1);
+  }
 }
 
-template <typename Vector, typename Real>
-ROPE_INLINE Rotation<Vector> load_rotation(const Real* cos, const Real* sin) {
-  return {Vector::loadu(cos), Vector::loadu(sin)};
-}
+// The angles of `size` vectors of pairs.
+template <typename Vector, int size>
+struct Angles {
+  Rotation<Vector> vectors[size];
+
+  template <typename Real>
+  static ROPE_INLINE Angles load(const Real* cos, const Real* sin) {
+    Angles loaded;
+    for (int v = 0; v < size; ++v) {
+      loaded.vectors[v] = {Vector::loadu(cos + v * Vector::size()),
+                           Vector::loadu(sin + v * Vector::size())};
+    }
+    return loaded;
+  }
+};
 
 // What one turn of the loop over a row holds. `count` is the number of pairs from n on.
 // Scalar math: out[n], out[n + N] = rotate({in[n], in[n + N]}, {cos[n], sin[n]})
 template <typename scalar_t>
 struct Halves {
   using S = Step<scalar_t>;
-  using Vector = typename S::Vector;
+  using TurnAngles = Angles<typename S::Vector, S::kVectors>;
   S a;
   S b;
 
@@ -194,11 +218,10 @@ struct Halves {
                                  std::int64_t count) {
     return {S::load(in + n, count), S::load(in + num_pairs + n, count)};
   }
-  ROPE_INLINE void turn(const typename S::Real* cos, const typename S::Real* sin) {
+  ROPE_INLINE void turn(const TurnAngles& angles) {
     for (int v = 0; v < S::kVectors; ++v) {
-      const std::int64_t first = v * Vector::size();
-      const auto angle = load_rotation<Vector>(cos + first, sin + first);
-      const auto turned = rotate<Vector>({a.vectors[v], b.vectors[v]}, angle);
+      const auto turned =
+          rotate<typename S::Vector>({a.vectors[v], b.vectors[v]}, angles.vectors[v]);
       a.vectors[v] = turned.a;
       b.vectors[v] = turned.b;
     }
@@ -208,11 +231,6 @@ struct Halves {
     a.store(out + n, count);
     b.store(out + num_pairs + n, count);
   }
-  static ROPE_INLINE void prefetch_ahead(const scalar_t* in, const scalar_t* out, std::int64_t n,
-                                         std::int64_t num_pairs) {
-    prefetch(in + n, out + n);
-    prefetch(in + num_pairs + n, out + num_pairs + n);
-  }
 };
 
 // Scalar math: out[2n], out[2n + 1] = rotate({in[2n], in[2n + 1]}, {cos[n], sin[n]})
@@ -220,6 +238,7 @@ template <typename scalar_t>
 struct Interleaved {
   using S = Step<scalar_t>;
   using Vector = typename S::Vector;
+  using TurnAngles = Angles<Vector, 1>;
   // Two vectors hold as many pairs as one has elements: two steps, or one of 16-bit elements.
   static constexpr int kSteps = 2 / S::kVectors;
   S steps[kSteps];
@@ -233,8 +252,8 @@ struct Interleaved {
     }
     return loaded;
   }
-  ROPE_INLINE void turn(const typename S::Real* cos, const typename S::Real* sin) {
-    const auto angle = load_rotation<Vector>(cos, sin);
+  ROPE_INLINE void turn(const TurnAngles& angles) {
+    const Rotation<Vector>& angle = angles.vectors[0];
     Vector& first = steps[0].vectors[0];
     Vector& second = steps[kSteps - 1].vectors[S::kVectors - 1];
     if constexpr (S::kInWords) {  // parted already
@@ -257,15 +276,43 @@ struct Interleaved {
       }
     }
   }
-  static ROPE_INLINE void prefetch_ahead(const scalar_t* in, const scalar_t* out, std::int64_t n,
-                                         std::int64_t) {
-    prefetch(in + 2 * n, out + 2 * n);
-  }
 };
 
 template <typename scalar_t, bool interleaved>
-ROPE_INLINE void rotate_slices(const Rows<scalar_t>& rows, std::int64_t num_pairs) {
-  using Turn = std::conditional_t<interleaved, Interleaved<scalar_t>, Halves<scalar_t>>;
+using Turn = std::conditional_t<interleaved, Interleaved<scalar_t>, Halves<scalar_t>>;
+
+// Rows of a few whole steps. The angles that all rows share stay in registers.
+template <typename scalar_t, bool interleaved, int num_steps>
+ROPE_LOOP void rotate_slices_of_steps(const Rows<scalar_t>& rows, bool reads_ahead) {
+  using Turn = rope::cpu::Turn<scalar_t, interleaved>;
+  constexpr std::int64_t kPairs = kPairsPerStep<scalar_t, interleaved>;
+  constexpr std::int64_t kNumPairs = num_steps * kPairs;
+  typename Turn::TurnAngles angles[num_steps];
+  for (std::int64_t r = 0; r < rows.count; ++r) {
+    const scalar_t* in = rows.in_row(r);
+    scalar_t* out = rows.out_row(r);
+    if (reads_ahead) {
+      prefetch_ahead(in, out, 2 * kNumPairs);
+    }
+    if (r == 0 || rows.angles_stride != 0) {
+      for (int step = 0; step < num_steps; ++step) {
+        const std::int64_t first = r * rows.angles_stride + step * kPairs;
+        angles[step] = Turn::TurnAngles::load(rows.cos + first, rows.sin + first);
+      }
+    }
+    for (int step = 0; step < num_steps; ++step) {
+      Turn turn = Turn::load(in, step * kPairs, kNumPairs, kPairs);
+      turn.turn(angles[step]);
+      turn.store(out, step * kPairs, kNumPairs, kPairs);
+    }
+  }
+}
+
+// Rows of any size.
+template <typename scalar_t, bool interleaved>
+ROPE_LOOP void rotate_slices_of_any_size(const Rows<scalar_t>& rows, std::int64_t num_pairs,
+                                         bool reads_ahead) {
+  using Turn = rope::cpu::Turn<scalar_t, interleaved>;
   constexpr std::int64_t kPairs = kPairsPerStep<scalar_t, interleaved>;
   const std::int64_t whole = num_pairs / kPairs * kPairs;
   const bool is_short = num_pairs < kPairs;
@@ -273,22 +320,46 @@ ROPE_INLINE void rotate_slices(const Rows<scalar_t>& rows, std::int64_t num_pair
   for (std::int64_t r = 0; r < rows.count; ++r) {
     const scalar_t* in = rows.in_row(r);
     scalar_t* out = rows.out_row(r);
+    const auto* cos = rows.cos + r * rows.angles_stride;
+    const auto* sin = rows.sin + r * rows.angles_stride;
+    if (reads_ahead) {
+      prefetch_ahead(in, out, 2 * num_pairs);
+    }
     const std::int64_t last = overlaps ? num_pairs - kPairs : 0;
     Turn last_turn;
     if (overlaps || is_short) {
       last_turn = Turn::load(in, last, num_pairs, is_short ? num_pairs : kPairs);
     }
     for (std::int64_t n = 0; n < whole; n += kPairs) {
-      Turn::prefetch_ahead(in, out, n, num_pairs);
       Turn turn = Turn::load(in, n, num_pairs, kPairs);
-      turn.turn(rows.cos + n, rows.sin + n);
+      turn.turn(Turn::TurnAngles::load(cos + n, sin + n));
       turn.store(out, n, num_pairs, kPairs);
     }
     if (overlaps || is_short) {
-      last_turn.turn(rows.cos + whole, rows.sin + whole);
+      last_turn.turn(Turn::TurnAngles::load(cos + whole, sin + whole));
       last_turn.store(out, last, num_pairs, is_short ? num_pairs : kPairs);
     }
   }
+}
+
+template <typename scalar_t, bool interleaved>
+ROPE_INLINE void rotate_slices(const Rows<scalar_t>& rows, std::int64_t num_pairs,
+                               bool reads_ahead) {
+  // As many vectors of cosines and sines as leave registers for the rows.
+  constexpr std::int64_t kMost = Vectorized<float>::size() == 16 ? 8 : 4;
+  constexpr std::int64_t kPairs = kPairsPerStep<scalar_t, interleaved>;
+  constexpr std::int64_t kVectors = sizeof(typename Turn<scalar_t, interleaved>::TurnAngles) /
+                                    sizeof(typename Step<scalar_t>::Vector) / 2;
+  if (num_pairs == kPairs) {
+    return rotate_slices_of_steps<scalar_t, interleaved, 1>(rows, reads_ahead);
+  }
+  if (num_pairs == 2 * kPairs && 2 * kVectors <= kMost) {
+    return rotate_slices_of_steps<scalar_t, interleaved, 2>(rows, reads_ahead);
+  }
+  if (num_pairs == 4 * kPairs && 4 * kVectors <= kMost) {
+    return rotate_slices_of_steps<scalar_t, interleaved, 4>(rows, reads_ahead);
+  }
+  rotate_slices_of_any_size<scalar_t, interleaved>(rows, num_pairs, reads_ahead);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -422,24 +493,43 @@ ROPE_INLINE void rotations_of_token(const Launch& launch, const Workspace& works
 // -------------------------------------------------------------------------------------------------
 // Rows
 
-// The elements outside the rotated slice.
+// Copies elements that are contiguous and do not overlap: std::memcpy, without a call for so few.
 template <typename scalar_t>
-ROPE_INLINE void copy_outside(const Launch& launch, const Operand& operand,
-                              const Rows<scalar_t>& rows) {
+ROPE_INLINE void copy(scalar_t* out, const scalar_t* in, std::int64_t count) {
+  using Vector = Vectorized<scalar_t>;
+  constexpr std::int64_t kSize = Vector::size();
+  if (count < kSize) {
+    std::memcpy(out, in, count * sizeof(scalar_t));
+    return;
+  }
+  for (std::int64_t i = 0; i < count - kSize; i += kSize) {
+    Vector::loadu(in + i).store(out + i);
+  }
+  Vector::loadu(in + count - kSize).store(out + count - kSize);
+}
+
+// Copies the elements outside the rotated slice.
+template <typename scalar_t>
+ROPE_LOOP void copy_outside(const Launch& launch, const Operand& operand,
+                            const Rows<scalar_t>& rows, bool reads_ahead) {
   const std::int64_t begin = launch.rotary_offset;
   const std::int64_t end = begin + 2 * launch.num_pairs;
-  const auto copy = [&](scalar_t* out, const scalar_t* in, std::int64_t from, std::int64_t to) {
-    if (operand.in_axis_stride == 1 && operand.out_axis_stride == 1) {
-      std::memcpy(out + from, in + from, (to - from) * sizeof(scalar_t));
-      return;
+  const std::int64_t size = operand.axis_size;
+  const bool is_contiguous = operand.in_axis_stride == 1 && operand.out_axis_stride == 1;
+  for (std::int64_t r = 0; r < rows.count; ++r) {
+    const scalar_t* in = rows.in_row(r);
+    scalar_t* out = rows.out_row(r);
+    if (reads_ahead) {
+      prefetch_ahead(in, out, size);
     }
-    for (std::int64_t d = from; d < to; ++d) {
+    if (is_contiguous) {
+      copy(out, in, begin);
+      copy(out + end, in + end, size - end);
+      continue;
+    }
+    for (std::int64_t d = begin > 0 ? 0 : end; d < size; d = d + 1 == begin ? end : d + 1) {
       out[d * operand.out_axis_stride] = in[d * operand.in_axis_stride];
     }
-  };
-  for (std::int64_t r = 0; r < rows.count; ++r) {
-    copy(rows.out_row(r), rows.in_row(r), 0, begin);
-    copy(rows.out_row(r), rows.in_row(r), end, operand.axis_size);
   }
 }
 
@@ -454,28 +544,33 @@ ROPE_INLINE void rotate_slices_with_gaps(const Launch& launch, const Operand& op
     for (std::int64_t d = 0; d < size; ++d) {
       copy[d] = rows.in_row(r)[d * operand.in_axis_stride];
     }
-    rotate_slices<scalar_t, interleaved>({copy, copy, kNoOffsets, 1, rows.cos, rows.sin},
-                                         launch.num_pairs);
+    const std::int64_t angles = r * rows.angles_stride;
+    rotate_slices<scalar_t, interleaved>(
+        {copy, copy, kNoOffsets, 0, 1, rows.cos + angles, rows.sin + angles, 0}, launch.num_pairs,
+        /*reads_ahead=*/false);
     for (std::int64_t d = 0; d < size; ++d) {
       rows.out_row(r)[d * operand.out_axis_stride] = copy[d];
     }
   }
 }
 
-// Rows of the embedding axis that turn by the same angles, wherever they lie.
+// Rows of the embedding axis, wherever their elements lie.
 template <typename scalar_t, bool interleaved>
 ROPE_INLINE void rotate_rows(const Launch& launch, const Operand& operand,
                              const Workspace& workspace, Rows<scalar_t> rows) {
+  const bool is_contiguous = operand.in_axis_stride == 1 && operand.out_axis_stride == 1;
+  bool reads_ahead = workspace.reads_ahead && is_contiguous;
   if (operand.in != operand.out && operand.axis_size != 2 * launch.num_pairs) {
-    copy_outside(launch, operand, rows);
+    copy_outside(launch, operand, rows, reads_ahead);
+    reads_ahead = false;  // The whole row has been asked for.
   }
   if (launch.num_pairs == 0) {
     return;
   }
   rows.in += launch.rotary_offset * operand.in_axis_stride;
   rows.out += launch.rotary_offset * operand.out_axis_stride;
-  if (operand.in_axis_stride == 1 && operand.out_axis_stride == 1) {
-    rotate_slices<scalar_t, interleaved>(rows, launch.num_pairs);
+  if (is_contiguous) {
+    rotate_slices<scalar_t, interleaved>(rows, launch.num_pairs, reads_ahead);
   } else {
     rotate_slices_with_gaps<scalar_t, interleaved>(launch, operand, workspace, rows);
   }
@@ -495,16 +590,9 @@ ROPE_INLINE void rotate_operand(const Launch& launch, int index, const Workspace
   const auto* in = static_cast<const scalar_t*>(operand.in);
   auto* out = static_cast<scalar_t*>(operand.out);
 
-  // Shared rows [first, first + count) of the chunk, of one token.
-  const auto rotate_some = [&](std::int64_t token, std::int64_t first,
-                               std::int64_t count) __attribute__((always_inline)) {
-    const std::int64_t* offset = workspace.token_offsets + token * kTokenArrays + 2 * index;
-    rotate_rows<scalar_t, interleaved>(
-        launch, operand, workspace,
-        {in + offset[kIn], out + offset[kOut], workspace.shared_offsets + 2 * first, count,
-         static_cast<const Real*>(workspace.cos) + token * length,
-         static_cast<const Real*>(workspace.sin) + token * length});
-  };
+  const auto* cos = static_cast<const Real*>(workspace.cos);
+  const auto* sin = static_cast<const Real*>(workspace.sin);
+  const std::int64_t* token_offsets = workspace.token_offsets + kIn + 2 * index;
 
   const int last_token = launch.tokens.num_dims - 1;
   const int last_shared = operand.shared.num_dims - 1;
@@ -520,13 +608,21 @@ ROPE_INLINE void rotate_operand(const Launch& launch, int index, const Workspace
       workspace.shared_offsets[2 * s] = offsets[0];
       workspace.shared_offsets[2 * s + 1] = offsets[1];
     }
-    for (std::int64_t s = 0; tokens_inside && s < num_chunk; ++s) {
-      for (std::int64_t token = 0; token < num_tokens; ++token) {
-        rotate_some(token, s, 1);
+    if (tokens_inside) {
+      for (std::int64_t s = 0; s < num_chunk; ++s) {
+        const std::int64_t* shared = workspace.shared_offsets + 2 * s;
+        rotate_rows<scalar_t, interleaved>(launch, operand, workspace,
+                                           {in + shared[0], out + shared[1], token_offsets,
+                                            kTokenArrays, num_tokens, cos, sin, length});
       }
-    }
-    for (std::int64_t token = 0; !tokens_inside && token < num_tokens; ++token) {
-      rotate_some(token, 0, num_chunk);
+    } else {
+      for (std::int64_t token = 0; token < num_tokens; ++token) {
+        const std::int64_t* offsets = token_offsets + token * kTokenArrays;
+        rotate_rows<scalar_t, interleaved>(
+            launch, operand, workspace,
+            {in + offsets[0], out + offsets[1], workspace.shared_offsets, 2, num_chunk,
+             cos + token * length, sin + token * length, 0});
+      }
     }
   }
 }
