@@ -393,3 +393,29 @@ def test_every_cpu_capability_agrees_with_the_plainest(
     both = rotated_by_capability[capability], rotated_by_capability["DEFAULT"]
     for one, other, expected in zip(*both, expected_of_calls, strict=True):
         assert_differ_by_less_than_is_allowed(one, other, expected.norms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "rotary_dim"), [(8, 128, 128), (16, 64, 64), (5, 72, 64), (7, 74, 74)]
+)
+def test_a_large_tensor_gets_the_bits_of_its_parts(
+    device: str, dtype: torch.dtype, interleaved: bool, heads: int, head_dim: int, rotary_dim: int
+) -> None:
+    """Data beyond the caches is moved in other ways: asked for ahead, and written past them."""
+    repeats = 1 + 2**24 // (64 * heads * head_dim * dtype.itemsize)  # some 16 MiB
+    tokens = 64 * repeats
+    positions = random_positions((tokens, 1), device=device)
+    options = {"rotary_dim": rotary_dim, "interleaved": interleaved}
+    by_token = random_values((64, heads, head_dim), dtype=dtype, device=device)
+    by_head = random_values((heads, 64, head_dim), dtype=dtype, device=device)
+    for x in (by_token.repeat(repeats, 1, 1), by_head.repeat(1, repeats, 1).transpose(0, 1)):
+        rotated = torch_rope.apply(x, positions, **options)
+        few = 1000 // heads
+        for begin in (0, tokens // 2 - 1, tokens - few):
+            part = slice(begin, begin + few)
+            expected = torch_rope.apply(x[part], positions[part], **options)
+            assert_same_bits(rotated[part], expected)
+        torch_rope.apply_(x, positions, **options)
+        assert_same_bits(x, rotated)

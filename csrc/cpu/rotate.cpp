@@ -47,6 +47,31 @@ using at::vec::Vectorized;
 // those of the whole steps. Rows shorter than a step are loaded and stored in part. Every element
 // is the result of the same operations on the same numbers in all of these cases.
 
+// Stores a vector past the caches, at a multiple of its size.
+template <typename Vector, typename scalar_t>
+ROPE_INLINE void stream(const Vector& vector, scalar_t* to) {
+#if defined(CPU_CAPABILITY_AVX512)
+  __m512i bits;
+  std::memcpy(&bits, &vector, sizeof(bits));
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bits);
+#elif defined(CPU_CAPABILITY_AVX2)
+  __m256i bits;
+  std::memcpy(&bits, &vector, sizeof(bits));
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits);
+#else
+  vector.store(to);
+#endif
+}
+
+template <typename Vector, typename scalar_t>
+ROPE_INLINE void store(const Vector& vector, scalar_t* to, bool streams) {
+  if (streams) {
+    stream(vector, to);
+  } else {
+    vector.store(to);
+  }
+}
+
 // A step of a row: as many elements as one vector of the storage type holds, as vectors of the
 // computation type, in the order of memory or, for bfloat16, first the even elements, then the odd
 // ones.
@@ -87,7 +112,7 @@ struct Step {
     }
   }
 
-  ROPE_INLINE void store(scalar_t* to, std::int64_t count) const {
+  ROPE_INLINE void store(scalar_t* to, std::int64_t count, bool streams) const {
     if constexpr (kInWords) {
       const Words even = (rounded(vectors[0]) >> Words(16)) & Words(0xffff);
       const Words words = even | (rounded(vectors[1]) & Words(kHighHalf));
@@ -98,7 +123,7 @@ struct Step {
         words.store(elements);
         std::memcpy(to, elements, count * sizeof(scalar_t));
       } else {
-        words.store(to);
+        cpu::store(words, to, streams);
       }
     } else {
       Vectorized<scalar_t> stored;
@@ -110,7 +135,7 @@ struct Step {
       if (count < kSize) {
         stored.store(to, static_cast<int>(count));
       } else {
-        stored.store(to);
+        cpu::store(stored, to, streams);
       }
     }
   }
@@ -175,18 +200,32 @@ struct Rows {
 };
 
 // How far ahead of the row at hand memory is asked for, in bytes: what is read, and what is
-// written. Worth a third of the time where the data is in memory or in the last-level cache.
+// written.
 constexpr std::int64_t kReadAhead = 4096;
 constexpr std::int64_t kWriteAhead = 2048;
 constexpr std::int64_t kCacheLine = 64;
 
 template <typename scalar_t>
-ROPE_INLINE void prefetch_ahead(const scalar_t* in, const scalar_t* out, std::int64_t size) {
+ROPE_INLINE void prefetch_ahead(const scalar_t* in, const scalar_t* out, std::int64_t size,
+                                Traffic traffic) {
+  if (traffic == Traffic::kNear) {
+    return;
+  }
   const std::int64_t bytes = size * static_cast<std::int64_t>(sizeof(scalar_t));
   for (std::int64_t byte = 0; byte < bytes; byte += kCacheLine) {
     __builtin_prefetch(reinterpret_cast<const char*>(in) + byte + kReadAhead, /*rw=*/0);
-    __builtin_prefetch(reinterpret_cast<const char*>(out) + byte + kWriteAhead, /*rw=*/1);
+    if (traffic == Traffic::kFar) {
+      __builtin_prefetch(reinterpret_cast<const char*>(out) + byte + kWriteAhead, /*rw=*/1);
+    }
   }
+}
+
+// Whether a row of whole steps can be streamed: whether each step of it begins at a multiple of a
+// vector's size.
+template <typename scalar_t>
+ROPE_INLINE bool can_stream(const scalar_t* out, Traffic traffic) {
+  return traffic == Traffic::kStreamed &&
+         reinterpret_cast<std::uintptr_t>(out) % sizeof(Vectorized<scalar_t>) == 0;
 }
 
 // The angles of `size` vectors of pairs.
@@ -226,10 +265,10 @@ struct Halves {
       b.vectors[v] = turned.b;
     }
   }
-  ROPE_INLINE void store(scalar_t* out, std::int64_t n, std::int64_t num_pairs,
-                         std::int64_t count) const {
-    a.store(out + n, count);
-    b.store(out + num_pairs + n, count);
+  ROPE_INLINE void store(scalar_t* out, std::int64_t n, std::int64_t num_pairs, std::int64_t count,
+                         bool streams) const {
+    a.store(out + n, count, streams);
+    b.store(out + num_pairs + n, count, streams);
   }
 };
 
@@ -268,11 +307,12 @@ struct Interleaved {
       second = odd;
     }
   }
-  ROPE_INLINE void store(scalar_t* out, std::int64_t n, std::int64_t, std::int64_t count) const {
+  ROPE_INLINE void store(scalar_t* out, std::int64_t n, std::int64_t, std::int64_t count,
+                         bool streams) const {
     for (int step = 0; step < kSteps; ++step) {
       const std::int64_t left = 2 * count - step * S::kSize;
       if (left > 0) {
-        steps[step].store(out + 2 * n + step * S::kSize, left);
+        steps[step].store(out + 2 * n + step * S::kSize, left, streams);
       }
     }
   }
@@ -283,7 +323,7 @@ using Turn = std::conditional_t<interleaved, Interleaved<scalar_t>, Halves<scala
 
 // Rows of a few whole steps. The angles that all rows share stay in registers.
 template <typename scalar_t, bool interleaved, int num_steps>
-ROPE_LOOP void rotate_slices_of_steps(const Rows<scalar_t>& rows, bool reads_ahead) {
+ROPE_LOOP void rotate_slices_of_steps(const Rows<scalar_t>& rows, Traffic traffic) {
   using Turn = rope::cpu::Turn<scalar_t, interleaved>;
   constexpr std::int64_t kPairs = kPairsPerStep<scalar_t, interleaved>;
   constexpr std::int64_t kNumPairs = num_steps * kPairs;
@@ -291,9 +331,8 @@ ROPE_LOOP void rotate_slices_of_steps(const Rows<scalar_t>& rows, bool reads_ahe
   for (std::int64_t r = 0; r < rows.count; ++r) {
     const scalar_t* in = rows.in_row(r);
     scalar_t* out = rows.out_row(r);
-    if (reads_ahead) {
-      prefetch_ahead(in, out, 2 * kNumPairs);
-    }
+    prefetch_ahead(in, out, 2 * kNumPairs, traffic);
+    const bool streams = can_stream(out, traffic);
     if (r == 0 || rows.angles_stride != 0) {
       for (int step = 0; step < num_steps; ++step) {
         const std::int64_t first = r * rows.angles_stride + step * kPairs;
@@ -303,7 +342,7 @@ ROPE_LOOP void rotate_slices_of_steps(const Rows<scalar_t>& rows, bool reads_ahe
     for (int step = 0; step < num_steps; ++step) {
       Turn turn = Turn::load(in, step * kPairs, kNumPairs, kPairs);
       turn.turn(angles[step]);
-      turn.store(out, step * kPairs, kNumPairs, kPairs);
+      turn.store(out, step * kPairs, kNumPairs, kPairs, streams);
     }
   }
 }
@@ -311,7 +350,7 @@ ROPE_LOOP void rotate_slices_of_steps(const Rows<scalar_t>& rows, bool reads_ahe
 // Rows of any size.
 template <typename scalar_t, bool interleaved>
 ROPE_LOOP void rotate_slices_of_any_size(const Rows<scalar_t>& rows, std::int64_t num_pairs,
-                                         bool reads_ahead) {
+                                         Traffic traffic) {
   using Turn = rope::cpu::Turn<scalar_t, interleaved>;
   constexpr std::int64_t kPairs = kPairsPerStep<scalar_t, interleaved>;
   const std::int64_t whole = num_pairs / kPairs * kPairs;
@@ -322,9 +361,8 @@ ROPE_LOOP void rotate_slices_of_any_size(const Rows<scalar_t>& rows, std::int64_
     scalar_t* out = rows.out_row(r);
     const auto* cos = rows.cos + r * rows.angles_stride;
     const auto* sin = rows.sin + r * rows.angles_stride;
-    if (reads_ahead) {
-      prefetch_ahead(in, out, 2 * num_pairs);
-    }
+    prefetch_ahead(in, out, 2 * num_pairs, traffic);
+    const bool streams = whole == num_pairs && can_stream(out, traffic);
     const std::int64_t last = overlaps ? num_pairs - kPairs : 0;
     Turn last_turn;
     if (overlaps || is_short) {
@@ -333,33 +371,33 @@ ROPE_LOOP void rotate_slices_of_any_size(const Rows<scalar_t>& rows, std::int64_
     for (std::int64_t n = 0; n < whole; n += kPairs) {
       Turn turn = Turn::load(in, n, num_pairs, kPairs);
       turn.turn(Turn::TurnAngles::load(cos + n, sin + n));
-      turn.store(out, n, num_pairs, kPairs);
+      turn.store(out, n, num_pairs, kPairs, streams);
     }
     if (overlaps || is_short) {
       last_turn.turn(Turn::TurnAngles::load(cos + whole, sin + whole));
-      last_turn.store(out, last, num_pairs, is_short ? num_pairs : kPairs);
+      last_turn.store(out, last, num_pairs, is_short ? num_pairs : kPairs, /*streams=*/false);
     }
   }
 }
 
 template <typename scalar_t, bool interleaved>
 ROPE_INLINE void rotate_slices(const Rows<scalar_t>& rows, std::int64_t num_pairs,
-                               bool reads_ahead) {
+                               Traffic traffic) {
   // As many vectors of cosines and sines as leave registers for the rows.
   constexpr std::int64_t kMost = Vectorized<float>::size() == 16 ? 8 : 4;
   constexpr std::int64_t kPairs = kPairsPerStep<scalar_t, interleaved>;
   constexpr std::int64_t kVectors = sizeof(typename Turn<scalar_t, interleaved>::TurnAngles) /
                                     sizeof(typename Step<scalar_t>::Vector) / 2;
   if (num_pairs == kPairs) {
-    return rotate_slices_of_steps<scalar_t, interleaved, 1>(rows, reads_ahead);
+    return rotate_slices_of_steps<scalar_t, interleaved, 1>(rows, traffic);
   }
   if (num_pairs == 2 * kPairs && 2 * kVectors <= kMost) {
-    return rotate_slices_of_steps<scalar_t, interleaved, 2>(rows, reads_ahead);
+    return rotate_slices_of_steps<scalar_t, interleaved, 2>(rows, traffic);
   }
   if (num_pairs == 4 * kPairs && 4 * kVectors <= kMost) {
-    return rotate_slices_of_steps<scalar_t, interleaved, 4>(rows, reads_ahead);
+    return rotate_slices_of_steps<scalar_t, interleaved, 4>(rows, traffic);
   }
-  rotate_slices_of_any_size<scalar_t, interleaved>(rows, num_pairs, reads_ahead);
+  rotate_slices_of_any_size<scalar_t, interleaved>(rows, num_pairs, traffic);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -511,7 +549,7 @@ ROPE_INLINE void copy(scalar_t* out, const scalar_t* in, std::int64_t count) {
 // Copies the elements outside the rotated slice.
 template <typename scalar_t>
 ROPE_LOOP void copy_outside(const Launch& launch, const Operand& operand,
-                            const Rows<scalar_t>& rows, bool reads_ahead) {
+                            const Rows<scalar_t>& rows, Traffic traffic) {
   const std::int64_t begin = launch.rotary_offset;
   const std::int64_t end = begin + 2 * launch.num_pairs;
   const std::int64_t size = operand.axis_size;
@@ -519,9 +557,7 @@ ROPE_LOOP void copy_outside(const Launch& launch, const Operand& operand,
   for (std::int64_t r = 0; r < rows.count; ++r) {
     const scalar_t* in = rows.in_row(r);
     scalar_t* out = rows.out_row(r);
-    if (reads_ahead) {
-      prefetch_ahead(in, out, size);
-    }
+    prefetch_ahead(in, out, size, traffic);
     if (is_contiguous) {
       copy(out, in, begin);
       copy(out + end, in + end, size - end);
@@ -547,7 +583,7 @@ ROPE_INLINE void rotate_slices_with_gaps(const Launch& launch, const Operand& op
     const std::int64_t angles = r * rows.angles_stride;
     rotate_slices<scalar_t, interleaved>(
         {copy, copy, kNoOffsets, 0, 1, rows.cos + angles, rows.sin + angles, 0}, launch.num_pairs,
-        /*reads_ahead=*/false);
+        Traffic::kNear);
     for (std::int64_t d = 0; d < size; ++d) {
       rows.out_row(r)[d * operand.out_axis_stride] = copy[d];
     }
@@ -559,10 +595,10 @@ template <typename scalar_t, bool interleaved>
 ROPE_INLINE void rotate_rows(const Launch& launch, const Operand& operand,
                              const Workspace& workspace, Rows<scalar_t> rows) {
   const bool is_contiguous = operand.in_axis_stride == 1 && operand.out_axis_stride == 1;
-  bool reads_ahead = workspace.reads_ahead && is_contiguous;
+  Traffic traffic = is_contiguous ? workspace.traffic : Traffic::kNear;
   if (operand.in != operand.out && operand.axis_size != 2 * launch.num_pairs) {
-    copy_outside(launch, operand, rows, reads_ahead);
-    reads_ahead = false;  // The whole row has been asked for.
+    copy_outside(launch, operand, rows, traffic);
+    traffic = Traffic::kNear;  // The whole row has been asked for.
   }
   if (launch.num_pairs == 0) {
     return;
@@ -570,7 +606,7 @@ ROPE_INLINE void rotate_rows(const Launch& launch, const Operand& operand,
   rows.in += launch.rotary_offset * operand.in_axis_stride;
   rows.out += launch.rotary_offset * operand.out_axis_stride;
   if (is_contiguous) {
-    rotate_slices<scalar_t, interleaved>(rows, launch.num_pairs, reads_ahead);
+    rotate_slices<scalar_t, interleaved>(rows, launch.num_pairs, traffic);
   } else {
     rotate_slices_with_gaps<scalar_t, interleaved>(launch, operand, workspace, rows);
   }
@@ -672,14 +708,22 @@ ROPE_ENTRY void ROPE_CONCATENATE(rotate_, CPU_CAPABILITY)(const Launch& launch,
                                                           const Block& block) {
   switch (launch.dtype) {
     case c10::ScalarType::Double:
-      return rotate_block<double>(launch, workspace, block);
+      rotate_block<double>(launch, workspace, block);
+      break;
     case c10::ScalarType::Float:
-      return rotate_block<float>(launch, workspace, block);
+      rotate_block<float>(launch, workspace, block);
+      break;
     case c10::ScalarType::Half:
-      return rotate_block<c10::Half>(launch, workspace, block);
+      rotate_block<c10::Half>(launch, workspace, block);
+      break;
     default:
-      return rotate_block<c10::BFloat16>(launch, workspace, block);
+      rotate_block<c10::BFloat16>(launch, workspace, block);
   }
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+  if (workspace.traffic == Traffic::kStreamed) {
+    _mm_sfence();  // Others see what was streamed before they see that the block is done.
+  }
+#endif
 }
 
 }  // namespace rope::cpu
