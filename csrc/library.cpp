@@ -1,23 +1,22 @@
 // The schemas, and nothing else.
 //
-// x            The tensor to rotate; q and k: two tensors rotated by the same angles. Any shape
-// with at least one
-//              dimension, any strides; float64, float32, float16 or bfloat16. The forms that end in
-//              _ work in place.
-// positions    Broadcast with the shape of x without embedding_axis. int32, int64, float32 or
-// float64; with a (A, N)
-//              inv_freq, a leading dimension of size A comes first. For tables: int32 or int64 rows
-//              of (P, N) tables.
-// inv_freq     (N) or (A, N), float32 or float64: radians per unit of position.
-// cos, sin     Tables of shape (..., N) that broadcast with x without embedding_axis, or (P, N)
-// with positions. embedding_axis    The dimension of x that is rotated; negative counts from the
-// end. rotary_dim        How many elements are rotated: even; by default 2 N, or all from
-// rotary_offset on. rotary_offset     The first element that is rotated; those outside come out
-// unchanged. max_wavelength    The base of the frequencies where no inv_freq is given; positive.
-// scale_factor      Divides the angle where no inv_freq is given; positive.
-// attention_factor  Multiplies the rotated elements.
-// interleaved       Pairs are (2n, 2n + 1) instead of (n, n + N).
-// conjugate         Turns by the negative angle: the transpose of the same call without it.
+// - x: the tensor to rotate; q and k: two tensors, rotated by the same angles. Any shape with at
+//   least one dimension, any strides; float64, float32, float16 or bfloat16. The forms that end in
+//   _ work in place.
+// - positions: broadcast with the shape of x without embedding_axis. int32, int64, float32 or
+//   float64; with a (A, N) inv_freq, a leading dimension of size A comes first. For tables: int32
+//   or int64 rows of (P, N) tables.
+// - inv_freq: (N) or (A, N), float32 or float64: radians per unit of position.
+// - cos, sin: tables of shape (..., N) that broadcast with x without embedding_axis, or (P, N) with
+//   positions.
+// - embedding_axis: the dimension of x that is rotated; negative counts from the end.
+// - rotary_dim: how many elements are rotated: even; by default 2 N, or all from rotary_offset on.
+// - rotary_offset: the first element that is rotated; those outside come out unchanged.
+// - max_wavelength: the base of the frequencies where no inv_freq is given; positive.
+// - scale_factor: divides the angle where no inv_freq is given; positive.
+// - attention_factor: multiplies the rotated elements.
+// - interleaved: pairs are (2n, 2n + 1) instead of (n, n + N).
+// - conjugate: turns by the negative angle: the transpose of the same call without it.
 //
 // The forms in place return nothing: schemas that return a mutated argument are not supported by
 // torch.compile.
