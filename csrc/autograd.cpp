@@ -9,6 +9,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <numeric>
+#include <vector>
+
 #include "call.h"
 #include "checks.h"
 #include "composed.h"
@@ -82,7 +85,9 @@ at::Tensor inv_freq_gradient(const Call& call, const at::Tensor& angle) {
     return (scaled * positions).sum_to_size_symint(inv_freq.sym_sizes());
   }
   const at::Tensor products = scaled * positions;  // (A, tokens..., N)
-  return products.dim() == 2 ? products : products.flatten(1, -2).sum(1);
+  std::vector<std::int64_t> tokens(products.dim() - 2);
+  std::iota(tokens.begin(), tokens.end(), 1);
+  return tokens.empty() ? products : products.sum(tokens);
 }
 
 // Rows of a table gather the gradients of all positions that used them, in a fixed order on every
@@ -92,9 +97,8 @@ at::Tensor table_rows_gradient(const Call& call, const at::Tensor& table,
   if (!call.positions.defined()) {
     return gradient.to(table.scalar_type());
   }
-  const at::Tensor rows = call.positions.to(at::kLong).flatten();
-  return at::zeros_symint(table.sym_sizes(), gradient.options())
-      .index_put({rows}, gradient.flatten(0, -2), /*accumulate=*/true)
+  return gradient.new_zeros_symint(table.sym_sizes())
+      .index_put({call.positions.to(at::kLong)}, gradient, /*accumulate=*/true)
       .to(table.scalar_type());
 }
 
@@ -146,11 +150,12 @@ struct Rotate : torch::autograd::Function<Rotate> {
   // gradients.
   enum Argument : std::size_t { kQ, kK, kPositions, kInvFreq, kCos, kSin, kNumArguments };
 
-  // The tensors are those of the call: autograd sees only arguments.
+  // The tensors are those of the call: autograd sees only arguments. Sets context to the node's.
   static variable_list forward(AutogradContext* ctx, const at::Tensor& q, const OptionalTensor& k,
                                const OptionalTensor& positions, const OptionalTensor& inv_freq,
                                const OptionalTensor& cos, const OptionalTensor& sin,
-                               const Call& call) {
+                               const Call& call, AutogradContext** context) {
+    *context = ctx;
     const at::AutoDispatchBelowADInplaceOrView guard;
     const Outputs outputs = dispatch(call);
     variable_list results{outputs.q};
@@ -203,7 +208,7 @@ struct Rotate : torch::autograd::Function<Rotate> {
       edge += given ? 1 : 0;
     }
 
-    variable_list results(kNumArguments + 1);
+    variable_list results(kNumArguments + 2);  // none for the call and for the place of context
     const bool wants_q = grad_q.defined() && wants[kQ];
     const bool wants_k = grad_k.defined() && wants[kK];
     if (wants_q || wants_k) {
@@ -272,42 +277,40 @@ bool has_tangent(const at::Tensor& tensor) {
   return tensor.defined() && tensor._fw_grad(/*level=*/0).defined();
 }
 
-// C++ autograd functions know neither forward-mode derivatives nor the levels of torch.func: ATen
-// operators do.
-bool must_compose(const Call& call) {
-  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
-         has_tangent(call.q) || has_tangent(call.k) || has_tangent(call.positions) ||
+bool has_tangent(const Call& call) {
+  return has_tangent(call.q) || has_tangent(call.k) || has_tangent(call.positions) ||
          has_tangent(inv_freq_of(call)) || has_tangent(call.cos) || has_tangent(call.sin);
 }
 
+// C++ autograd functions know neither forward-mode derivatives nor the levels of torch.func: ATen
+// operators do. (Levels of vmap are gone when this is asked.)
+bool is_transformed() {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
+}
+
 Outputs rotate_with_autograd(const Call& call) {
-  if (must_compose(call)) {
-    return rotate_composed(call);
-  }
+  const bool tangent = has_tangent(call);
   const bool angles = angles_require_grad(call);
   const bool q = requires_grad(call.q);
   const bool k = requires_grad(call.k);
-  if (!at::GradMode::is_enabled() || !(angles || q || k)) {
+  const bool records = at::GradMode::is_enabled() && (angles || q || k);
+  if (!records && !tangent) {
     const at::AutoDispatchBelowAutograd guard;
     return dispatch(call);
   }
   if (call.in_place) {
     // Before anything is written: what follows may be more than one call.
     check(call);
-    torch::autograd::check_inplace(call.q, true);
+    torch::autograd::check_inplace(call.q, records);
     if (call.is_pair) {
-      torch::autograd::check_inplace(call.k, true);
+      torch::autograd::check_inplace(call.k, records);
     }
-    if (angles) {
-      // The backward pass reads the input or the output: both must outlive the change.
-      const Outputs outputs = call.is_pair ? dispatch(on(call, call.q.clone(), call.k.clone()))
-                                           : dispatch(on(call, call.q.clone()));
-      call.q.copy_(outputs.q);
-      if (call.is_pair) {
-        call.k.copy_(outputs.k);
-      }
-      return {call.q, call.k};
+    if (angles || tangent) {
+      return rotate_and_copy(call);
     }
+  }
+  if (tangent || is_transformed()) {
+    return rotate_composed(call);
   }
   if (call.is_pair && !angles && (q != k || call.in_place)) {
     // Where only one of the two has a gradient, the other's output must not come to require one;
@@ -318,9 +321,13 @@ Outputs rotate_with_autograd(const Call& call) {
     };
     return {one(call.q), one(call.k)};
   }
+  AutogradContext* context = nullptr;
   const variable_list outputs =
       Rotate::apply(call.q, as_optional(call.k), as_optional(call.positions), call.options.inv_freq,
-                    as_optional(call.cos), as_optional(call.sin), call);
+                    as_optional(call.cos), as_optional(call.sin), call, &context);
+  // The node knows now what it changed. Compiled autograd takes only nodes that remember nothing of
+  // it.
+  context->mark_dirty({});
   return {outputs[0], call.is_pair ? outputs[1] : at::Tensor()};
 }
 

@@ -39,8 +39,10 @@ Rotation<at::Tensor> rotations_of_tables(const Call& call, at::ScalarType real) 
   return {at::embedding(call.cos, rows).to(real), at::embedding(call.sin, rows).to(real)};
 }
 
-at::Tensor rotate_one(const Call& call, const at::Tensor& x) {
+// The call is of one tensor: of two, each may have a rotary_dim and so frequencies of its own.
+at::Tensor rotate_one(const Call& call) {
   const ApplyOptions& options = call.options;
+  const at::Tensor& x = call.q;
   const at::ScalarType real = at::toOpMathType(x.scalar_type());
   Rotation<at::Tensor> angle =
       call.uses_tables ? rotations_of_tables(call, real) : rotations_by_position(call, real);
@@ -89,10 +91,12 @@ Pair<at::Tensor> pairs(const Call& call, const at::Tensor& x) {
 
 Outputs rotate_composed(const Call& call) {
   check(call);
-  Outputs outputs{rotate_one(call, call.q), call.is_pair ? rotate_one(call, call.k) : at::Tensor()};
-  if (!call.in_place) {
-    return outputs;
-  }
+  return {rotate_one(on(call, call.q)), call.is_pair ? rotate_one(on(call, call.k)) : at::Tensor()};
+}
+
+Outputs rotate_and_copy(const Call& call) {
+  const Outputs outputs = call.is_pair ? dispatch(on(call, call.q.clone(), call.k.clone()))
+                                       : dispatch(on(call, call.q.clone()));
   call.q.copy_(outputs.q);
   if (call.is_pair) {
     call.k.copy_(outputs.k);
@@ -107,9 +111,4 @@ TORCH_LIBRARY_IMPL(rope, CompositeImplicitAutograd, library) {
   using rope::rotate_composed;
   library.impl("apply_composed", TORCH_FN(Operators<rotate_composed>::Apply::single));
   library.impl("apply_cos_sin_composed", TORCH_FN(Operators<rotate_composed>::ApplyCosSin::single));
-}
-
-// vmap of a call from C++: the tensors are seen with one dimension less.
-TORCH_LIBRARY_IMPL(rope, FuncTorchBatchedDecomposition, library) {
-  rope::Operators<rope::rotate_composed>::register_all(library);
 }

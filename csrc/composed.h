@@ -9,8 +9,12 @@
 
 namespace rope {
 
-// Rotates without a kernel of ours. In place, the result is copied into the tensors given.
+// Rotates without a kernel of ours. The call is not in place.
 Outputs rotate_composed(const Call& call);
+
+// Rotates in place by the functional operator and a copy: for derivatives that read the input or
+// the output, which must both outlive the change.
+Outputs rotate_and_copy(const Call& call);
 
 // Radians per unit of position, (N) or (A, N): inv_freq, or what max_wavelength and scale_factor
 // stand for, in float64.

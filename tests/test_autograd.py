@@ -1,12 +1,16 @@
-"""First-order gradients, of the functional forms and in place."""
+"""Derivatives by autograd, of the functional forms and in place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
+import differentiable
 import pytest
 import reference
 import torch
 import torch_rope
+from differentiable import CASES, in_place
+from observe import OperatorsSeen, saved_by
 from reference import (
     assert_rotated,
     assert_same_bits,
@@ -16,9 +20,8 @@ from reference import (
 )
 from strategies import FLOAT_DTYPES
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch.autograd import gradcheck, gradgradcheck
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 
 OPTION_SETS: list[dict[str, Any]] = [
     {},
@@ -43,27 +46,17 @@ def leaf(tensor: Tensor) -> Tensor:
 
 def doubles(*shape: int, device: str, seed: int = 0) -> Tensor:
     """Returns random float64 numbers that ask for a gradient."""
-    return random_values(shape, torch.float64, device, seed=seed).requires_grad_()
+    return differentiable.doubles(*shape, device=device, seed=seed).requires_grad_()
 
 
 def small_positions(*shape: int, device: str) -> Tensor:
-    """Returns float64 positions that ask for a gradient, small for numerical derivatives."""
-    return random_positions(shape, torch.float64, device, low=-8, high=8).requires_grad_()
+    """Returns float64 positions that ask for a gradient."""
+    return differentiable.small_positions(*shape, device=device).requires_grad_()
 
 
 def frequencies(*shape: int, device: str) -> Tensor:
     """Returns float64 frequencies that ask for a gradient."""
-    return random_inv_freq(shape, torch.float64, device).requires_grad_()
-
-
-def in_place(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a differentiable function of an operator that works in place."""
-
-    def function(x: Tensor, *arguments: Any, **options: Any) -> Any:
-        # A product keeps neither its input nor its result for its own backward.
-        return operator(x * 1, *arguments, **options)
-
-    return function
+    return differentiable.frequencies(*shape, device=device).requires_grad_()
 
 
 FORMS: dict[str, Callable[..., Any]] = {
@@ -211,6 +204,48 @@ def test_gradients_of_a_pair_and_tables(
     assert gradcheck(rotate, (q, k, cos, sin))
 
 
+def every_choice() -> list[Any]:
+    """Returns every differentiable call with every choice of what asks for a gradient."""
+    return [
+        pytest.param(case, asking, id=f"{case}-{''.join('01'[ask] for ask in asking)}")
+        for case in CASES
+        for asking in product((False, True), repeat=len(CASES[case].inputs("cpu")))
+        if any(asking)
+    ]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("case", "asking"), every_choice())
+def test_every_choice_of_gradients(
+    device: str, case: str, asking: tuple[bool, ...], form: str
+) -> None:
+    inputs = tuple(
+        tensor.requires_grad_(ask)
+        for tensor, ask in zip(CASES[case].inputs(device), asking, strict=True)
+    )
+    function = CASES[case].function(form)
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", CASES)
+def test_derivatives_of_every_kind(device: str, case: str, form: str) -> None:
+    inputs = tuple(tensor.requires_grad_() for tensor in CASES[case].inputs(device))
+    function = CASES[case].function(form)
+    assert gradcheck(
+        function,
+        inputs,
+        check_forward_ad=True,
+        check_batched_grad=True,
+        check_batched_forward_grad=True,
+        check_undefined_grad=True,
+    )
+    assert gradgradcheck(
+        function, inputs, check_batched_grad=True, check_fwd_over_rev=True, check_rev_over_rev=True
+    )
+
+
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("conjugate", [False, True])
 def test_the_gradient_of_x_is_turned_back(device: str, dtype: torch.dtype, conjugate: bool) -> None:
@@ -299,124 +334,134 @@ def test_the_gradient_of_float32_frequencies_is_right(device: str) -> None:
     assert ((inv_freq.grad.cpu() - expected.grad).abs() <= allowed).all()
 
 
-def test_second_derivatives(device: str) -> None:
-    x, positions = doubles(3, 6, device=device), small_positions(3, device=device)
-    assert gradgradcheck(torch_rope.apply, (x, positions, frequencies(3, device=device)))
-
-
-def test_second_derivatives_of_tables(device: str) -> None:
-    x, cos, sin = (doubles(3, size, device=device, seed=size) for size in (6, 3, 3))
-    assert gradgradcheck(torch_rope.apply_cos_sin, (x, cos, sin))
-
-
-def test_forward_derivatives(device: str) -> None:
-    x, positions = doubles(3, 6, device=device), small_positions(3, device=device)
-    inputs = x, positions, frequencies(3, device=device)
-    for form in FORMS.values():
-        assert gradcheck(form, inputs, check_forward_ad=True, check_backward_ad=False)
-
-
-def test_forward_derivatives_of_tables(device: str) -> None:
-    inputs = tuple(doubles(3, size, device=device, seed=size) for size in (6, 3, 3))
-    for form in TABLE_FORMS.values():
-        assert gradcheck(form, inputs, check_forward_ad=True, check_backward_ad=False)
-
-
-def test_a_functional_gradient_is_that_of_autograd(device: str) -> None:
-    x, positions = doubles(3, 6, device=device), random_positions((3,), device=device)
-
-    def loss(x: Tensor) -> Tensor:
-        return (torch_rope.apply(x, positions) ** 2).sum()
-
-    torch.testing.assert_close(torch.func.grad(loss)(x), torch.autograd.grad(loss(x), x)[0])
-
-
-@pytest.mark.parametrize("in_dims", [(0, None), (None, 0), (1, 0)])
-def test_a_vectorised_map_rotates_each(device: str, in_dims: tuple[int | None, ...]) -> None:
-    x = random_values((9, 9, 32), device=device)
-    positions = random_positions((9,), device=device)
-    rotated = torch.vmap(torch_rope.apply, in_dims=in_dims)(x, positions)
-    for index, actual in enumerate(rotated):
-        arguments = (
-            tensor if dim is None else tensor.select(dim, index)
-            for tensor, dim in zip((x, positions), in_dims, strict=True)
-        )
-        assert_rotated(actual, reference.apply(*arguments))
-
-
-class OperatorsSeen(TorchDispatchMode):
-    """Notes the operators of the library that are called."""
-
-    def __init__(self) -> None:
-        """Starts with none."""
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, arguments: Any = (), options: Any = None
-    ) -> Any:
-        """Notes the operator and calls it."""
-        if function.namespace == "rope":
-            self.names.append(function._schema.name)
-        return function(*arguments, **(options or {}))
-
-
-def test_the_backward_of_x_is_one_rotation(device: str) -> None:
-    x = doubles(3, 6, device=device)
-    positions = random_positions((3,), torch.float64, device)
-    inv_freq = random_inv_freq((3,), device=device)
-    rotated = torch_rope.apply(x, positions, inv_freq)
+def backward_of(case: str, asking: Sequence[int], device: str) -> OperatorsSeen:
+    """Notes what the backward does where only some of the inputs ask for a gradient."""
+    inputs = CASES[case].inputs(device)
+    leaves = [inputs[index].requires_grad_() for index in asking]
+    result = CASES[case].call(torch_rope.apply, torch_rope.apply_cos_sin, *inputs)
+    results = [
+        one for one in ((result,) if isinstance(result, Tensor) else result) if one.requires_grad
+    ]
+    gradients = [torch.ones_like(one) for one in results]
     with OperatorsSeen() as seen:
-        rotated.sum().backward()
-    assert seen.names == ["rope::apply"]
+        torch.autograd.grad(results, leaves, gradients)
+    return seen
 
 
-def test_the_backward_of_a_pair_is_one_rotation(device: str) -> None:
-    q, k = doubles(3, 6, device=device), doubles(3, 6, device=device, seed=1)
-    rotated = torch_rope.apply((q, k), random_positions((3,), device=device))
-    with OperatorsSeen() as seen:
-        (rotated[0] * rotated[1]).sum().backward()
-    assert seen.names == ["rope::apply_qk"]
+@pytest.mark.parametrize("case", CASES)
+def test_the_backward_of_what_is_rotated_is_one_rotation(device: str, case: str) -> None:
+    seen = backward_of(case, range(CASES[case].num_rotated), device)
+    assert len(seen.names) == 1
+    assert not [name for name in seen.others if name != "aten::detach"]
 
 
-def bytes_saved(function: Callable[[], Any]) -> int:
-    """Counts the bytes that autograd keeps while a function runs."""
-    saved = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor.numel() * tensor.element_size())
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        function()
-    return sum(saved)
+@pytest.mark.parametrize("asking", [0, 1])
+def test_the_backward_of_one_of_a_pair_rotates_one(device: str, asking: int) -> None:
+    assert backward_of("pair", [asking], device).names == ["apply"]
 
 
-@pytest.mark.parametrize("operator", [torch_rope.apply, torch_rope.apply_])
-def test_no_activation_is_saved_for_the_gradient_of_x(
-    device: str, operator: Callable[..., Any]
+@pytest.mark.parametrize("case", CASES)
+def test_the_backward_of_angles_rotates_nothing(device: str, case: str) -> None:
+    inputs = CASES[case].inputs(device)
+    first = CASES[case].num_rotated
+    assert backward_of(case, range(first, len(inputs)), device).names == []
+
+
+def test_the_backward_of_one_input_spares_the_others(device: str) -> None:
+    both = backward_of("axes", [1, 2], device).others
+    assert both.count("aten::mm") == 1  # for positions
+    assert "aten::mm" not in backward_of("axes", [2], device).others
+    assert len(backward_of("axes", [1], device).others) < len(both)
+    assert backward_of("rows", [1, 2], device).others.count("aten::index_put") == 2
+    for table in (1, 2):
+        assert backward_of("rows", [table], device).others.count("aten::index_put") == 1
+
+
+# What the backward of x alone keeps: for each operator, the tensors that make the angles.
+KEPT: dict[str, Callable[[str], tuple[Tensor, ...]]] = {
+    "positions": lambda device: (torch.arange(64, device=device)[:, None],),
+    "frequencies": lambda device: (
+        torch.arange(64, device=device)[:, None],
+        random_inv_freq((64,), torch.float32, device),
+    ),
+    "axes": lambda device: (
+        random_positions((3, 64, 1), device=device),
+        random_inv_freq((3, 64), torch.float32, device),
+    ),
+    "tables": lambda device: (
+        random_values((64, 1, 64), device=device),
+        random_values((64, 1, 64), device=device, seed=1),
+    ),
+    "rows": lambda device: (
+        random_values((99, 64), device=device),
+        random_values((99, 64), device=device, seed=1),
+        torch.arange(64, device=device)[:, None],
+    ),
+}
+
+
+def operator_for(kind: str, *, in_place: bool) -> Callable[..., Any]:
+    """Returns the function that takes such angles."""
+    name = "apply_cos_sin" if kind in ("tables", "rows") else "apply"
+    return getattr(torch_rope, f"{name}_" if in_place else name)  # type: ignore[no-any-return]
+
+
+def assert_same_memory(actual: list[Tensor], expected: tuple[Tensor, ...]) -> None:
+    """Asserts that the tensors are these, in some order, and not copies of them."""
+
+    def places(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+        return sorted((tensor.data_ptr(), tensor.nbytes) for tensor in tensors)
+
+    assert places(actual) == places(expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KEPT)
+def test_no_activation_is_saved_for_the_gradient_of_x(device: str, kind: str, form: str) -> None:
+    angles = KEPT[kind](device)
+    x = random_values((2, 64, 8, 128), device=device).requires_grad_() + 0
+    rotate = operator_for(kind, in_place=form == "in place")
+    assert_same_memory(saved_by(lambda: rotate(x, *angles)), angles)
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_no_activation_is_saved_for_the_gradients_of_a_pair(device: str, kind: str) -> None:
+    angles = KEPT[kind](device)
+    q = random_values((2, 64, 8, 128), device=device).requires_grad_()
+    k = random_values((2, 64, 2, 128), device=device).requires_grad_()
+    rotate = operator_for(kind, in_place=False)
+    assert_same_memory(saved_by(lambda: rotate((q, k), *angles)), angles)
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_no_activation_is_saved_for_the_gradients_of_a_pair_in_place(
+    device: str, kind: str
 ) -> None:
-    x = doubles(2, 64, 8, 128, device=device)
-    positions = torch.arange(64, device=device)[:, None]
-    inv_freq = random_inv_freq((64,), torch.float32, device)
-    assert bytes_saved(lambda: operator(x + 0, positions, inv_freq)) < x.nbytes
-    assert bytes_saved(lambda: operator((x + 0, x + 0), positions, inv_freq)) < x.nbytes
-    assert bytes_saved(lambda: operator(x + 0, positions)) < x.nbytes
+    angles = KEPT[kind](device)
+    q, k = (random_values((2, 64, 8, 128), device=device).requires_grad_() + 0 for _ in range(2))
+    rotate = operator_for(kind, in_place=True)
+    assert_same_memory(saved_by(lambda: rotate((q, k), *angles)), 2 * angles)
 
 
-@pytest.mark.parametrize("operator", [torch_rope.apply_cos_sin, torch_rope.apply_cos_sin_])
-def test_no_activation_is_saved_for_the_gradient_of_x_by_tables(
-    device: str, operator: Callable[..., Any]
-) -> None:
-    x = doubles(2, 64, 8, 128, device=device)
-    cos, sin = (random_values((64, 1, 64), device=device, seed=seed) for seed in (1, 2))
-    assert bytes_saved(lambda: operator(x + 0, cos, sin)) < x.nbytes
+def test_learned_positions_keep_the_output_and_no_more(device: str) -> None:
+    x = random_values((2, 64, 8, 128), device=device).requires_grad_()
+    positions = random_positions((64, 1), torch.float32, device).requires_grad_()
+    results = []
+    saved = saved_by(lambda: results.append(torch_rope.apply(x, positions)))
+    assert_same_memory(saved, (positions, results[0]))
+
+
+def test_learned_tables_keep_the_input_and_no_more(device: str) -> None:
+    x = random_values((2, 64, 8, 128), device=device)
+    tables = random_values((64, 1, 64), device=device).requires_grad_()
+    saved = saved_by(lambda: torch_rope.apply_cos_sin(x, tables, tables))
+    assert_same_memory(saved, (x, tables, tables))
 
 
 def test_nothing_is_saved_where_no_gradient_is_asked_for(device: str) -> None:
     x = random_values((9, 32), device=device)
-    assert bytes_saved(lambda: torch_rope.apply(x, torch.arange(9, device=device))) == 0
-    assert bytes_saved(lambda: torch_rope.apply_(x, torch.arange(9, device=device))) == 0
+    assert not saved_by(lambda: torch_rope.apply(x, torch.arange(9, device=device)))
+    assert not saved_by(lambda: torch_rope.apply_(x, torch.arange(9, device=device)))
 
 
 def test_integer_positions_ask_for_no_gradient(device: str) -> None:
@@ -569,3 +614,82 @@ def test_gradients_of_empty_tensors_are_empty(device: str) -> None:
     gradients = torch.autograd.grad(rotated.sum(), (x, positions, inv_freq))
     assert [gradient.shape for gradient in gradients] == [(0, 8), (0,), (4,)]
     assert not gradients[2].any()
+
+
+def test_slices_of_a_projection_rotated_in_place_have_the_right_gradient(device: str) -> None:
+    # (sequence, query heads, then key heads, then value heads, of 4 elements each)
+    def rotate(projected: Tensor, positions: Tensor) -> Tensor:
+        packed = projected * 1
+        q, k = packed[:, :12].unflatten(1, (3, 4)), packed.narrow(1, 12, 8).view(2, 2, 4)
+        torch_rope.apply_((q, k), positions, interleaved=True)
+        return packed
+
+    projected = doubles(2, 28, device=device)
+    assert gradcheck(rotate, (projected, small_positions(2, 1, device=device)))
+    assert gradgradcheck(rotate, (projected, small_positions(2, 1, device=device)))
+
+
+def rotate_whole(x: Tensor, positions: Tensor) -> Tensor:
+    """Changes a tensor."""
+    torch_rope.apply_(x, positions)
+    return x
+
+
+def rotate_view(x: Tensor, positions: Tensor) -> Tensor:
+    """Changes a part of a tensor."""
+    torch_rope.apply_(x[:, 1], positions[:, 0])
+    return x
+
+
+def rotate_pair_of_views(x: Tensor, positions: Tensor) -> Tensor:
+    """Changes two parts of a tensor."""
+    torch_rope.apply_((x[:, 0], x[:, 2]), positions[:, 0])
+    return x
+
+
+def rotate_by_tables(x: Tensor, positions: Tensor) -> Tensor:
+    """Changes a tensor by tables that are made of positions."""
+    table = positions.unsqueeze(-1).expand(3, 1, 2)
+    torch_rope.apply_cos_sin_(x, table.cos(), table.sin())
+    return x
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize(
+    "rotate", [rotate_whole, rotate_view, rotate_pair_of_views, rotate_by_tables]
+)
+def test_compiled_autograd_differentiates_a_change_in_place(
+    device: str, rotate: Callable[..., Tensor], learned: bool
+) -> None:
+    x = doubles(3, 3, 4, device=device)
+    positions = small_positions(3, 1, device=device).requires_grad_(learned)
+    leaves = (x, positions) if learned else (x,)
+    expected = torch.autograd.grad(rotate(x * 1, positions).sin().sum(), leaves)
+    torch.compiler.reset()
+    loss = rotate(x * 1, positions).sin().sum()
+    for leaf in leaves:
+        leaf.retain_grad()
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    torch.testing.assert_close(tuple(leaf.grad for leaf in leaves), expected)
+
+
+def test_a_change_in_place_of_what_the_backward_needs_is_an_error(device: str) -> None:
+    # The gradient of the frequencies needs the result of the first rotation.
+    x, inv_freq = doubles(3, 6, device=device) * 1, frequencies(3, device=device)
+    positions = torch.arange(3, device=device)
+    rotated = torch_rope.apply(x, positions, inv_freq)
+    torch_rope.apply_(rotated, positions)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        rotated.sum().backward()
+
+
+def test_two_changes_in_place_have_the_right_gradient(device: str) -> None:
+    def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
+        x = x * 1
+        torch_rope.apply_(x, positions, inv_freq)
+        torch_rope.apply_(x, positions * 2, inv_freq, interleaved=True)
+        return x
+
+    inputs = doubles(3, 6, device=device), small_positions(3, device=device)
+    assert gradcheck(rotate, (*inputs, frequencies(3, device=device)))

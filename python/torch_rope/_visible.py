@@ -8,6 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
+
+from torch_rope._compile import call_traced
 
 
 def _by_position(name: str) -> Callable[..., Any]:
@@ -15,9 +18,13 @@ def _by_position(name: str) -> Callable[..., Any]:
     arguments = operator._schema.arguments
     keywords = [argument.name for argument in arguments if argument.kwarg_only]
     num_tensors = len(arguments) - len(keywords)
+    num_rotated = 2 if "_qk" in name else 1
 
     def call(*values: Any) -> Any:
         options = dict(zip(keywords, values[num_tensors:], strict=True))
+        if is_compiling():
+            angles = values[num_rotated:num_tensors]
+            return call_traced(name, values[:num_rotated], angles, options)
         return operator(*values[:num_tensors], **options)
 
     return call

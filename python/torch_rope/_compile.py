@@ -1,0 +1,73 @@
+"""What torch.compile traces: the operators, or their plain form in ATen operators."""
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Form(threading.local):
+    """The choice of a thread; the compiler guards on it."""
+
+    def __init__(self) -> None:
+        self.is_composed = False
+
+
+_form = _Form()
+
+
+@contextmanager
+def composed(enabled: bool = True) -> Iterator[None]:
+    """Has ``torch.compile`` and ``torch.export`` trace the rotation as plain ATen operators.
+
+    By default a compiled program calls the same kernels as an eager one, with the same bits. Inside
+    this context it traces ``torch.ops.rope.apply_composed`` or ``apply_cos_sin_composed`` instead,
+    which the compiler's back end takes apart and may fuse with what stands around them; an exported
+    program then needs no library at all. ``benchmarks/bench_compile.py`` compares the two.
+
+    The context may be entered inside a compiled function or around its call: the choice is part of
+    the graph, and a function that was compiled without it is compiled anew. It holds for one
+    thread. Calls that nothing compiles use the kernels, inside it too.
+
+    Args:
+        enabled: Whether the composed form is traced; ``False`` goes back to the kernels within an
+            outer ``composed()``.
+
+    Example:
+        >>> import torch, torch_rope
+        >>> @torch.compile(backend="eager")
+        ... def rotate(x, positions):
+        ...     with torch_rope.composed():
+        ...         return torch_rope.apply(x, positions)
+        >>> x, positions = torch.randn(5, 64), torch.arange(5)
+        >>> torch.allclose(rotate(x, positions), torch_rope.apply(x, positions), atol=1e-5)
+        True
+    """
+    before = _form.is_composed
+    _form.is_composed = enabled
+    try:
+        yield
+    finally:
+        _form.is_composed = before
+
+
+def call_traced(
+    name: str,
+    rotated: tuple[Tensor, ...],
+    tensors: tuple[Tensor | None, ...],
+    options: Mapping[str, object],
+) -> Any:
+    """Calls an operator where a compiler follows: itself, or its composed form."""
+    if not _form.is_composed:
+        return getattr(torch.ops.rope, name).default(*rotated, *tensors, **options)
+    family = "apply_cos_sin" if name.startswith("apply_cos_sin") else "apply"
+    compose = getattr(torch.ops.rope, f"{family}_composed")
+    results = tuple(compose(x, *tensors, **options) for x in rotated)
+    if name.endswith("_"):
+        for x, result in zip(rotated, results, strict=True):
+            x.copy_(result)
+        return None
+    return results if len(results) > 1 else results[0]

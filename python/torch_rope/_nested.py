@@ -1,0 +1,232 @@
+"""Nested tensors of the jagged layout: the operators are called on their values.
+
+The values have the dimensions of the nested tensor without the batch; their ragged dimension holds
+the tokens of all sequences. What broadcasts with a nested tensor is nested in the same way, or
+dense with a ragged dimension of size 1.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_torch_dispatch
+from torch.nested._internal.nested_tensor import NestedTensor
+
+
+class _Target:
+    """What positions and tables broadcast with: a nested tensor without its embedding axis.
+
+    Attributes:
+        x: The nested tensor.
+        rank: How many dimensions it has without the axis.
+        ragged: Which of them is the ragged one.
+    """
+
+    def __init__(self, name: str, x: NestedTensor, axis: int) -> None:
+        """Takes a tensor and its embedding axis; the operator's name is for messages."""
+        rank, ragged = x.dim(), x._ragged_idx
+        if not -rank <= axis < rank:
+            raise IndexError(
+                f"{name}(): expected embedding_axis to be in [{-rank}, {rank - 1}] for the "
+                f"dimensions of a nested tensor, but got {axis}"
+            )
+        if axis % rank in (0, ragged):
+            raise NotImplementedError(
+                f"{name}(): expected embedding_axis to be neither the batch nor the ragged "
+                f"dimension of a nested tensor, but got {axis}"
+            )
+        self.name = name
+        self.x = x
+        self.rank = rank - 1
+        self.ragged = ragged if ragged < axis % rank else ragged - 1
+
+    def is_like(self, other: "_Target") -> bool:
+        """Whether the same broadcasts with the values of both."""
+        same_place = self.rank - self.ragged == other.rank - other.ragged
+        return same_place and _same_tokens(self.x, other.x)
+
+    def fit(self, argument: str, tensor: Tensor, *, leading: int = 0, trailing: int = 0) -> Tensor:
+        """Returns what broadcasts with the values as a tensor does with x.
+
+        Args:
+            argument: What the operator calls the tensor.
+            tensor: Positions, or a table.
+            leading: How many dimensions it has in front of those that broadcast.
+            trailing: How many behind them.
+        """
+        rank = tensor.dim() - leading - trailing
+        if isinstance(tensor, NestedTensor):
+            if leading:
+                raise NotImplementedError(
+                    f"{self.name}(): expected {argument} to be dense where inv_freq has two "
+                    "dimensions, but got a nested tensor. The values() of nested tensors can be "
+                    "rotated instead"
+                )
+            same_dims = (rank, tensor._ragged_idx) == (self.rank, self.ragged)
+            if not (same_dims and _same_tokens(tensor, self.x)):
+                raise self.misfit(
+                    argument,
+                    tensor,
+                    " and to share its offsets, as "
+                    "torch.nested.nested_tensor_from_jagged(values, x.offsets()) does",
+                )
+            return _values(tensor)
+
+        if rank > self.rank:
+            raise self.misfit(argument, tensor)
+        ragged = leading + rank - (self.rank - self.ragged)
+        if ragged >= leading and tensor.shape[ragged] != 1:
+            raise self.misfit(argument, tensor, " and to have a ragged dimension of size 1")
+        if rank < self.rank:
+            return tensor
+        if tensor.shape[leading] == 1:
+            return tensor.squeeze(leading)
+        if tensor.shape[leading] != self.x.shape[0]:
+            raise self.misfit(argument, tensor)
+        # One for each sequence: its tokens take their place in the ragged dimension.
+        tokens = tensor.squeeze(ragged).index_select(leading, _sequences(self.x))
+        return tokens.movedim(leading, ragged - 1)
+
+    def misfit(self, argument: str, tensor: Tensor, rule: str = "") -> ValueError:
+        """Returns the error for what does not broadcast with x."""
+        return ValueError(
+            f"{self.name}(): expected {argument} to be broadcastable with the shape of the nested "
+            f"tensor without embedding_axis{rule}, but got {tuple(tensor.shape)} for a nested "
+            f"tensor of shape {tuple(self.x.shape)}"
+        )
+
+
+def _values(x: NestedTensor) -> Tensor:
+    """Returns the values, differentiably."""
+    values: Tensor = x.values()  # type: ignore[no-untyped-call]
+    return values
+
+
+def _same_tokens(a: NestedTensor, b: NestedTensor) -> bool:
+    """Whether the values of both hold the same tokens: they share offsets, and lengths if any."""
+    if a._lengths is None and b._lengths is None:
+        return bool(a.shape[a._ragged_idx] == b.shape[b._ragged_idx])
+    return a._lengths is b._lengths and a._offsets is b._offsets
+
+
+def _sequences(x: NestedTensor) -> Tensor:
+    """Returns to which sequence each token among the values belongs."""
+    tokens = torch.arange(x._values.shape[x._ragged_idx - 1], device=x.device)
+    return torch.bucketize(tokens, x._offsets[1:-1], right=True)
+
+
+def _fit(target: _Target, angles: Sequence[Any]) -> Sequence[Any]:
+    """Returns positions and frequencies, or tables, that broadcast with the values."""
+    if "cos_sin" not in target.name:
+        positions, inv_freq = (*angles, None)[:2]
+        axes = 0 if inv_freq is None else inv_freq.dim() - 1
+        return [target.fit("positions", positions, leading=axes), inv_freq]
+    cos, sin, positions = (*angles, None)[:3]
+    if positions is not None:
+        return [cos, sin, target.fit("positions", positions)]
+    return [target.fit("cos", cos, trailing=1), target.fit("sin", sin, trailing=1)]
+
+
+def _nest(values: Tensor, x: NestedTensor) -> Tensor:
+    """Returns values nested like x."""
+    nested: Tensor = torch._nested_view_from_jagged(
+        values,
+        x._offsets,
+        x,
+        x._lengths,
+        x._ragged_idx,
+        x._min_seqlen_tensor,
+        x._max_seqlen_tensor,
+    )
+    return nested
+
+
+def _rotate(operator: Any, *arguments: Any, **options: Any) -> Any:
+    """Calls an operator on the values of nested tensors."""
+    name: str = operator._schema.name
+    num_rotated = 2 if "_qk" in name else 1
+    rotated, angles = arguments[:num_rotated], arguments[num_rotated:]
+    axis = options.pop("embedding_axis", -1)
+    _check(name, rotated, angles)
+
+    targets = [_Target(name, x, axis) for x in rotated if isinstance(x, NestedTensor)]
+    if len(targets) < num_rotated or not all(targets[0].is_like(target) for target in targets):
+        # Each by itself: the same positions are others for each, or do not fit both.
+        for target in targets:
+            _fit(target, angles)
+        single = getattr(torch.ops.rope, name.removeprefix("rope::").replace("_qk", "")).default
+        results = tuple(single(x, *angles, embedding_axis=axis, **options) for x in rotated)
+        return None if name.endswith("_") else results
+
+    # From the end, the axes of the values are those of x; from the front, one is missing.
+    options["embedding_axis"] = axis if axis < 0 else axis - 1
+    fitting = _fit(targets[0], angles)
+    if name.endswith("_"):
+        # What values() returns is a tensor of its own to a compiler, and would hide the change.
+        operator(*(x._values for x in rotated), *fitting, **options)
+        return None
+    outputs = operator(*map(_values, rotated), *fitting, **options)
+    if num_rotated == 1:
+        return _nest(outputs, rotated[0])
+    return tuple(map(_nest, outputs, rotated))
+
+
+def _check(name: str, rotated: Sequence[Tensor], angles: Sequence[Tensor | None]) -> None:
+    """Refuses what cannot be put into values."""
+    tensors = [*rotated, *(tensor for tensor in angles if tensor is not None)]
+    if any(tensor.is_nested and not isinstance(tensor, NestedTensor) for tensor in tensors):
+        raise NotImplementedError(
+            f"{name}(): expected nested tensors to have the layout torch.jagged, but got "
+            f"torch.strided"
+        )
+    dense = [x for x in rotated if not x.is_nested]
+    if dense and any(isinstance(tensor, NestedTensor) for tensor in angles):
+        raise NotImplementedError(
+            f"{name}(): expected what is rotated to be nested where positions or tables are, but "
+            f"got a tensor of shape {tuple(dense[0].shape)}"
+        )
+    holes = any(isinstance(x, NestedTensor) and x._lengths is not None for x in rotated)
+    if holes and name.endswith("_"):
+        raise NotImplementedError(
+            f"{name}(): expected nested tensors without holes, since what lies in holes would be "
+            "rotated too, but got one with lengths"
+        )
+
+
+def _dispatch(
+    _class: type,
+    operator: Any,
+    _types: Any,
+    arguments: tuple[Any, ...] = (),
+    options: dict[str, Any] | None = None,
+) -> Any:
+    """Does what ``__torch_dispatch__`` of a nested tensor should."""
+    return _rotate(operator, *arguments, **(options or {}))
+
+
+def _above_autograd(operator: Any, *arguments: Any, **options: Any) -> Any:
+    """Has autograd see what there is to differentiate."""
+    name: str = operator._schema.name
+    num_rotated = 2 if "_qk" in name else 1
+    rotated, angles = arguments[:num_rotated], arguments[num_rotated:]
+    _check(name, rotated, angles)
+    if any(tensor is not None and tensor.requires_grad for tensor in angles):
+        # What happens to positions and tables on their way to the values.
+        return _rotate(operator, *arguments, **options)
+    # The operator alone, which keeps no activation, as values() would.
+    with torch._C._ExcludeDispatchKeyGuard(_ABOVE_AUTOGRAD):
+        return operator(*arguments, **options)
+
+
+_ABOVE_AUTOGRAD = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradNestedTensor)
+
+_library = Library("rope", "IMPL")  # type: ignore[no-untyped-call]
+for _family in ("apply", "apply_cos_sin"):
+    for _suffix in ("", "_qk", "_", "_qk_"):
+        register_torch_dispatch(f"rope::{_family}{_suffix}", NestedTensor, _dispatch)
+    for _suffix in ("", "_qk"):
+        _operator = getattr(torch.ops.rope, _family + _suffix).default
+        _function = partial(_above_autograd, _operator)
+        _library.impl(_family + _suffix, _function, "AutogradNestedTensor")  # type: ignore[no-untyped-call]

@@ -1,0 +1,543 @@
+"""DTensor: every placement gives the result of one process, and x stays placed as it was."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch_rope
+from processes import Processes
+from reference import random_inv_freq, random_positions, random_values
+from torch import Tensor
+
+if not torch.distributed.is_available():
+    pytest.skip("this PyTorch is built without torch.distributed", allow_module_level=True)
+
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.experimental import implicit_replication
+from torch.distributed.tensor.placement_types import _StridedShard
+
+REPLICATE = Replicate()
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["2 processes", "4 processes"])
+def processes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Processes]:
+    """Processes that are the same for all tests of this file."""
+    group = Processes(request.param, tmp_path_factory.mktemp("processes"))
+    yield group
+    group.stop()
+
+
+# --------------------------------------------------------------------------------------------------
+# What the processes run
+
+
+@cache
+def mesh_of(*shape: int) -> DeviceMesh:
+    """Returns the mesh of a shape; without one, all processes in a row."""
+    return init_device_mesh("cpu", shape or (torch.distributed.get_world_size(),))
+
+
+def meshes() -> list[DeviceMesh]:
+    """Returns a mesh of one dimension, and one of two where there are processes enough."""
+    is_large = torch.distributed.get_world_size() == 4
+    return [mesh_of(), mesh_of(2, 2)] if is_large else [mesh_of()]
+
+
+def place(tensor: Tensor, mesh: DeviceMesh, *placements: Placement) -> DTensor:
+    """Distributes a tensor that every process has, without communication.
+
+    Partial sums are the tensor times 2, -1, 1, -1, ...: multiples that add up to it exactly.
+    """
+    whole = [REPLICATE if isinstance(p, Partial) else p for p in placements]
+    local = distribute_tensor(tensor.clone(), mesh, whole, src_data_rank=None).to_local()
+    for mesh_dim, placement in enumerate(placements):
+        if isinstance(placement, Partial):
+            rank = mesh.get_local_rank(mesh_dim)
+            local = local * (2 if rank == 0 else -1 if rank % 2 else 1)
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def replicate(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
+    """Gives every process the whole tensor."""
+    return place(tensor, mesh, *[REPLICATE] * mesh.ndim)
+
+
+def assert_equal(actual: Any, expected: Tensor) -> None:
+    """Asserts that a DTensor holds exactly the elements of a tensor that every process has."""
+    assert isinstance(actual, DTensor)
+    torch.testing.assert_close(actual.full_tensor(), expected, rtol=0, atol=0)
+
+
+def assert_close(actual: Any, expected: Tensor) -> None:
+    """Asserts that a DTensor holds the elements of a tensor, but for the order of sums."""
+    assert isinstance(actual, DTensor)
+    torch.testing.assert_close(actual.full_tensor(), expected)
+
+
+# --------------------------------------------------------------------------------------------------
+# Calls of every form. Of the sizes, some are odd: not all processes get as much, or anything.
+
+B, S, H, D, N = 3, 6, 4, 8, 4
+
+
+@dataclass(frozen=True)
+class Form:
+    """A call of an operator: the shapes of its tensors, and its options."""
+
+    rotated: tuple[tuple[int, ...], ...]
+    positions: tuple[int, ...] | None
+    inv_freq: tuple[int, ...] | None = None
+    tables: tuple[int, ...] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def xs(self) -> list[Tensor]:
+        """Returns x, or q and k."""
+        return [
+            random_values(shape, torch.float64, seed=seed)
+            for seed, shape in enumerate(self.rotated)
+        ]
+
+    def angles(self) -> list[Tensor | None]:
+        """Returns the other tensors, in the order of the operator."""
+        dtype = torch.int64 if self.tables else torch.float64
+        limits = {"low": 0, "high": self.tables[0]} if self.tables else {}
+        positions = None
+        if self.positions is not None:
+            positions = random_positions(self.positions, dtype, **limits)
+        if self.tables is None:
+            return [positions, random_inv_freq(self.inv_freq) if self.inv_freq else None]
+        return [
+            *(random_values(self.tables, torch.float64, seed=seed) for seed in (3, 4)),
+            positions,
+        ]
+
+    def call(self, xs: Sequence[Tensor], angles: Sequence[Tensor | None]) -> list[Tensor]:
+        """Calls the functional operator, for one tensor or two."""
+        function = torch_rope.apply_cos_sin if self.tables else torch_rope.apply
+        result = function(xs[0] if len(xs) == 1 else tuple(xs), *angles, **self.options)
+        return [result] if len(xs) == 1 else list(result)
+
+    def call_in_place(self, xs: Sequence[Tensor], angles: Sequence[Tensor | None]) -> None:
+        """Calls the operator in place, for one tensor or two."""
+        function = torch_rope.apply_cos_sin_ if self.tables else torch_rope.apply_
+        function(xs[0] if len(xs) == 1 else tuple(xs), *angles, **self.options)
+
+    def axis(self, x: Tensor) -> int:
+        """Returns the embedding axis, not negative."""
+        return int(self.options.get("embedding_axis", -1)) % x.dim()
+
+    def tokens(self, x: Tensor) -> list[int]:
+        """Returns the other dimensions of x."""
+        return [dim for dim in range(x.dim()) if dim != self.axis(x)]
+
+
+FORMS = {
+    "sequence before heads": Form(((B, S, H, D),), (S, 1)),
+    "heads before sequence": Form(((B, H, S, D),), (S,), options={"embedding_axis": 3}),
+    "positions of each sequence": Form(((B, S, H, D),), (B, S, 1), (N,)),
+    "positions of each head": Form(((B, S, H, D),), (B, S, H), options={"interleaved": True}),
+    "positions of one head for a batch": Form(((B, H, S, D),), (B, 1, S), (3,)),
+    "several axes": Form(((B, S, H, D),), (2, B, S, 1), (2, N)),
+    "several axes, embedding axis first": Form(
+        ((D, B, S),), (2, S), (2, N), options={"embedding_axis": 0}
+    ),
+    "embedding axis in the middle": Form(((B, D, S),), (B, S), options={"embedding_axis": 1}),
+    "negative embedding axis": Form(((B, D, S, H),), (S, 1), options={"embedding_axis": -3}),
+    "one position": Form(((S, D),), ()),
+    "tables": Form(((B, S, H, D),), None, None, (S, 1, N)),
+    "tables of each sequence": Form(((B, H, S, D),), None, None, (B, 1, S, 3)),
+    "tables, embedding axis in the middle": Form(
+        ((B, D, S),), None, None, (S, N), {"embedding_axis": -2}
+    ),
+    "table of one row": Form(((S, D),), None, None, (N,)),
+    "tables by position": Form(((B, S, H, D),), (B, S, 1), None, (9, N)),
+    "pair with grouped heads": Form(((B, S, 8, D), (B, S, 2, D)), (S, 1)),
+    "pair with heads before sequence": Form(((B, 8, S, D), (B, 2, S, D)), (B, 1, S), (N,)),
+    "pair of different rank": Form(((B, S, H, D), (S, 2, D)), (S, 1), (N,)),
+    "pair of different rank, embedding axis in the middle": Form(
+        ((B, 2, D, S), (D, S)), (S,), options={"embedding_axis": -2}
+    ),
+    "pair with tables": Form(((B, S, 8, D), (S, 2, D)), None, None, (S, 1, N)),
+    "pair with tables by position": Form(((B, S, 8, D), (B, S, 2, D)), (S, 1), None, (9, N)),
+}
+SINGLES = [name for name, form in FORMS.items() if len(form.rotated) == 1]
+PAIRS = [name for name, form in FORMS.items() if len(form.rotated) == 2]
+
+
+def placements_of(x: Tensor) -> list[Placement]:
+    """Returns the ways to place a tensor along one dimension of a mesh."""
+    return [REPLICATE, Partial(), *(Shard(dim) for dim in range(x.dim()))]
+
+
+def placed_angles(angles: Sequence[Tensor | None], mesh: DeviceMesh) -> Iterator[list[Any]]:
+    """Places what the angles are made of: replicated, and one of it in other ways."""
+    replicated = [None if tensor is None else replicate(tensor, mesh) for tensor in angles]
+    yield replicated
+    for index, tensor in enumerate(angles):
+        if tensor is not None:
+            for placement in placements_of(tensor)[1:]:
+                placed = place(tensor, mesh, *[placement] * mesh.ndim)
+                yield [*replicated[:index], placed, *replicated[index + 1 :]]
+
+
+def kept(form: Form, x: Tensor, placements: Sequence[Placement]) -> tuple[Placement, ...]:
+    """Returns how the result of a call with one tensor must be placed."""
+    gathered = Shard(form.axis(x))
+    return tuple(REPLICATE if p == gathered else p for p in placements)
+
+
+def replicated_angles(form: Form, mesh: DeviceMesh) -> list[Any]:
+    """Gives every process what the angles are made of."""
+    return [None if tensor is None else replicate(tensor, mesh) for tensor in form.angles()]
+
+
+def check_single(name: str) -> None:
+    form = FORMS[name]
+    x, angles = form.xs()[0], form.angles()
+    (expected,) = form.call([x], angles)
+    for mesh in meshes():
+        placed_otherwise = [replicated_angles(form, mesh)]
+        if mesh.ndim == 1:
+            placed_otherwise += placed_angles(angles, mesh)
+        for placements in product(placements_of(x), repeat=mesh.ndim):
+            placed = place(x, mesh, *placements)
+            for distributed in placed_otherwise:
+                (result,) = form.call([placed], distributed)
+                assert isinstance(result, DTensor)
+                assert result.placements == kept(form, x, placements)
+                assert result.stride() == expected.stride()
+                assert_equal(result, expected)
+
+
+@pytest.mark.parametrize("name", SINGLES)
+def test_every_placement_gives_the_result_of_one_process(processes: Processes, name: str) -> None:
+    processes.run(check_single, name)
+
+
+def check_pair(name: str) -> None:
+    form = FORMS[name]
+    q, k = form.xs()
+    expected = form.call([q, k], form.angles())
+    for mesh in meshes():
+        angles = replicated_angles(form, mesh)
+        for of_q, of_k in product(placements_of(q), placements_of(k)):
+            # Along the second dimension of a mesh the other way round: what is chosen for one
+            # dimension must not depend on the other.
+            placed_q = place(q, mesh, of_q, *[REPLICATE] * (mesh.ndim - 1))
+            placed_k = place(k, mesh, *[REPLICATE] * (mesh.ndim - 1), of_k)
+            for result, whole in zip(
+                form.call([placed_q, placed_k], angles), expected, strict=True
+            ):
+                assert_equal(result, whole)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_placement_of_a_pair_gives_the_result_of_one_process(
+    processes: Processes, name: str
+) -> None:
+    processes.run(check_pair, name)
+
+
+def check_pair_stays() -> None:
+    mesh = mesh_of()
+    form = FORMS["pair of different rank"]
+    q, k = form.xs()
+    tokens, heads = (Shard(1), Shard(0)), (Shard(2), Shard(1))
+    for placements in (
+        (REPLICATE, REPLICATE),
+        tokens,
+        heads,
+        (Shard(0), REPLICATE),
+        (Shard(2), REPLICATE),
+        (REPLICATE, heads[1]),
+        (Partial(), heads[1]),
+        (heads[0], Partial()),
+    ):
+        placed = [place(x, mesh, p) for x, p in zip((q, k), placements, strict=True)]
+        results = form.call(placed, replicated_angles(form, mesh))
+        assert [result.placements[0] for result in results] == list(placements)
+    # Where one is sharded over tokens, so is the other.
+    for placements in ((tokens[0], REPLICATE), (REPLICATE, tokens[1]), (tokens[0], heads[1])):
+        placed = [place(x, mesh, p) for x, p in zip((q, k), placements, strict=True)]
+        results = form.call(placed, replicated_angles(form, mesh))
+        assert [result.placements[0] for result in results] == list(tokens)
+
+
+def test_each_of_a_pair_stays_placed_where_positions_allow_it(processes: Processes) -> None:
+    processes.run(check_pair_stays)
+
+
+def check_in_place(name: str) -> None:
+    form = FORMS[name]
+    xs = form.xs()
+    expected = form.call(xs, form.angles())
+    for mesh in meshes():
+        angles = replicated_angles(form, mesh)
+        for placements in product(*(placements_of(x) for x in xs)):
+            placed = [place(x, mesh, *[p] * mesh.ndim) for x, p in zip(xs, placements, strict=True)]
+            # What the functional form leaves as it is placed, the form in place can do.
+            results = form.call(placed, angles)
+            stays = [
+                one.placements == other.placements
+                for one, other in zip(placed, results, strict=True)
+            ]
+            if all(stays):
+                form.call_in_place(placed, angles)
+                values = expected
+            else:
+                with pytest.raises(NotImplementedError, match="a call in place moves no data"):
+                    form.call_in_place(placed, angles)
+                values = xs
+            for x, value, p in zip(placed, values, placements, strict=True):
+                assert x.placements == (p,) * mesh.ndim
+                assert_equal(x, value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sequence before heads",
+        "embedding axis in the middle",
+        "tables",
+        "tables by position",
+        "pair of different rank",
+        "pair with tables by position",
+    ],
+)
+def test_in_place_each_process_rotates_what_it_has_or_nothing_changes(
+    processes: Processes, name: str
+) -> None:
+    processes.run(check_in_place, name)
+
+
+def check_partial_that_is_not_linear() -> None:
+    mesh = mesh_of()
+    rank = mesh.get_local_rank()
+    x, positions = random_values((S, D), torch.float64), torch.arange(S)
+    largest = DTensor.from_local(x - rank, mesh, [Partial("max")])
+    result = torch_rope.apply(largest, replicate(positions, mesh))
+    assert result.placements == (REPLICATE,)
+    assert_equal(result, torch_rope.apply(x, positions))
+    mean = DTensor.from_local(x + (rank if rank % 2 else -rank - 1), mesh, [Partial("avg")])
+    result = torch_rope.apply(mean, replicate(positions, mesh))
+    assert result.placements == (Partial("avg"),)
+    average = mean.full_tensor()
+    torch.testing.assert_close(result.full_tensor(), torch_rope.apply(average, positions))
+
+
+def test_what_is_still_to_be_reduced_stays_so_only_if_the_reduction_is_linear(
+    processes: Processes,
+) -> None:
+    processes.run(check_partial_that_is_not_linear)
+
+
+def check_flattened_tokens() -> None:
+    mesh = mesh_of()
+    x, positions = random_values((B, 8, H, D), torch.float64), random_positions((B, 8, 1))
+    expected = torch_rope.apply(x, positions).flatten(0, 1)
+    # Each process has a piece of every sequence.
+    flat = place(x, mesh, Shard(1)).flatten(0, 1)
+    assert isinstance(flat.placements[0], _StridedShard)
+    for placement in (REPLICATE, Shard(1)):
+        result = torch_rope.apply(flat, place(positions, mesh, placement).flatten(0, 1))
+        assert result.placements == flat.placements
+        assert_equal(result, expected)
+
+
+def test_tokens_that_were_flattened_stay_on_their_process(processes: Processes) -> None:
+    processes.run(check_flattened_tokens)
+
+
+def check_communication() -> None:
+    mesh = mesh_of()
+    x, positions = random_values((8, 8, 8, D)), torch.arange(8).unsqueeze(-1)
+
+    def collectives(
+        placement: Placement, of_positions: Placement, rotate: Callable[..., Any]
+    ) -> int:
+        x_placed = place(x, mesh, placement).requires_grad_()
+        positions_placed = place(positions, mesh, of_positions)
+        with CommDebugMode() as mode:
+            result = rotate(x_placed, positions_placed)
+            result.backward(result.detach())
+        return mode.get_total_counts()
+
+    def pair(x: Tensor, positions: Tensor) -> Tensor:
+        return torch_rope.apply((x, x), positions)[1]
+
+    for rotate in (torch_rope.apply, torch.ops.rope.apply, pair):
+        for placement in (REPLICATE, Partial(), Shard(0), Shard(1), Shard(2)):
+            assert collectives(placement, REPLICATE, rotate) == 0
+        assert collectives(Shard(1), Shard(0), rotate) == 0
+        assert collectives(Shard(3), REPLICATE, rotate) > 0
+
+
+def test_processes_communicate_only_for_a_sharded_embedding_axis(processes: Processes) -> None:
+    processes.run(check_communication)
+
+
+# --------------------------------------------------------------------------------------------------
+# Gradients
+
+
+def gradients(
+    form: Form, xs: Sequence[Tensor], angles: Sequence[Tensor | None], *, twice: bool = False
+) -> list[Tensor]:
+    """Returns the gradients of every floating-point tensor, or of the norm of those."""
+    leaves = [
+        None if tensor is None else tensor.detach().requires_grad_(tensor.is_floating_point())
+        for tensor in (*xs, *angles)
+    ]
+    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    results = form.call(leaves[: len(xs)], leaves[len(xs) :])  # type: ignore[arg-type]
+    total = sum((result**3).sum() for result in results)
+    assert isinstance(total, Tensor)
+    found = torch.autograd.grad(total, wanted, create_graph=twice)
+    if twice:
+        norm = sum((gradient**2).sum() for gradient in found)
+        assert isinstance(norm, Tensor)
+        found = torch.autograd.grad(norm, wanted)
+    return list(found)
+
+
+def check_gradients(name: str) -> None:
+    form = FORMS[name]
+    xs, angles = form.xs(), form.angles()
+    once, again = (gradients(form, xs, angles, twice=twice) for twice in (False, True))
+    mesh = mesh_of()
+    for dim in range(-1, xs[0].dim()):
+        # The dimensions are counted from the right, where q and k agree.
+        placed = [
+            place(x, mesh, Shard(dim + x.dim() - xs[0].dim()))
+            if dim >= xs[0].dim() - x.dim()
+            else replicate(x, mesh)
+            for x in xs
+        ]
+        distributed = replicated_angles(form, mesh)
+        for actual, expected in zip(gradients(form, placed, distributed), once, strict=True):
+            assert_close(actual, expected)
+        twice = gradients(form, placed, distributed, twice=True)
+        for actual, expected in zip(twice, again, strict=True):
+            assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "positions of each sequence",
+        "tables",
+        "tables by position",
+        "pair of different rank",
+        "pair with tables",
+    ],
+)
+def test_gradients_are_those_of_one_process(processes: Processes, name: str) -> None:
+    processes.run(check_gradients, name)
+
+
+def check_gradient_in_place() -> None:
+    mesh = mesh_of()
+    positions = torch.arange(S).unsqueeze(-1)
+
+    def gradients_of(
+        q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor
+    ) -> tuple[Tensor, ...]:
+        leaves = [tensor.detach().requires_grad_() for tensor in (q, k, inv_freq)]
+        q, k = leaves[0] * 2, leaves[1] * 2
+        torch_rope.apply_((q, k), positions)
+        torch_rope.apply_(q, positions, leaves[2])
+        return torch.autograd.grad((q**3).sum() + (k**3).sum(), leaves)
+
+    q, k = random_values((B, S, 8, D), torch.float64), random_values((B, S, 4, D), torch.float64)
+    inv_freq = random_inv_freq((N,))
+    expected = gradients_of(q, k, positions, inv_freq)
+    for placement in (REPLICATE, Shard(0), Shard(1), Shard(2)):
+        actual = gradients_of(
+            place(q, mesh, placement),
+            place(k, mesh, placement),
+            replicate(positions, mesh),
+            replicate(inv_freq, mesh),
+        )
+        for one, other in zip(actual, expected, strict=True):
+            assert_close(one, other)
+
+
+def test_gradients_of_calls_in_place_are_those_of_one_process(processes: Processes) -> None:
+    processes.run(check_gradient_in_place)
+
+
+def check_partial_gradient() -> None:
+    mesh = mesh_of()
+    x, positions = random_values((S, D), torch.float64), torch.arange(S)
+    weight = random_values((D, 12), torch.float64, seed=1)
+
+    def gradient_of(x: Tensor, positions: Tensor, weight: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        rotated = torch_rope.apply(x, positions)
+        return torch.autograd.grad(((rotated @ weight) ** 2).sum(), x)[0]
+
+    expected = gradient_of(x, positions, weight)
+    # Each process has some columns of the weight, so that the gradient of what they multiply is a
+    # sum over the processes.
+    actual = gradient_of(
+        replicate(x, mesh), replicate(positions, mesh), place(weight, mesh, Shard(1))
+    )
+    assert isinstance(actual, DTensor)
+    assert actual.placements == (Partial(),)
+    assert_close(actual, expected)
+
+
+def test_a_gradient_that_is_still_to_be_summed_is_rotated_as_it_is(processes: Processes) -> None:
+    processes.run(check_partial_gradient)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tensors that are no DTensors
+
+
+def check_plain_beside_dtensor() -> None:
+    mesh = mesh_of()
+    x, positions = random_values((B, S, H, D)), torch.arange(S).unsqueeze(-1)
+    inv_freq = random_inv_freq((N,), torch.float32)
+    placed = place(x, mesh, Shard(1))
+    for arguments in ((positions, None), (replicate(positions, mesh), inv_freq)):
+        with pytest.raises(RuntimeError, match=r"rope.apply.* got mixed torch.Tensor and DTensor"):
+            torch_rope.apply(placed, *arguments)
+    with implicit_replication():
+        result = torch_rope.apply(placed, positions, inv_freq)
+    assert_equal(result, torch_rope.apply(x, positions, inv_freq))
+
+
+def test_plain_positions_beside_dtensors_are_an_error_but_for_implicit_replication(
+    processes: Processes,
+) -> None:
+    processes.run(check_plain_beside_dtensor)
+
+
+def check_message() -> None:
+    x = place(random_values((B, S, H, D)), mesh_of(), Shard(1))
+    positions = replicate(torch.arange(S), mesh_of())
+    # The sizes are those of the whole tensors.
+    with pytest.raises((ValueError, RuntimeError), match=r"apply\(\): .*\[3, 6, 4\].*got \[6\]"):
+        torch_rope.apply(x, positions)
+
+
+def test_errors_tell_the_sizes_of_the_whole_tensors(processes: Processes) -> None:
+    processes.run(check_message)

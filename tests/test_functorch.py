@@ -1,0 +1,563 @@
+"""The transforms of torch.func: vmap, grad, vjp, jvp, jacobians, and their nesting."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+import torch_rope
+from differentiable import CASES, FORMS, Dims, any_mapped, doubles, small_positions
+from hypothesis import given
+from hypothesis import strategies as st
+from observe import OperatorsSeen
+from reference import (
+    assert_rotated,
+    assert_same_bits,
+    random_inv_freq,
+    random_positions,
+    random_values,
+)
+from strategies import Application, TableApplication, applications, table_applications
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.functional import hessian, jacobian
+from torch.autograd.functional import jvp as jvp_by_autograd
+
+# Levels of vmap, the innermost first: how many calls there are, and where each argument has them.
+Levels = list[tuple[int, Dims]]
+
+
+@st.composite
+def levels(draw: st.DrawFn, ranks: Sequence[int | None]) -> Levels:
+    """Draws one or two levels for arguments of these ranks; those of rank None are not given."""
+    drawn: Levels = []
+    ranks = list(ranks)
+    for _ in range(draw(st.integers(1, 2))):
+        present = [index for index, rank in enumerate(ranks) if rank is not None]
+        mapped = draw(st.sets(st.sampled_from(present), min_size=1))
+        dims: list[int | None] = [None] * len(ranks)
+        for index in mapped:
+            rank = ranks[index] or 0
+            dims[index] = draw(st.integers(-rank - 1, rank))
+            ranks[index] = rank + 1
+        # Sizes that dimensions have too, and others.
+        drawn.append((draw(st.integers(1, 4)), tuple(dims)))
+    return drawn
+
+
+def stacked(
+    tensor: Tensor | None, levels: Levels, argument: int, vary: Callable[[Tensor, int], Tensor]
+) -> Tensor | None:
+    """Returns variations of an argument as the levels ask for them."""
+    for depth, (size, dims) in enumerate(levels):
+        dim = dims[argument]
+        if tensor is not None and dim is not None:
+            steps = [vary(tensor, (depth + 1) * (i + 1)) for i in range(size)]
+            tensor = torch.stack(steps, dim)
+    return tensor
+
+
+def each(arguments: Sequence[Tensor | None], levels: Levels) -> list[tuple[Tensor | None, ...]]:
+    """Returns the arguments of each call, those of the innermost level next to one another."""
+    calls = [tuple(arguments)]
+    for size, dims in reversed(levels):
+        calls = [
+            tuple(
+                tensor if tensor is None or dim is None else tensor.select(dim, i)
+                for tensor, dim in zip(call, dims, strict=True)
+            )
+            for call in calls
+            for i in range(size)
+        ]
+    return calls
+
+
+def mapped(function: Callable[..., Any], levels: Levels) -> Callable[..., Any]:
+    """Returns the function under the levels of vmap."""
+    for _, dims in levels:
+        function = torch.vmap(function, dims)
+    return function
+
+
+def rank(tensor: Tensor | None) -> int | None:
+    """Returns the number of dimensions, if there are any."""
+    return None if tensor is None else tensor.dim()
+
+
+def scaled(tensor: Tensor, step: int) -> Tensor:
+    """A variation of a tensor of numbers."""
+    return tensor * (1 + step / 8)
+
+
+def shifted(tensor: Tensor, step: int) -> Tensor:
+    """A variation of positions."""
+    return tensor + 5 * step
+
+
+@given(application=applications(), data=st.data())
+def test_any_map_of_a_call_rotates_each(
+    device: str, application: Application, data: st.DataObject
+) -> None:
+    arguments = application.tensors(device)
+    drawn = data.draw(levels([rank(tensor) for tensor in arguments]))
+    varied = [
+        stacked(tensor, drawn, index, vary)
+        for index, (tensor, vary) in enumerate(
+            zip(arguments, (scaled, shifted, scaled), strict=True)
+        )
+    ]
+
+    def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor | None) -> Tensor:
+        return torch_rope.apply(x, positions, inv_freq, **application.options)
+
+    with OperatorsSeen() as seen:
+        actual = mapped(rotate, drawn)(*varied)
+    assert len(seen.names) == 1
+    actual = actual.flatten(0, len(drawn) - 1)
+    frequencies_are_mapped = any(dims[2] is not None for _, dims in drawn)
+    for one, call in zip(actual, each(varied, drawn), strict=True):
+        assert_rotated(one, reference.apply(*call, **application.options))
+        if not frequencies_are_mapped:
+            assert_same_bits(one, rotate(*call))
+
+
+@given(application=table_applications(), data=st.data())
+def test_any_map_of_a_call_with_tables_rotates_each(
+    device: str, application: TableApplication, data: st.DataObject
+) -> None:
+    arguments = application.tensors(device)
+    drawn = data.draw(levels([rank(tensor) for tensor in arguments]))
+    rows = arguments[1].shape[0]
+
+    def other_row(positions: Tensor, step: int) -> Tensor:
+        return (positions + step) % rows
+
+    varied = [
+        stacked(tensor, drawn, index, vary)
+        for index, (tensor, vary) in enumerate(
+            zip(arguments, (scaled, scaled, scaled, other_row), strict=True)
+        )
+    ]
+
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> Tensor:
+        return torch_rope.apply_cos_sin(x, cos, sin, positions, **application.options)
+
+    with OperatorsSeen() as seen:
+        actual = mapped(rotate, drawn)(*varied)
+    assert seen.names == ["apply_cos_sin"]
+    actual = actual.flatten(0, len(drawn) - 1)
+    for one, call in zip(actual, each(varied, drawn), strict=True):
+        assert_same_bits(one, rotate(*call))
+
+
+PAIR_OPTION_SETS: list[dict[str, Any]] = [
+    {},
+    {"embedding_axis": 1},
+    {"embedding_axis": -2, "interleaved": True, "conjugate": True, "rotary_offset": 2},
+]
+
+
+def pair_calls() -> list[Any]:
+    """Returns every choice of what is mapped among q, k and positions, with where."""
+    return [dims for dims in product((None, 0, 2), (None, 1), (None, 0, 1)) if any_mapped(dims)]
+
+
+@pytest.mark.parametrize("options", PAIR_OPTION_SETS, ids=str)
+@pytest.mark.parametrize("dims", pair_calls(), ids=str)
+@pytest.mark.parametrize("ranks", ["equal", "different"])
+def test_a_pair_is_mapped_in_one_call(
+    device: str, ranks: str, dims: Dims, options: dict[str, Any]
+) -> None:
+    q = random_values((6, 6, 6), device=device)
+    k = random_values((6, 6, 6) if ranks == "equal" else (6, 6), device=device, seed=1)
+    positions = random_positions((6,), device=device)
+    varied = [
+        stacked(tensor, [(4, dims)], index, vary)
+        for index, (tensor, vary) in enumerate(
+            zip((q, k, positions), (scaled, scaled, shifted), strict=True)
+        )
+    ]
+
+    def rotate(q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return torch_rope.apply((q, k), positions, **options)
+
+    with OperatorsSeen() as seen:
+        actual = torch.vmap(rotate, dims)(*varied)
+    assert seen.names == ["apply_qk"]
+    for index, call in enumerate(each(varied, [(4, dims)])):
+        for one, expected in zip(actual, rotate(*call), strict=True):
+            assert_same_bits(one[index], expected)
+
+
+@pytest.mark.parametrize(
+    "dims", [dims for dims in product((None, 1), repeat=4) if any_mapped(dims)]
+)
+def test_a_pair_is_mapped_with_tables_in_one_call(device: str, dims: Dims) -> None:
+    arguments = (
+        random_values((5, 4, 6), device=device),
+        random_values((5, 1, 8), torch.float64, device, seed=1),
+        random_values((5, 1, 2), device=device, seed=2),
+        random_values((5, 1, 2), device=device, seed=3),
+    )
+    varied = [stacked(tensor, [(3, dims)], index, scaled) for index, tensor in enumerate(arguments)]
+
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return torch_rope.apply_cos_sin((q, k), cos, sin)
+
+    with OperatorsSeen() as seen:
+        actual = torch.vmap(rotate, dims)(*varied)
+    assert seen.names == ["apply_cos_sin_qk"]
+    for index, call in enumerate(each(varied, [(3, dims)])):
+        for one, expected in zip(actual, rotate(*call), strict=True):
+            assert_same_bits(one[index], expected)
+
+
+def test_what_is_not_mapped_is_rotated_once(device: str) -> None:
+    q, k = random_values((3, 5, 4, 6), device=device), random_values((5, 2, 6), device=device)
+    positions = random_positions((5, 1), device=device)
+
+    def rotate(q: Tensor) -> tuple[Tensor, Tensor]:
+        return torch_rope.apply((q, k), positions)
+
+    _, rotated = torch.vmap(rotate, out_dims=(0, None))(q)
+    assert_same_bits(rotated, torch_rope.apply(k, positions))
+
+
+# Arguments that fit a batch of tensors, but not each one.
+MISFITS: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
+    "axis is the batch": (
+        lambda x: torch_rope.apply(x, torch.arange(6), embedding_axis=-3),
+        (4, 6, 6),
+    ),
+    "x has no dimension": (lambda x: torch_rope.apply(x, torch.tensor(3)), (4,)),
+    "positions meet the batch": (lambda x: torch_rope.apply(x, torch.zeros(4, 6)), (4, 6, 6)),
+    "positions of k meet the batch": (
+        lambda x: torch_rope.apply((x[None], x), torch.zeros(1, 6, 6)),
+        (4, 6, 6),
+    ),
+    "tables meet the batch": (
+        lambda x: torch_rope.apply_cos_sin(x, torch.ones(4, 6, 3), torch.ones(4, 6, 3)),
+        (4, 6, 6),
+    ),
+    "rows meet the batch": (
+        lambda x: torch_rope.apply_cos_sin(
+            x, torch.ones(9, 3), torch.ones(9, 3), torch.zeros(4, 6, dtype=torch.int64)
+        ),
+        (4, 6, 6),
+    ),
+    "axis of a transposed table": (
+        lambda x: torch_rope.apply_cos_sin(x, torch.ones(3), torch.ones(3), embedding_axis=2),
+        (4, 6, 6),
+    ),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_what_does_not_fit_each_is_refused_as_without_a_map(misfit: str) -> None:
+    function, shape = MISFITS[misfit]
+    with pytest.raises((ValueError, IndexError)) as expected:
+        function(torch.ones(shape[1:]))
+    with pytest.raises(type(expected.value)) as raised:
+        torch.vmap(function)(torch.ones(shape))
+    assert str(raised.value) == str(expected.value)
+
+
+@pytest.mark.parametrize(
+    "options", [{"rotary_dim": 4}, {"max_wavelength": 100.0}, {"scale_factor": 2.0}], ids=str
+)
+def test_what_does_not_fit_mapped_frequencies_is_refused(
+    device: str, options: dict[str, Any]
+) -> None:
+    x, positions = random_values((9, 6), device=device), torch.arange(9, device=device)
+    inv_freq = random_inv_freq((4, 3), device=device)
+    with pytest.raises(ValueError, match="expected"):
+        torch.vmap(lambda inv_freq: torch_rope.apply(x, positions, inv_freq, **options))(inv_freq)
+
+
+@pytest.mark.parametrize("row", [-1, 5, 7])
+def test_a_row_beyond_a_mapped_table_is_refused(row: int) -> None:
+    # Row 5 of the first table must not be taken for row 0 of the second.
+    x, tables = torch.ones(2, 6), torch.ones(3, 5, 3)
+    rows = torch.tensor([0, row])
+    with pytest.raises(IndexError, match="expected positions to be in"):
+        torch.vmap(lambda cos: torch_rope.apply_cos_sin(x, cos, cos, rows))(tables)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_mapping_in_place_changes_each(device: str, dim: int) -> None:
+    def rotate(x: Tensor, positions: Tensor) -> None:
+        torch_rope.apply_(x, positions)
+
+    x = random_values((5, 5, 5, 6), device=device)
+    positions = random_positions((5, 5, 5), device=device)
+    expected = torch.vmap(torch_rope.apply, (dim, 1), dim)(x, positions)
+    torch.vmap(rotate, (dim, 1), None)(x, positions)
+    assert_same_bits(x, expected)
+
+
+def test_mapping_a_pair_by_tables_in_place_changes_each(device: str) -> None:
+    def rotate(q: Tensor, k: Tensor, cos: Tensor) -> None:
+        torch_rope.apply_cos_sin_((q, k), cos, cos)
+
+    q, k = (random_values((4, 5, 6), device=device, seed=seed) for seed in (0, 1))
+    cos = random_values((4, 5, 3), device=device, seed=2)
+    expected = torch_rope.apply_cos_sin((q, k), cos, cos)
+    torch.vmap(rotate, out_dims=None)(q, k, cos)
+    assert_same_bits(q, expected[0])
+    assert_same_bits(k, expected[1])
+
+
+def test_one_tensor_cannot_be_rotated_in_place_by_many_positions(device: str) -> None:
+    x = random_values((5, 6), device=device)
+    before = x.clone()
+    positions = random_positions((3, 5), device=device)
+    with pytest.raises(RuntimeError, match="vmap: inplace arithmetic"):
+        torch.vmap(lambda positions: torch_rope.apply_(x, positions))(positions)
+    assert_same_bits(x, before)
+
+
+every_case = pytest.mark.parametrize("case", CASES)
+every_form = pytest.mark.parametrize("form", FORMS)
+
+
+def assert_close(actual: Any, expected: Any) -> None:
+    """Compares derivatives, or nested tuples of them."""
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@every_form
+@every_case
+def test_jacobians_are_those_of_autograd(device: str, case: str, form: str) -> None:
+    function, inputs = CASES[case].function(form), CASES[case].inputs(device)
+    every = tuple(range(len(inputs)))
+    expected = jacobian(CASES[case].function("functional"), inputs)
+    assert_close(torch.func.jacrev(function, every)(*inputs), expected)
+    assert_close(torch.func.jacfwd(function, every)(*inputs), expected)
+
+
+@every_form
+@every_case
+def test_nested_jacobians_are_the_hessian_of_autograd(device: str, case: str, form: str) -> None:
+    loss, inputs = CASES[case].loss(form), CASES[case].inputs(device)
+    every = tuple(range(len(inputs)))
+    expected = hessian(CASES[case].loss("functional"), inputs)
+    assert_close(torch.func.hessian(loss, every)(*inputs), expected)
+    for outer, inner in product((torch.func.jacrev, torch.func.jacfwd), repeat=2):
+        assert_close(outer(inner(loss, every), every)(*inputs), expected)
+
+
+@every_form
+@every_case
+def test_functional_gradients_are_those_of_autograd(device: str, case: str, form: str) -> None:
+    loss, inputs = CASES[case].loss(form), CASES[case].inputs(device)
+    leaves = tuple(tensor.clone().requires_grad_() for tensor in inputs)
+    expected = torch.autograd.grad(CASES[case].loss("functional")(*leaves), leaves)
+    every = tuple(range(len(inputs)))
+    assert_close(torch.func.grad(loss, every)(*inputs), expected)
+    value, pullback = torch.func.vjp(loss, *inputs)
+    assert_close(pullback(torch.ones_like(value)), expected)
+
+
+@every_form
+@every_case
+def test_directional_derivatives_are_those_of_autograd(device: str, case: str, form: str) -> None:
+    function, inputs = CASES[case].function(form), CASES[case].inputs(device)
+    directions = tuple(torch.full_like(tensor, 0.5) for tensor in inputs)
+    value, expected = jvp_by_autograd(CASES[case].function("functional"), inputs, directions)
+    actual = torch.func.jvp(function, inputs, directions)
+    assert_close(actual, (value, expected))
+    with forward_ad.dual_level():
+        duals = map(forward_ad.make_dual, inputs, directions)
+        assert_close(tuple(forward_ad.unpack_dual(function(*duals))), (value, expected))
+
+
+@every_form
+@every_case
+def test_the_derivative_along_one_input_alone(device: str, case: str, form: str) -> None:
+    function, inputs = CASES[case].function(form), CASES[case].inputs(device)
+    jacobians = jacobian(CASES[case].function("functional"), inputs)
+    for index, tensor in enumerate(inputs):
+
+        def along(one: Tensor, index: int = index) -> Tensor:
+            return function(*inputs[:index], one, *inputs[index + 1 :])
+
+        direction = torch.full_like(tensor, 0.5)
+        _, actual = torch.func.jvp(along, (tensor,), (direction,))
+        expected = jacobians[index].flatten(1) @ direction.flatten()
+        assert_close(actual, expected)
+
+
+@every_form
+@every_case
+def test_gradients_of_each_in_a_map(device: str, case: str, form: str) -> None:
+    loss, inputs = CASES[case].loss(form), CASES[case].inputs(device)
+    every = tuple(range(len(inputs)))
+    for dims in CASES[case].maps(form):
+        varied = [
+            stacked(tensor, [(3, dims)], index, scaled) for index, tensor in enumerate(inputs)
+        ]
+        actual = torch.vmap(torch.func.grad(loss, every), dims)(*varied)
+        for index, call in enumerate(each(varied, [(3, dims)])):
+            expected = torch.func.grad(CASES[case].loss("functional"), every)(*call)
+            assert_close(tuple(gradient[index] for gradient in actual), expected)
+
+
+@every_form
+@every_case
+def test_the_gradient_of_a_map(device: str, case: str, form: str) -> None:
+    loss, inputs = CASES[case].loss(form), CASES[case].inputs(device)
+    every = tuple(range(len(inputs)))
+    for dims in CASES[case].maps(form):
+        levels: Levels = [(3, dims)]
+        varied = tuple(stacked(tensor, levels, i, scaled) for i, tensor in enumerate(inputs))
+        leaves = tuple(tensor.clone().requires_grad_() for tensor in varied)
+        alone = CASES[case].loss("functional")
+        expected = torch.autograd.grad(sum(alone(*call) for call in each(leaves, levels)), leaves)
+
+        def total(*varied: Tensor, dims: Dims = dims) -> Tensor:
+            return torch.vmap(loss, dims)(*varied).sum()
+
+        assert_close(torch.func.grad(total, every)(*varied), expected)
+        # Autograd that goes on below the map.
+        assert_close(torch.autograd.grad(total(*leaves), leaves), expected)
+
+
+@every_case
+def test_a_map_over_the_backward_is_one_call(device: str, case: str) -> None:
+    inputs = CASES[case].inputs(device)
+    leaf = inputs[0].requires_grad_()
+    rotated = CASES[case].function("functional")(*inputs)
+    gradients = doubles(3, *rotated.shape, device=device)
+    with OperatorsSeen() as seen:
+        (actual,) = torch.autograd.grad(
+            rotated, leaf, gradients, retain_graph=True, is_grads_batched=True
+        )
+    assert len(seen.names) == 1
+    for one, gradient in zip(actual, gradients, strict=True):
+        assert_close(one, torch.autograd.grad(rotated, leaf, gradient, retain_graph=True)[0])
+
+
+@every_form
+@every_case
+def test_a_map_over_the_backward_of_everything(device: str, case: str, form: str) -> None:
+    inputs = tuple(tensor.requires_grad_() for tensor in CASES[case].inputs(device))
+    rotated = CASES[case].function(form)(*inputs)
+    gradients = doubles(3, *rotated.shape, device=device)
+    actual = torch.autograd.grad(
+        rotated, inputs, gradients, retain_graph=True, is_grads_batched=True
+    )
+    for index, gradient in enumerate(gradients):
+        expected = torch.autograd.grad(rotated, inputs, gradient, retain_graph=True)
+        assert_close(tuple(one[index] for one in actual), expected)
+
+
+def test_the_kernel_is_kept_where_nothing_is_differentiated(device: str) -> None:
+    x, positions = doubles(9, 6, device=device), torch.arange(9, device=device)
+
+    def loss(weight: Tensor) -> Tensor:
+        return (torch_rope.apply(x, positions) * weight).sum()
+
+    with OperatorsSeen() as seen:
+        torch.func.grad(loss)(doubles(6, device=device, seed=1))
+    assert seen.names == ["apply"]
+
+
+Transform = Callable[[Callable[[Tensor], Tensor], Tensor], Any]
+TRANSFORMS: dict[str, Transform] = {
+    "grad": lambda function, x: torch.func.grad(function)(x),
+    "vjp": lambda function, x: torch.func.vjp(function, x),
+    "jvp": lambda function, x: torch.func.jvp(function, (x,), (x,)),
+    "hessian": lambda function, x: torch.func.hessian(function)(x),
+}
+
+
+@pytest.mark.parametrize("captured", ["x", "q", "k", "x of tables"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_captured_tensor_cannot_be_rotated_in_place(
+    device: str, transform: str, captured: str
+) -> None:
+    outside = doubles(3, 6, device=device)
+    before = outside.clone()
+
+    def loss(positions: Tensor) -> Tensor:
+        inside = outside * 1
+        if captured == "x of tables":
+            table = positions.expand(3, 3)
+            torch_rope.apply_cos_sin_(outside, table, table)
+        elif captured == "x":
+            torch_rope.apply_(outside, positions)
+        else:
+            torch_rope.apply_(
+                (outside, inside) if captured == "q" else (inside, outside), positions
+            )
+        return outside.sum()
+
+    with pytest.raises(RuntimeError, match="would mutate a captured Tensor"):
+        TRANSFORMS[transform](loss, small_positions(3, device=device))
+    assert_same_bits(outside, before)
+
+
+def test_the_argument_of_a_differentiated_function_cannot_be_rotated_in_place(device: str) -> None:
+    x, positions = doubles(3, 6, device=device), torch.arange(3, device=device)
+    before = x.clone()
+    with pytest.raises(RuntimeError, match="leaf Variable"):
+        torch.func.grad(lambda x: torch_rope.apply_(x, positions).sum())(x)
+    assert_same_bits(x, before)
+
+
+def test_q_that_is_k_is_refused_in_place_in_a_map(device: str) -> None:
+    x = doubles(2, 3, 6, device=device)
+    before = x.clone()
+    with pytest.raises(ValueError, match=r"rope::apply_qk_\(\): expected q and k to"):
+        torch.vmap(lambda x: torch_rope.apply_((x, x), torch.arange(3, device=device)))(x)
+    assert_same_bits(x, before)
+
+
+def test_functionalize_removes_the_change(device: str) -> None:
+    def rotate(x: Tensor, positions: Tensor) -> Tensor:
+        x = x * 1
+        torch_rope.apply_(x[1:], positions)
+        return x
+
+    x, positions = doubles(4, 6, device=device), torch.arange(3, device=device)
+    with OperatorsSeen() as seen:
+        actual = torch.func.functionalize(rotate)(x, positions)
+    assert seen.names == ["apply"]
+    assert_same_bits(actual, rotate(x, positions))
+
+
+WITHOUT_PYTHON = """
+import sys
+import torch
+
+torch.ops.load_library(sys.argv[1])
+assert "torch_rope" not in sys.modules
+
+generator = torch.Generator().manual_seed(0)
+x = torch.randn(4, 5, 3, 8, generator=generator)
+positions = torch.randint(-9, 9, (4, 3), generator=generator)
+inv_freq = torch.rand(4, 4, generator=generator)
+for dims in ((0, 0, 0), (0, None, None), (None, 0, None), (1, 1, 1), (None, None, 0)):
+    arguments = [
+        tensor[0] if dim is None else tensor.movedim(0, dim)
+        for tensor, dim in zip((x, positions, inv_freq), dims)
+    ]
+    actual = torch.vmap(torch.ops.rope.apply, dims)(*arguments)
+    for i in range(4):
+        one = [t if d is None else t.select(d, i) for t, d in zip(arguments, dims)]
+        torch.testing.assert_close(actual[i], torch.ops.rope.apply(*one))
+in_place = x.clone()
+torch.vmap(torch.ops.rope.apply_, out_dims=None)(in_place, positions)
+for i in range(4):
+    torch.testing.assert_close(in_place[i], torch.ops.rope.apply(x[i], positions[i]))
+"""
+
+
+def test_the_library_alone_can_be_mapped() -> None:
+    library = Path(torch_rope.cmake_prefix_path) / "lib" / "librope.so"
+    subprocess.run([sys.executable, "-c", WITHOUT_PYTHON, str(library)], check=True)
