@@ -14,6 +14,7 @@ import torch_rope
 SOURCES = Path(__file__).parent / "cpp"
 PROGRAMS = {
     "test_api": ("test_api.cpp",),
+    "test_modules": ("test_modules.cpp",),
     "test_registration": ("test_registration.cpp",),
     "test_cuda": ("test_cuda_plan.cpp", "test_cuda_threads.cpp"),
 }
@@ -122,7 +123,7 @@ def test_a_program_that_names_no_symbol_of_the_library_is_linked_with_it(folder:
     assert "librope.so" in libraries_of(program)
 
 
-@pytest.mark.parametrize("program", ["test_api", "test_registration"])
+@pytest.mark.parametrize("program", ["test_api", "test_modules", "test_registration"])
 def test_the_program_does_not_need_python(folder: Path, program: str) -> None:
     file = folder / program
     linked = re.findall(r"=> (/\S+)", run("ldd", file))

@@ -1,6 +1,8 @@
-"""The operators, by the quick way; what each argument is stands with torch_rope's functions."""
+"""The operators, by the quick way, and the frequencies; their arguments are those of torch_rope."""
 
-from torch import Tensor
+from typing import Any
+
+from torch import Generator, Tensor, device, dtype
 
 has_cuda: bool  # whether this build has the CUDA kernels
 
@@ -108,3 +110,27 @@ def apply_cos_sin_qk_(
     conjugate: bool,
     /,
 ) -> None: ...
+def frequencies(
+    rope_parameters: dict[str, Any],
+    rotary_dim: int,
+    max_position_embeddings: int | None,
+    seq_len: int | None,
+    dtype: dtype,
+    device: device,
+    /,
+) -> tuple[Tensor, float]: ...
+def axial_frequencies(
+    rotary_dims: tuple[int, ...], max_wavelength: float, dtype: dtype, device: device, /
+) -> Tensor: ...
+def mrope_frequencies(
+    inv_freq: Tensor, sections: tuple[int, ...], interleaved: bool, /
+) -> Tensor: ...
+def mixed_frequencies(
+    rotary_dim: int,
+    num_heads: int,
+    max_wavelength: float,
+    generator: Generator | None,
+    dtype: dtype,
+    device: device,
+    /,
+) -> Tensor: ...

@@ -2,7 +2,8 @@
 
 ``apply`` rotates by positions, ``apply_cos_sin`` by the caller's tables; ``apply_`` and
 ``apply_cos_sin_`` do so in place. The same operators are ``torch.ops.rope.apply`` and so on in
-TorchScript, and ``rope::apply`` in C++.
+TorchScript, and ``rope::apply`` in C++. The layers ``RotaryEmbedding`` and ``ApplyRoPE`` call them,
+with the frequencies of ``frequencies`` and its like.
 """
 
 from importlib.metadata import version as _version
@@ -14,13 +15,51 @@ from torch_rope import _C as _C
 from torch_rope import _nested as _nested
 from torch_rope import _vmap as _vmap
 from torch_rope._compile import composed
+from torch_rope._frequencies import (
+    Frequencies,
+    axial_frequencies,
+    frequencies,
+    mixed_frequencies,
+    mrope_frequencies,
+)
 from torch_rope._imports import import_after as _import_after
+from torch_rope._layers import ApplyRoPE, RotaryEmbedding
 from torch_rope._operators import apply, apply_, apply_cos_sin, apply_cos_sin_
+from torch_rope._positions import (
+    context_parallel_positions,
+    grid_positions,
+    positions_from_attention_mask,
+    positions_from_cu_seqlens,
+)
+from torch_rope._side_inputs import WithSideInputsFromInputTuple, keep_side_inputs
+from torch_rope._weights import permute_half_to_interleaved, permute_interleaved_to_half
 
 # DTensor's own import takes a third as long as that of torch.
 _import_after("torch.distributed.tensor", "torch_rope._dtensor")
 
-__all__ = ["apply", "apply_", "apply_cos_sin", "apply_cos_sin_", "cmake_prefix_path", "composed"]
+__all__ = [
+    "ApplyRoPE",
+    "Frequencies",
+    "RotaryEmbedding",
+    "WithSideInputsFromInputTuple",
+    "apply",
+    "apply_",
+    "apply_cos_sin",
+    "apply_cos_sin_",
+    "axial_frequencies",
+    "cmake_prefix_path",
+    "composed",
+    "context_parallel_positions",
+    "frequencies",
+    "grid_positions",
+    "keep_side_inputs",
+    "mixed_frequencies",
+    "mrope_frequencies",
+    "permute_half_to_interleaved",
+    "permute_interleaved_to_half",
+    "positions_from_attention_mask",
+    "positions_from_cu_seqlens",
+]
 
 __version__ = _version("torch-rope")
 

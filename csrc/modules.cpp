@@ -1,0 +1,203 @@
+// The layers for torch::nn. The Python ones of the same names stand in _layers.py and
+// _side_inputs.py of python/torch_rope/.
+#include "rope/modules.h"
+
+#include <ATen/ATen.h>
+
+#include <map>
+#include <utility>
+
+namespace rope {
+
+// ---- RotaryEmbedding ----
+
+namespace {
+
+bool is_dynamic(const FrequencyOptions& scheme) { return scheme.rope_type == "dynamic"; }
+
+bool is_longrope(const FrequencyOptions& scheme) { return scheme.rope_type == "longrope"; }
+
+}  // namespace
+
+RotaryEmbeddingImpl::RotaryEmbeddingImpl(std::int64_t rotary_dim, RotaryEmbeddingOptions given)
+    : options(std::move(given)) {
+  FrequencyOptions& scheme = options.rope_parameters;
+  TORCH_CHECK_VALUE(
+      options.max_wavelength == RotaryEmbeddingOptions().max_wavelength ||
+          !(scheme.rope_theta.has_value() || options.inv_freq.has_value()),
+      "rope::RotaryEmbedding(): expected max_wavelength to be left at its default together with ",
+      options.inv_freq.has_value() ? "inv_freq" : "rope_theta", ", but got ",
+      options.max_wavelength);
+  TORCH_CHECK_VALUE(
+      !options.learned || !(is_dynamic(scheme) || is_longrope(scheme)),
+      "rope::RotaryEmbedding(): expected learned to be false for a rope_type whose frequencies "
+      "follow the length, but got true for ",
+      scheme.rope_type);
+  scheme.rotary_dim = rotary_dim;
+  scheme.rope_theta = scheme.rope_theta.value_or(options.max_wavelength);
+  scheme.seq_len = std::nullopt;
+  reset();
+}
+
+void RotaryEmbeddingImpl::reset() {
+  const FrequencyOptions& scheme = options.rope_parameters;
+  const Frequencies formed = options.inv_freq.has_value()
+                                 ? Frequencies{options.inv_freq->detach().clone(), 1.0}
+                                 : frequencies(scheme);
+  attention_factor = options.attention_factor.value_or(formed.attention_factor);
+  inv_freq = options.learned ? register_parameter("inv_freq", formed.inv_freq)
+                             : register_buffer("inv_freq", formed.inv_freq);
+  if (!options.inv_freq.has_value() && is_longrope(scheme)) {
+    FrequencyOptions beyond = scheme;
+    beyond.seq_len = *scheme.original_max_position_embeddings + 1;
+    long_inv_freq = register_buffer("long_inv_freq", frequencies(beyond).inv_freq);
+  }
+}
+
+at::Tensor RotaryEmbeddingImpl::inv_freq_at(const at::Tensor& positions,
+                                            std::optional<std::int64_t> seq_len) const {
+  const FrequencyOptions& scheme = options.rope_parameters;
+  const bool grows = !options.inv_freq.has_value() && is_dynamic(scheme);
+  if (!(grows || long_inv_freq.defined()) || positions.numel() == 0) {
+    return inv_freq;
+  }
+  const std::int64_t trained =
+      grows ? *scheme.max_position_embeddings : *scheme.original_max_position_embeddings;
+  if (seq_len.has_value() && *seq_len <= trained) {
+    return inv_freq;
+  }
+  const at::Tensor length = seq_len.has_value()
+                                ? at::scalar_tensor(*seq_len, inv_freq.options().dtype(at::kLong))
+                                : positions.max().add(1);
+  if (grows) {
+    return dynamic_frequencies(length, scheme.rotary_dim, *scheme.rope_theta, *scheme.factor,
+                               trained, scheme.dtype);
+  }
+  return seq_len.has_value() ? long_inv_freq
+                             : at::where(length.gt(trained), long_inv_freq, inv_freq);
+}
+
+ApplyOptions RotaryEmbeddingImpl::apply_options(const at::Tensor& positions,
+                                                std::optional<std::int64_t> seq_len) const {
+  return {.inv_freq = inv_freq_at(positions, seq_len),
+          .embedding_axis = options.embedding_axis,
+          .rotary_dim = options.rope_parameters.rotary_dim,
+          .rotary_offset = options.rotary_offset,
+          .attention_factor = attention_factor,
+          .interleaved = options.interleaved};
+}
+
+at::Tensor RotaryEmbeddingImpl::forward(const at::Tensor& x, const at::Tensor& positions,
+                                        std::optional<std::int64_t> seq_len) {
+  return rope::apply(x, positions, apply_options(positions, seq_len));
+}
+
+std::tuple<at::Tensor, at::Tensor> RotaryEmbeddingImpl::forward(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& positions,
+    std::optional<std::int64_t> seq_len) {
+  return rope::apply_qk(q, k, positions, apply_options(positions, seq_len));
+}
+
+void RotaryEmbeddingImpl::to(torch::Device device, torch::Dtype /*dtype*/, bool non_blocking) {
+  Module::to(device, non_blocking);
+}
+
+void RotaryEmbeddingImpl::to(torch::Dtype /*dtype*/, bool /*non_blocking*/) {}
+
+void RotaryEmbeddingImpl::to(torch::Device device, bool non_blocking) {
+  Module::to(device, non_blocking);
+}
+
+bool RotaryEmbeddingImpl::is_serializable() const { return options.learned; }
+
+void RotaryEmbeddingImpl::pretty_print(std::ostream& stream) const {
+  stream << std::boolalpha << "rope::RotaryEmbedding(" << options.rope_parameters.rotary_dim
+         << ", rope_type=" << (options.inv_freq ? "none" : options.rope_parameters.rope_type)
+         << ", attention_factor=" << attention_factor << ", interleaved=" << options.interleaved
+         << ", learned=" << options.learned << ")";
+}
+
+// ---- Side inputs ----
+
+namespace {
+
+// The side inputs of the handlers around what runs on this thread.
+thread_local std::map<std::string, at::Tensor> side_inputs_here;
+
+// Provides side inputs for its lifetime.
+class Provided {
+ public:
+  Provided(const std::vector<std::string>& tags, const std::vector<at::Tensor>& side_inputs)
+      : outer_(side_inputs_here) {
+    std::map<std::string, at::Tensor> inner = outer_;
+    for (std::size_t i = 0; i < tags.size(); ++i) {
+      TORCH_CHECK_VALUE(inner.emplace(tags[i], side_inputs[i]).second,
+                        "rope::WithSideInputsFromInputTuple(): expected each tag to be provided "
+                        "once, but got ",
+                        tags[i], " twice");
+    }
+    side_inputs_here = std::move(inner);
+  }
+  Provided(const Provided&) = delete;
+  Provided& operator=(const Provided&) = delete;
+  ~Provided() { side_inputs_here = std::move(outer_); }
+
+ private:
+  std::map<std::string, at::Tensor> outer_;
+};
+
+}  // namespace
+
+WithSideInputsFromInputTupleImpl::WithSideInputsFromInputTupleImpl(torch::nn::Sequential model,
+                                                                   std::vector<std::string> tags)
+    : model(register_module("model", std::move(model))), tags(std::move(tags)) {}
+
+at::Tensor WithSideInputsFromInputTupleImpl::forward(const at::Tensor& x,
+                                                     const std::vector<at::Tensor>& side_inputs) {
+  TORCH_CHECK_VALUE(side_inputs.size() == tags.size(),
+                    "rope::WithSideInputsFromInputTuple(): expected side_inputs to be one for each "
+                    "of the tags ",
+                    tags, ", but got ", side_inputs.size());
+  const Provided provided(tags, side_inputs);
+  return model->forward(x);
+}
+
+std::shared_ptr<torch::nn::Module> WithSideInputsFromInputTupleImpl::clone(
+    const std::optional<torch::Device>& device) const {
+  const auto copy = std::dynamic_pointer_cast<torch::nn::SequentialImpl>(model->clone(device));
+  return std::make_shared<WithSideInputsFromInputTupleImpl>(torch::nn::Sequential(copy), tags);
+}
+
+// ---- ApplyRoPE ----
+
+ApplyRoPEImpl::ApplyRoPEImpl(std::int64_t embedding_axis, ApplyRoPEOptions options)
+    : embedding_axis(embedding_axis), options(std::move(options)) {}
+
+at::Tensor ApplyRoPEImpl::forward(const at::Tensor& x, const at::Tensor& positions) {
+  at::Tensor used = positions;
+  if (!used.defined() && options.positions_tag.has_value()) {
+    const auto provided = side_inputs_here.find(*options.positions_tag);
+    TORCH_CHECK_VALUE(provided != side_inputs_here.end(), "rope::ApplyRoPE(): expected the tag ",
+                      *options.positions_tag,
+                      " to be provided by a WithSideInputsFromInputTuple around this layer, but "
+                      "got none");
+    used = provided->second;
+  }
+  return rope::apply(x, used,
+                     {.embedding_axis = embedding_axis,
+                      .rotary_dim = options.rotary_dim,
+                      .max_wavelength = options.max_wavelength,
+                      .scale_factor = options.scale_factor,
+                      .interleaved = options.interleaved});
+}
+
+void ApplyRoPEImpl::pretty_print(std::ostream& stream) const {
+  stream << "rope::ApplyRoPE(embedding_axis=" << embedding_axis
+         << ", max_wavelength=" << options.max_wavelength;
+  if (options.positions_tag.has_value()) {
+    stream << ", positions_tag=" << *options.positions_tag;
+  }
+  stream << ")";
+}
+
+}  // namespace rope

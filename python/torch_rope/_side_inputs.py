@@ -1,0 +1,154 @@
+"""Side inputs: values that reach layers by a tag, without passing through the layers between."""
+
+import threading
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class _Here(threading.local):
+    """The side inputs of the handlers around what runs on this thread."""
+
+    def __init__(self) -> None:
+        self.side_inputs: dict[Hashable, Tensor] = {}
+
+
+_here = _Here()
+
+
+def side_input(tag: Hashable) -> Tensor:
+    """Returns the side input of a tag, for a layer that asks for it."""
+    if tag not in _here.side_inputs:
+        raise ValueError(
+            f"torch_rope.ApplyRoPE(): expected the tag {tag!r} to be provided by a "
+            "WithSideInputsFromInputTuple around this layer, but got none"
+        )
+    return _here.side_inputs[tag]
+
+
+@contextmanager
+def _set_to(side_inputs: dict[Hashable, Tensor]) -> Iterator[None]:
+    outer = _here.side_inputs
+    _here.side_inputs = side_inputs
+    try:
+        yield
+    finally:
+        _here.side_inputs = outer
+
+
+class WithSideInputsFromInputTuple(nn.Module):
+    """Runs a model with side inputs: values that reach every layer with their tag.
+
+    The layers between need not know of them, so that an ``nn.Sequential`` of ordinary layers and
+    :class:`ApplyRoPE` layers works unchanged. Layers find the side inputs of all handlers around
+    them, on the same thread; a tag belongs to one of these handlers.
+
+    ``torch.utils.checkpoint`` runs layers again when the handler is done: inside a handler, give it
+    ``context_fn=torch_rope.keep_side_inputs``.
+
+    Args:
+        model: The module to run.
+        tags: The tag of each side input.
+
+    Raises:
+        ValueError: If a tag is given twice.
+        TypeError: If ``tags`` is one string.
+
+    Example:
+        >>> import torch, torch_rope
+        >>> from torch import nn
+        >>> layers = nn.Sequential(
+        ...     nn.Linear(64, 64), torch_rope.ApplyRoPE.from_config("tokens", embedding_axis=-1)
+        ... )
+        >>> model = torch_rope.WithSideInputsFromInputTuple.handling(layers, tags=["tokens"])
+        >>> x, positions = torch.randn(2, 5, 64), torch.arange(5)
+        >>> torch.equal(model(x, positions), torch_rope.apply(layers[0](x), positions))
+        True
+    """
+
+    def __init__(self, model: nn.Module, tags: Sequence[Hashable]) -> None:
+        super().__init__()
+        if isinstance(tags, str):
+            raise TypeError(
+                "torch_rope.WithSideInputsFromInputTuple(): expected tags to be a sequence of tags,"
+                f" but got the string {tags!r}"
+            )
+        self.model = model
+        self.tags = tuple(tags)
+        for tag in self.tags:
+            if self.tags.count(tag) > 1:
+                raise _provided_twice(tag)
+
+    @classmethod
+    def handling(cls, model: nn.Module, tags: Sequence[Hashable]) -> "WithSideInputsFromInputTuple":
+        """Returns the model with a handler around it that provides these tags."""
+        return cls(model, tags)
+
+    def forward(self, x: Any, *side_inputs: Any, **options: Any) -> Any:
+        """Runs the model on ``x``.
+
+        Args:
+            x: The input of the model; or, alone, a tuple of the input and the side inputs.
+            side_inputs: The side input of each tag. What comes after them goes to the model.
+            options: Keyword arguments of the model.
+
+        Returns:
+            What the model returns.
+
+        Raises:
+            ValueError: If a tag has no side input, or a handler around this one provides it too.
+        """
+        if not side_inputs and isinstance(x, tuple):
+            x, *rest = x
+            side_inputs = tuple(rest)
+        if len(side_inputs) < len(self.tags):
+            raise ValueError(
+                "torch_rope.WithSideInputsFromInputTuple(): expected side_inputs to have one for "
+                f"the tag {self.tags[len(side_inputs)]!r}, but got {len(side_inputs)} for the tags "
+                f"{self.tags}"
+            )
+        inner = dict(_here.side_inputs)
+        for tag, value in zip(self.tags, side_inputs, strict=False):
+            if tag in inner:
+                raise _provided_twice(tag)
+            inner[tag] = value
+        with _set_to(inner):
+            return self.model(x, *side_inputs[len(self.tags) :], **options)
+
+    def extra_repr(self) -> str:
+        """Shows the tags."""
+        return f"tags={self.tags}"
+
+
+def _provided_twice(tag: Hashable) -> ValueError:
+    return ValueError(
+        "torch_rope.WithSideInputsFromInputTuple(): expected each tag to be provided once, but got "
+        f"{tag!r} twice"
+    )
+
+
+def keep_side_inputs() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Keeps side inputs for the layers that ``torch.utils.checkpoint`` runs again.
+
+    It is for ``use_reentrant=False``. Under ``torch.compile`` checkpoints keep side inputs without
+    it, and do not take it.
+
+    Returns:
+        The contexts of the first and the second run, as ``context_fn`` is to return them.
+
+    Example:
+        >>> import torch, torch_rope
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> class Checkpointed(torch.nn.Sequential):
+        ...     def forward(self, x):
+        ...         run = super().forward
+        ...         kept = torch_rope.keep_side_inputs
+        ...         return checkpoint(run, x, use_reentrant=False, context_fn=kept)
+        >>> layers = Checkpointed(torch_rope.ApplyRoPE.from_config("tokens", embedding_axis=-1))
+        >>> model = torch_rope.WithSideInputsFromInputTuple.handling(layers, tags=["tokens"])
+        >>> x = torch.randn(5, 64, requires_grad=True)
+        >>> model(x, torch.arange(5)).sum().backward()
+    """
+    return nullcontext(), _set_to(_here.side_inputs)

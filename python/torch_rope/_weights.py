@@ -1,0 +1,96 @@
+"""Weights of projections, between the two conventions of which elements form a pair."""
+
+from torch import Tensor
+
+
+def permute_half_to_interleaved(
+    weight: Tensor, head_dim: int, *, rotary_dim: int | None = None, rotary_offset: int = 0
+) -> Tensor:
+    """Orders the outputs of a q or k projection for interleaved pairs.
+
+    A model whose pairs are halves (GPT-NeoX, Llama of Hugging Face) computes the same attention
+    with the permuted projections and ``interleaved=True``.
+
+    Args:
+        weight: The weight of the projection, of shape ``(num_heads * head_dim, ...)``, or its bias,
+            ``(num_heads * head_dim,)``.
+        head_dim: The number of elements of a head.
+        rotary_dim: How many elements of a head are rotated, even; by default all from
+            ``rotary_offset`` on. The others stay where they are.
+        rotary_offset: The first element that is rotated.
+
+    Returns:
+        A copy with other rows in each head: those of pair ``n`` are ``2 * n`` and ``2 * n + 1``.
+
+    Raises:
+        ValueError: If the sizes do not fit.
+
+    Example:
+        >>> import torch, torch_rope
+        >>> torch_rope.permute_half_to_interleaved(torch.arange(8), 8)
+        tensor([0, 4, 1, 5, 2, 6, 3, 7])
+    """
+    return _permute(
+        "permute_half_to_interleaved", weight, head_dim, rotary_dim, rotary_offset, True
+    )
+
+
+def permute_interleaved_to_half(
+    weight: Tensor, head_dim: int, *, rotary_dim: int | None = None, rotary_offset: int = 0
+) -> Tensor:
+    """Orders the outputs of a q or k projection for pairs that are halves.
+
+    The inverse of :func:`permute_half_to_interleaved`, for models whose pairs are adjacent (GPT-J,
+    Llama of Meta).
+
+    Args:
+        weight: As for :func:`permute_half_to_interleaved`.
+        head_dim: As for :func:`permute_half_to_interleaved`.
+        rotary_dim: As for :func:`permute_half_to_interleaved`.
+        rotary_offset: As for :func:`permute_half_to_interleaved`.
+
+    Returns:
+        A copy with other rows in each head: those of pair ``n`` are ``n`` and
+        ``n + rotary_dim / 2``.
+
+    Raises:
+        ValueError: If the sizes do not fit.
+
+    Example:
+        >>> import torch, torch_rope
+        >>> torch_rope.permute_interleaved_to_half(torch.arange(8), 8)
+        tensor([0, 2, 4, 6, 1, 3, 5, 7])
+    """
+    return _permute(
+        "permute_interleaved_to_half", weight, head_dim, rotary_dim, rotary_offset, False
+    )
+
+
+def _permute(
+    name: str,
+    weight: Tensor,
+    head_dim: int,
+    rotary_dim: int | None,
+    rotary_offset: int,
+    interleave: bool,
+) -> Tensor:
+    """Transposes the rotated rows of each head: 2 rows of N, or where they are pairs, N of 2."""
+    if head_dim <= 0 or weight.shape[0] % head_dim != 0:
+        raise ValueError(
+            f"torch_rope.{name}(): expected weight to have a multiple of head_dim = {head_dim} "
+            f"rows, but got {weight.shape[0]}"
+        )
+    if rotary_dim is None:
+        rotary_dim = head_dim - rotary_offset
+    if rotary_offset < 0 or rotary_dim % 2 or not 0 <= rotary_dim <= head_dim - rotary_offset:
+        raise ValueError(
+            f"torch_rope.{name}(): expected rotary_dim to be even and at most {head_dim} - "
+            f"rotary_offset, but got rotary_dim = {rotary_dim} and rotary_offset = {rotary_offset}"
+        )
+    num_pairs = rotary_dim // 2
+    permuted = weight.reshape(-1, head_dim, *weight.shape[1:]).clone()
+    rotated = permuted[:, rotary_offset : rotary_offset + rotary_dim]
+    matrix = (2, num_pairs) if interleave else (num_pairs, 2)
+    source = rotated.reshape(-1, *matrix, *weight.shape[1:]).transpose(1, 2)
+    rotated.copy_(source.reshape(rotated.shape).clone())
+    return permuted.flatten(0, 1)

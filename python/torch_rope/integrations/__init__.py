@@ -1,0 +1,1 @@
+"""torch-rope inside other projects' models; each module here is imported by name."""

@@ -1,0 +1,68 @@
+"""``apply_rotary_emb`` with the signature of flash-attn's, on CPU and CUDA."""
+
+import torch
+from torch import Tensor
+
+from torch_rope._operators import apply_cos_sin, apply_cos_sin_
+
+__all__ = ["apply_rotary_emb"]
+
+
+def apply_rotary_emb(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool = False,
+    inplace: bool = False,
+    seqlen_offsets: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """Rotates the first elements of each head, as ``flash_attn.layers.rotary`` does.
+
+    Args:
+        x: Tensor of shape ``(batch, seqlen, nheads, headdim)``; with ``cu_seqlens`` sequences one
+            after the other, ``(total_seqlen, nheads, headdim)``. Dtypes and strides are those of
+            :func:`torch_rope.apply_cos_sin`.
+        cos: Table of shape ``(seqlen_rotary, rotary_dim / 2)``, of any floating-point dtype.
+        sin: Table of the shape and dtype of ``cos``.
+        interleaved: Whether pairs are adjacent elements (GPT-J) instead of halves (GPT-NeoX).
+        inplace: Whether ``x`` itself is rotated.
+        seqlen_offsets: The position of the first token: one number, or a tensor of int32 or int64
+            of shape ``(batch,)``, such as the lengths of the cached keys.
+        cu_seqlens: Where each sequence begins and the last one ends, int32 of shape
+            ``(batch + 1,)``.
+        max_seqlen: Not needed here, and accepted for callers that give it with ``cu_seqlens``.
+
+    Returns:
+        A tensor like ``x``; ``x`` itself if ``inplace``.
+
+    Raises:
+        ValueError: If sizes do not fit, as of tables with fewer rows than there are tokens.
+        TypeError: If a dtype or a device does not fit.
+        IndexError: If a position is beyond the tables (on CUDA a device-side assertion).
+
+    Example:
+        >>> import torch
+        >>> from torch_rope.integrations.flash_attn import apply_rotary_emb
+        >>> angles = torch.arange(128).unsqueeze(-1) * 10000.0 ** (-torch.arange(32) / 32)
+        >>> q = torch.randn(2, 1, 8, 64)  # one new token of each sequence
+        >>> lengths = torch.tensor([17, 90])
+        >>> apply_rotary_emb(q, angles.cos(), angles.sin(), seqlen_offsets=lengths).shape
+        torch.Size([2, 1, 8, 64])
+    """
+    rotate = apply_cos_sin_ if inplace else apply_cos_sin
+    if cu_seqlens is None and isinstance(seqlen_offsets, int):
+        end = seqlen_offsets + x.shape[1]
+        cos, sin = (table[seqlen_offsets:end].unsqueeze(1) for table in (cos, sin))
+        return rotate(x, cos, sin, interleaved=interleaved)
+    if cu_seqlens is None:
+        assert isinstance(seqlen_offsets, Tensor)
+        positions = seqlen_offsets.unsqueeze(-1) + torch.arange(x.shape[1], device=x.device)
+    else:
+        tokens = torch.arange(x.shape[0], device=x.device)
+        sequence = torch.bucketize(tokens, cu_seqlens[1:], right=True)
+        positions = tokens - cu_seqlens[sequence]
+        offsets = seqlen_offsets
+        positions = positions + (offsets[sequence] if isinstance(offsets, Tensor) else offsets)
+    return rotate(x, cos, sin, positions.unsqueeze(-1), interleaved=interleaved)

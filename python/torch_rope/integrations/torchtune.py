@@ -1,0 +1,75 @@
+"""torchtune's module of rotary embeddings, by this package's operator."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from torch_rope._operators import apply
+
+__all__ = ["RotaryPositionalEmbeddings"]
+
+
+class RotaryPositionalEmbeddings(nn.Module):
+    """Takes the place of ``torchtune.modules.RotaryPositionalEmbeddings``.
+
+    Rotates pairs of neighbours by angles that are rounded to float32, as torchtune's are. It keeps
+    no table: any position is allowed, also beyond ``max_seq_len``.
+
+    Args:
+        dim: Elements of a head, even.
+        max_seq_len: Kept for callers that read it.
+        base: The base of the frequencies, positive.
+
+    Attributes:
+        theta: The frequencies, float32 whatever dtype the module is brought to.
+
+    Example:
+        >>> import torch
+        >>> from torch_rope.integrations.torchtune import RotaryPositionalEmbeddings
+        >>> rope = RotaryPositionalEmbeddings(64)
+        >>> rope(torch.randn(2, 5, 8, 64), input_pos=torch.arange(5).expand(2, 5)).shape
+        torch.Size([2, 5, 8, 64])
+    """
+
+    theta: Tensor
+
+    def __init__(self, dim: int, max_seq_len: int = 4096, base: float = 10_000) -> None:
+        """Forms the frequencies."""
+        super().__init__()
+        self.dim = dim
+        self.max_seq_len = max_seq_len
+        self.base = base
+        self.rope_init()
+
+    def rope_init(self) -> None:
+        """Forms the frequencies, on the default device."""
+        exponents = torch.arange(0, self.dim, 2).float() / self.dim
+        self.register_buffer("theta", 1.0 / self.base**exponents, persistent=False)
+
+    def forward(self, x: Tensor, *, input_pos: Tensor | None = None) -> Tensor:
+        """Rotates queries or keys.
+
+        Args:
+            x: Tensor of shape ``(b, s, n_h, h_d)``.
+            input_pos: Positions of shape ``(b, s)`` or ``(s,)``; by default 0, 1, 2...
+
+        Returns:
+            The rotated tensor, of the dtype of ``x``.
+
+        Raises:
+            ValueError: If sizes do not fit.
+            TypeError: If a dtype or a device does not fit.
+        """
+        if input_pos is None:
+            input_pos = torch.arange(x.shape[1], device=x.device)
+        return apply(x, input_pos.unsqueeze(-1), self.theta, interleaved=True)
+
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> "RotaryPositionalEmbeddings":
+        before = self.theta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.theta.dtype != before.dtype:
+            self.theta = before.to(self.theta.device)
+        return self

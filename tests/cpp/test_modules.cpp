@@ -1,0 +1,337 @@
+// Frequencies and layers as a C++ program uses them. That frequencies are right is for
+// tests/test_frequencies.py: Python calls the same functions.
+#include <gtest/gtest.h>
+#include <torch/nn/modules/activation.h>
+#include <torch/nn/modules/linear.h>
+#include <torch/serialize.h>
+
+#include <sstream>
+#include <thread>
+
+#include "reference.h"
+#include "rope/frequencies.h"
+#include "rope/modules.h"
+
+namespace {
+
+using reference::is_rotated;
+using reference::random_inv_freq;
+using reference::random_values;
+using reference::same_bits;
+using rope::ApplyRoPE;
+using rope::FrequencyOptions;
+using rope::RotaryEmbedding;
+using rope::RotaryEmbeddingOptions;
+using rope::WithSideInputsFromInputTuple;
+
+const FrequencyOptions kLinear = {.rope_type = "linear", .rope_theta = 1e4, .factor = 2.0};
+const FrequencyOptions kDynamic = {
+    .rope_type = "dynamic", .rope_theta = 1e4, .factor = 2.0, .max_position_embeddings = 64};
+const FrequencyOptions kLongrope = {.rope_type = "longrope",
+                                    .rope_theta = 1e4,
+                                    .factor = 4.0,
+                                    .original_max_position_embeddings = 64,
+                                    .short_factor = std::vector<double>(16, 1.5),
+                                    .long_factor = std::vector<double>(16, 5.0)};
+
+at::Tensor inv_freq_of(FrequencyOptions scheme, std::optional<std::int64_t> seq_len = {}) {
+  scheme.rotary_dim = 32;
+  scheme.seq_len = seq_len;
+  return rope::frequencies(scheme).inv_freq;
+}
+
+at::Tensor positions_from(std::int64_t first) { return at::arange(first, first + 9).unsqueeze(-1); }
+
+testing::AssertionResult same_pair(const std::tuple<at::Tensor, at::Tensor>& actual,
+                                   const std::tuple<at::Tensor, at::Tensor>& expected) {
+  const auto of_q = same_bits(std::get<0>(actual), std::get<0>(expected));
+  return of_q ? same_bits(std::get<1>(actual), std::get<1>(expected)) : of_q;
+}
+
+// Expects the statement to throw, with a message that has the text.
+#define EXPECT_THROW_WITH(statement, type, text)                                        \
+  try {                                                                                 \
+    statement;                                                                          \
+    FAIL() << "nothing was thrown";                                                     \
+  } catch (const type& error) {                                                         \
+    EXPECT_NE(std::string(error.what()).find(text), std::string::npos) << error.what(); \
+  }
+
+TEST(Frequencies, OptionsAreAggregates) {
+  EXPECT_TRUE(std::is_aggregate_v<FrequencyOptions>);
+  EXPECT_TRUE(std::is_aggregate_v<RotaryEmbeddingOptions>);
+  EXPECT_TRUE(std::is_aggregate_v<rope::ApplyRoPEOptions>);
+}
+
+TEST(Frequencies, AreThoseOfTheFormula) {
+  const auto [inv_freq, attention_factor] =
+      rope::frequencies({.rotary_dim = 64, .rope_theta = 5e5, .dtype = at::kDouble});
+  ASSERT_EQ(inv_freq.sizes(), at::IntArrayRef({32}));
+  for (int n = 0; n < 32; ++n) {
+    const double expected = std::pow(5e5, -2.0 * n / 64);
+    EXPECT_NEAR(inv_freq[n].item<double>(), expected, expected * 0x1p-48);
+  }
+  EXPECT_EQ(attention_factor, 1.0);
+  EXPECT_TRUE(same_bits(inv_freq_of(kLinear), inv_freq_of({.rope_theta = 1e4}) / 2));
+}
+
+TEST(Frequencies, RefuseWhatIsMissingOrUnknown) {
+  EXPECT_THROW_WITH(rope::frequencies({.rotary_dim = 64}), c10::ValueError,
+                    "rope::frequencies(): expected rope_theta to be given for rope_type default");
+  EXPECT_THROW_WITH(rope::frequencies({.rotary_dim = 64, .rope_type = "ntk", .rope_theta = 1e4}),
+                    c10::ValueError,
+                    "expected rope_type to be one of default, linear, dynamic, yarn");
+}
+
+TEST(Frequencies, OfSeveralAxesHaveARowForEach) {
+  EXPECT_EQ(rope::axial_frequencies({16, 24, 24}).sizes(), at::IntArrayRef({3, 32}));
+  EXPECT_TRUE(same_bits(rope::mrope_frequencies(at::ones(32), {16, 8, 8}, true).sum(1),
+                        at::tensor({16.f, 8.f, 8.f})));
+  EXPECT_EQ(rope::mixed_frequencies(32, {.num_heads = 4}).sizes(), at::IntArrayRef({2, 64}));
+}
+
+TEST(RotaryEmbedding, RotatesAPairAndOneTensorByItsFrequencies) {
+  const at::Tensor q = random_values({2, 9, 4, 40});
+  const at::Tensor k = random_values({2, 9, 2, 40}, at::kFloat, 1);
+  const at::Tensor positions = positions_from(100);
+  RotaryEmbedding rotary(32, RotaryEmbeddingOptions{.rope_parameters = kLinear,
+                                                    .attention_factor = 1.5,
+                                                    .rotary_offset = 5,
+                                                    .interleaved = true});
+  const rope::ApplyOptions options = {.inv_freq = inv_freq_of(kLinear),
+                                      .rotary_offset = 5,
+                                      .attention_factor = 1.5,
+                                      .interleaved = true};
+  EXPECT_TRUE(same_pair(rotary(q, k, positions), rope::apply_qk(q, k, positions, options)));
+  EXPECT_TRUE(is_rotated(rotary(q, positions), reference::apply(q, positions, options)));
+}
+
+TEST(RotaryEmbedding, HasTheFrequenciesOfTheDefaultsAndOfAWavelength) {
+  EXPECT_TRUE(same_bits(RotaryEmbedding(32)->inv_freq, inv_freq_of({.rope_theta = 1e4})));
+  EXPECT_TRUE(
+      same_bits(RotaryEmbedding(32, RotaryEmbeddingOptions{.max_wavelength = 500.0})->inv_freq,
+                inv_freq_of({.rope_theta = 500.0})));
+}
+
+TEST(RotaryEmbedding, TakesFrequenciesOfSeveralAxes) {
+  const at::Tensor q = random_values({9, 32});
+  const at::Tensor inv_freq = random_inv_freq({3, 16});
+  const at::Tensor positions = at::arange(27).view({3, 9});
+  RotaryEmbedding rotary(32, RotaryEmbeddingOptions{.inv_freq = inv_freq});
+  EXPECT_TRUE(same_bits(rotary(q, positions), rope::apply(q, positions, {.inv_freq = inv_freq})));
+}
+
+TEST(RotaryEmbedding, FollowsTheLengthThatIsGivenOrTheGreatestPosition) {
+  const at::Tensor q = random_values({9, 4, 32});
+  for (const FrequencyOptions& scheme : {kDynamic, kLongrope}) {
+    RotaryEmbedding rotary(32, RotaryEmbeddingOptions{.rope_parameters = scheme});
+    for (const std::int64_t length : {9, 64, 65, 200}) {
+      SCOPED_TRACE(c10::str(scheme.rope_type, " for ", length));
+      const auto expected = [&](const at::Tensor& positions) {
+        return rope::apply(q, positions,
+                           {.inv_freq = inv_freq_of(scheme, length),
+                            .attention_factor = rotary->attention_factor});
+      };
+      const at::Tensor first = positions_from(0);
+      const at::Tensor last = positions_from(length - 9);
+      EXPECT_TRUE(same_bits(rotary(q, first, length), expected(first)));
+      EXPECT_TRUE(same_bits(rotary(q, last), expected(last)));
+    }
+  }
+}
+
+// A model with a layer of each kind.
+struct Model : torch::nn::Module {
+  explicit Model(bool learned)
+      : linear(register_module("linear", torch::nn::Linear(2, 2))),
+        rotary(register_module(
+            "rotary", RotaryEmbedding(32, RotaryEmbeddingOptions{.rope_parameters = kLinear,
+                                                                 .learned = learned}))) {}
+  torch::nn::Linear linear;
+  RotaryEmbedding rotary;
+};
+
+TEST(RotaryEmbedding, KeepsTheDtypeOfItsFrequencies) {
+  for (const bool learned : {false, true}) {
+    Model model(learned);
+    model.to(at::kBFloat16);
+    model.to(at::Device(at::kCPU), at::kHalf);
+    EXPECT_EQ(model.linear->weight.scalar_type(), at::kHalf);
+    const at::Tensor held =
+        learned ? model.rotary->parameters().at(0) : model.rotary->buffers().at(0);
+    EXPECT_TRUE(same_bits(held, inv_freq_of(kLinear)));
+    EXPECT_TRUE(held.is_same(model.rotary->inv_freq));
+  }
+}
+
+TEST(RotaryEmbedding, LearnsWhereItIsTo) {
+  const at::Tensor q = random_values({9, 32});
+  RotaryEmbedding rotary(32, RotaryEmbeddingOptions{.learned = true});
+  rotary(q, at::arange(9)).square().mul(random_values({9, 32}, at::kFloat, 1)).sum().backward();
+  ASSERT_TRUE(rotary->inv_freq.grad().defined());
+  EXPECT_GT(rotary->inv_freq.grad().abs().min().item<float>(), 0.0f);
+  EXPECT_TRUE(RotaryEmbedding(32)->parameters().empty());
+}
+
+TEST(RotaryEmbedding, IsSavedOnlyWhereItIsLearned) {
+  for (const bool learned : {false, true}) {
+    const auto saved = std::make_shared<Model>(learned);
+    {
+      const at::NoGradGuard no_grad;
+      saved->rotary->inv_freq.fill_(3.0);
+    }
+    std::stringstream stream;
+    torch::save(saved, stream);
+    auto loaded = std::make_shared<Model>(learned);
+    torch::load(loaded, stream);
+    EXPECT_TRUE(same_bits(loaded->linear->weight, saved->linear->weight));
+    EXPECT_TRUE(
+        same_bits(loaded->rotary->inv_freq, learned ? at::full(16, 3.0) : inv_freq_of(kLinear)));
+  }
+}
+
+TEST(RotaryEmbedding, HasCopiesOfItsOwnFrequencies) {
+  const at::Tensor q = random_values({9, 32});
+  RotaryEmbedding rotary(32, RotaryEmbeddingOptions{.rope_parameters = kLongrope});
+  const auto copy = std::dynamic_pointer_cast<rope::RotaryEmbeddingImpl>(rotary->clone());
+  EXPECT_FALSE(copy->inv_freq.is_same(rotary->inv_freq));
+  for (const std::int64_t first : {0, 100}) {
+    const at::Tensor positions = at::arange(first, first + 9);
+    EXPECT_TRUE(same_bits(copy->forward(q, positions), rotary(q, positions)));
+  }
+}
+
+TEST(RotaryEmbedding, RefusesOptionsThatExcludeEachOther) {
+  EXPECT_THROW_WITH(RotaryEmbedding(32, RotaryEmbeddingOptions{.rope_parameters = kLinear,
+                                                               .max_wavelength = 5e5}),
+                    c10::ValueError,
+                    "expected max_wavelength to be left at its default together with rope_theta");
+  EXPECT_THROW_WITH(
+      RotaryEmbedding(32, RotaryEmbeddingOptions{.rope_parameters = kDynamic, .learned = true}),
+      c10::ValueError, "expected learned to be false");
+}
+
+TEST(RotaryEmbedding, IsPrintedWithItsOptions) {
+  std::ostringstream printed;
+  printed << RotaryEmbedding(32, RotaryEmbeddingOptions{.interleaved = true});
+  EXPECT_EQ(printed.str(),
+            "rope::RotaryEmbedding(32, rope_type=default, attention_factor=1, interleaved=true, "
+            "learned=false)");
+}
+
+TEST(ApplyRoPE, TakesEachOption) {
+  const at::Tensor x = random_values({3, 40, 7});
+  const at::Tensor positions = at::arange(7);
+  const at::Tensor actual = ApplyRoPE(1, rope::ApplyRoPEOptions{.max_wavelength = 500.0,
+                                                                .scale_factor = 4.0,
+                                                                .rotary_dim = 16,
+                                                                .interleaved = true})(x, positions);
+  EXPECT_TRUE(same_bits(actual, rope::apply(x, positions,
+                                            {.embedding_axis = 1,
+                                             .rotary_dim = 16,
+                                             .max_wavelength = 500.0,
+                                             .scale_factor = 4.0,
+                                             .interleaved = true})));
+}
+
+// Ordinary layers with rotations between them.
+torch::nn::Sequential make_layers(const std::vector<std::string>& tags) {
+  torch::nn::Sequential layers(torch::nn::Linear(32, 32));
+  for (const std::string& tag : tags) {
+    layers->push_back(ApplyRoPE::from_config(tag, -1));
+  }
+  layers->push_back(torch::nn::Tanh());
+  return layers;
+}
+
+at::Tensor expected_of(torch::nn::Sequential& layers, at::Tensor x,
+                       const std::vector<at::Tensor>& positions) {
+  x = layers->ptr<torch::nn::LinearImpl>(0)->forward(x);
+  for (const at::Tensor& each : positions) {
+    x = rope::apply(x, each);
+  }
+  return x.tanh();
+}
+
+TEST(SideInputs, ReachTheLayersOfTheirTags) {
+  const at::Tensor x = random_values({9, 32});
+  const at::Tensor first = at::arange(9);
+  const at::Tensor second = 3 * first;
+  torch::nn::Sequential layers = make_layers({"first", "second", "first"});
+  auto model = WithSideInputsFromInputTuple::handling(layers, {"first", "second"});
+  EXPECT_TRUE(same_bits(model(x, {first, second}), expected_of(layers, x, {first, second, first})));
+}
+
+TEST(SideInputs, OfAllHandlersAroundALayerAreThere) {
+  // A layer that runs a model with one more side input.
+  struct InnerImpl : torch::nn::Cloneable<InnerImpl> {
+    InnerImpl(WithSideInputsFromInputTuple inner, at::Tensor positions)
+        : inner(register_module("inner", std::move(inner))), positions(std::move(positions)) {}
+    at::Tensor forward(const at::Tensor& x) { return inner(x, {positions}); }
+    void reset() override {}
+    WithSideInputsFromInputTuple inner;
+    at::Tensor positions;
+  };
+  const at::Tensor x = random_values({9, 32});
+  const at::Tensor first = at::arange(9);
+  const at::Tensor second = 3 * first;
+  torch::nn::Sequential layers = make_layers({"first", "second"});
+  const auto inner = std::make_shared<InnerImpl>(
+      WithSideInputsFromInputTuple::handling(layers, {"second"}), second);
+  auto outer = WithSideInputsFromInputTuple::handling(torch::nn::Sequential(inner), {"first"});
+  EXPECT_TRUE(same_bits(outer(x, {first}), expected_of(layers, x, {first, second})));
+}
+
+TEST(SideInputs, ThatNobodyProvidesAreNamed) {
+  const at::Tensor x = random_values({9, 32});
+  torch::nn::Sequential layers = make_layers({"first"});
+  constexpr const char* kMessage = "expected the tag first to be provided by";
+  EXPECT_THROW_WITH(layers->forward(x), c10::ValueError, kMessage);
+  auto model = WithSideInputsFromInputTuple::handling(layers, {"first"});
+  EXPECT_ANY_THROW(model(x, {at::arange(3)}));
+  EXPECT_THROW_WITH(layers->forward(x), c10::ValueError, kMessage);
+  EXPECT_THROW_WITH(model(x, {}), c10::ValueError, "expected side_inputs to be one for each");
+}
+
+TEST(SideInputs, ProvidedTwiceAreNamed) {
+  const at::Tensor x = random_values({9, 32});
+  const at::Tensor positions = at::arange(9);
+  auto model = WithSideInputsFromInputTuple::handling(make_layers({"first"}), {"first", "first"});
+  EXPECT_THROW_WITH(model(x, {positions, positions}), c10::ValueError,
+                    "expected each tag to be provided once, but got first twice");
+}
+
+TEST(SideInputs, BelongToAThread) {
+  const at::Tensor x = random_values({9, 32});
+  const at::Tensor positions = at::arange(9);
+  torch::nn::Sequential layers = make_layers({"first"});
+  auto model = WithSideInputsFromInputTuple::handling(layers, {"first"});
+  std::vector<at::Tensor> results(4);
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 4; ++i) {
+    threads.emplace_back([&, i] {
+      for (int repetition = 0; repetition < 50; ++repetition) {
+        results[i] = model(x, {i * positions});
+      }
+    });
+  }
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
+  for (int i = 0; i < 4; ++i) {
+    EXPECT_TRUE(same_bits(results[i], expected_of(layers, x, {i * positions})));
+  }
+}
+
+TEST(SideInputs, ReachACopyOfTheModel) {
+  const at::Tensor x = random_values({9, 32});
+  const at::Tensor positions = at::arange(9);
+  auto model = WithSideInputsFromInputTuple::handling(make_layers({"first"}), {"first"});
+  const auto copy =
+      std::dynamic_pointer_cast<rope::WithSideInputsFromInputTupleImpl>(model->clone());
+  EXPECT_TRUE(same_bits(copy->forward(x, {positions}), model(x, {positions})));
+  EXPECT_EQ(copy->parameters().size(), 2U);
+  EXPECT_FALSE(copy->parameters()[0].is_same(model->parameters()[0]));
+}
+
+}  // namespace

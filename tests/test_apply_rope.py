@@ -1,0 +1,219 @@
+"""ApplyRoPE: what it computes, and dimensions with names."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch_rope
+from reference import apply, assert_rotated, assert_same_bits, random_values
+from torch import Tensor
+from torch_rope import ApplyRoPE
+
+NAMES = ("batch", "sequence", "heads", "head_dim")
+
+has_named_tensors = pytest.mark.skipif(
+    not hasattr(Tensor, "names"), reason="PyTorch has no named tensors since 2.13"
+)
+
+
+def named(values: Tensor, names: tuple[str | None, ...]) -> Any:
+    """Gives the dimensions of a tensor names."""
+    return values.rename(*names)  # type: ignore[attr-defined]
+
+
+def inputs(device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Returns x (B, S, H, D) and positions (B, S)."""
+    return random_values((2, 5, 3, 32), device=device), torch.arange(10, device=device).view(2, 5)
+
+
+def of_penzai(x: Tensor, positions: Tensor, max_wavelength: float) -> Tensor:
+    """Rotates the last dimension as penzai's layer documents it: halves, and a plain timescale."""
+    head_dim = x.shape[-1]
+    fraction = 2 * torch.arange(head_dim // 2, dtype=torch.float64) / head_dim
+    angles = positions[..., None].double() / max_wavelength**fraction
+    first, second = x.double().chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+@pytest.mark.parametrize("max_wavelength", [10000, 500.0])
+def test_it_computes_what_the_layer_of_penzai_does(max_wavelength: float) -> None:
+    x, positions = inputs()
+    actual = ApplyRoPE(-1, max_wavelength)(x, positions.unsqueeze(-1))
+    expected = of_penzai(x, positions.unsqueeze(-1), max_wavelength)
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scale_factor": 4.0},
+        {"rotary_dim": 16},
+        {"interleaved": True},
+        {"scale_factor": 0.5, "rotary_dim": 8, "interleaved": True},
+    ],
+)
+@pytest.mark.parametrize("embedding_axis", [1, -2])
+def test_options_reach_the_operator(
+    device: str, options: dict[str, Any], embedding_axis: int
+) -> None:
+    x, positions = random_values((4, 32, 9), device=device), torch.arange(9, device=device)
+    actual = ApplyRoPE(embedding_axis, 500.0, **options)(x, positions)
+    options = {"embedding_axis": embedding_axis, "max_wavelength": 500.0, **options}
+    assert_same_bits(actual, torch_rope.apply(x, positions, **options))
+    assert_rotated(actual, apply(x, positions, **options))
+
+
+def test_positions_are_needed() -> None:
+    x, _ = inputs()
+    with pytest.raises(ValueError, match="expected positions to be given to a layer without"):
+        ApplyRoPE(-1)(x)
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_rotates_alike(copy_of: Any) -> None:
+    x, positions = inputs()
+    layer = ApplyRoPE(
+        "head_dim", 500, rotary_dim=8, names=NAMES, positions_names=("batch", "sequence")
+    )
+    assert_same_bits(copy_of(layer)(x, positions), layer(x, positions))
+
+
+def test_the_representation_shows_the_options() -> None:
+    layer = ApplyRoPE.from_config("tokens", -1, 500, rotary_dim=8, interleaved=True)
+    assert repr(layer) == (
+        "ApplyRoPE(embedding_axis=-1, max_wavelength=500.0, rotary_dim=8, positions_tag='tokens', "
+        "interleaved=True)"
+    )
+
+
+# ---- Names ----
+
+ORDERS = [
+    (("batch", "sequence"), (0, 1, 2, 3)),
+    (("sequence", "batch"), (3, 1, 0, 2)),
+    (("sequence",), (1, 2, 3, 0)),
+    (("heads", "batch"), (2, 3, 0, 1)),
+    ((), (0, 1, 2, 3)),
+]
+
+
+def case(
+    positions_names: tuple[str, ...], order: tuple[int, ...], device: str
+) -> tuple[Tensor, tuple[str, ...], Tensor, Tensor]:
+    """Returns x and its names in an order, positions, and what x in that order becomes."""
+    x, _ = inputs(device)
+    sizes = [x.shape[NAMES.index(name)] for name in positions_names]
+    positions = torch.arange(torch.Size(sizes).numel(), device=device).view(sizes)
+    # The same positions as (B, S, H), for the reference.
+    letters = "".join(name[0] for name in positions_names)
+    aligned = torch.einsum(f"{letters},bsh->bsh", positions, torch.ones_like(x[..., 0]).long())
+    expected = torch_rope.apply(x, aligned)
+    names = tuple(NAMES[dim] for dim in order)
+    return x.permute(order), names, positions, expected.permute(order)
+
+
+@pytest.mark.parametrize(("positions_names", "order"), ORDERS)
+def test_dimensions_are_aligned_by_the_names_given_to_the_layer(
+    device: str, positions_names: tuple[str, ...], order: tuple[int, ...]
+) -> None:
+    x, names, positions, expected = case(positions_names, order, device)
+    layer = ApplyRoPE("head_dim", names=names, positions_names=positions_names)
+    assert_same_bits(layer(x, positions), expected)
+
+
+def test_a_layer_with_names_compiles(device: str) -> None:
+    x, names, positions, expected = case(("sequence", "batch"), (3, 1, 0, 2), device)
+    layer = ApplyRoPE("head_dim", names=names, positions_names=("sequence", "batch"))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_same_bits(compiled(x, positions), expected)
+
+
+@has_named_tensors
+@pytest.mark.filterwarnings("ignore:Named tensors:UserWarning")
+@pytest.mark.parametrize(("positions_names", "order"), ORDERS)
+def test_dimensions_are_aligned_by_the_names_of_the_tensors(
+    device: str, positions_names: tuple[str, ...], order: tuple[int, ...]
+) -> None:
+    x, names, positions, expected = case(positions_names, order, device)
+    rotated = ApplyRoPE("head_dim")(named(x, names), named(positions, positions_names))
+    assert rotated.names == names
+    assert_same_bits(rotated.rename(None), expected)
+
+
+@has_named_tensors
+@pytest.mark.filterwarnings("ignore:Named tensors:UserWarning")
+def test_gradients_pass_named_tensors() -> None:
+    x, positions = inputs()
+    x.requires_grad_()
+    layer = ApplyRoPE("head_dim")
+    layer(named(x, NAMES), named(positions, ("batch", "sequence"))).rename(
+        None
+    ).square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach())
+
+
+BAD_NAMES = [
+    (
+        "feature",
+        NAMES,
+        ("batch", "sequence"),
+        "expected embedding_axis to be among the names of x, .* but got 'feature'",
+    ),
+    (
+        "sequence",
+        NAMES,
+        ("batch", "sequence"),
+        "expected embedding_axis not to be among the names of positions, .* but got 'sequence'",
+    ),
+    (
+        "head_dim",
+        NAMES,
+        ("batch", "time"),
+        "expected every name of positions to be among those of x, .* but got 'time'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("embedding_axis", "names", "positions_names", "message"), BAD_NAMES)
+def test_names_that_do_not_fit_are_refused(
+    embedding_axis: str, names: tuple[str, ...], positions_names: tuple[str, ...], message: str
+) -> None:
+    layer = ApplyRoPE(embedding_axis, names=names, positions_names=positions_names)
+    with pytest.raises(ValueError, match=message):
+        layer(*inputs())
+
+
+@has_named_tensors
+@pytest.mark.filterwarnings("ignore:Named tensors:UserWarning")
+@pytest.mark.parametrize(("embedding_axis", "names", "positions_names", "message"), BAD_NAMES)
+def test_names_of_tensors_that_do_not_fit_are_refused(
+    embedding_axis: str, names: tuple[str, ...], positions_names: tuple[str, ...], message: str
+) -> None:
+    x, positions = inputs()
+    with pytest.raises(ValueError, match=message):
+        ApplyRoPE(embedding_axis)(named(x, names), named(positions, positions_names))
+
+
+@has_named_tensors
+@pytest.mark.filterwarnings("ignore:Named tensors:UserWarning")
+def test_a_dimension_of_positions_without_a_name_is_refused() -> None:
+    x, positions = inputs()
+    with pytest.raises(ValueError, match=r"expected every name of positions .* but got None"):
+        ApplyRoPE("head_dim")(named(x, NAMES), named(positions, ("batch", None)))
+
+
+def test_names_of_another_number_than_dimensions_are_refused() -> None:
+    x, positions = inputs()
+    layer = ApplyRoPE("head_dim", names=NAMES[1:], positions_names=("batch", "sequence"))
+    with pytest.raises(ValueError, match="expected x to have a dimension for each of"):
+        layer(x, positions)
+
+
+@pytest.mark.skipif(hasattr(Tensor, "names"), reason="this PyTorch has named tensors")
+def test_names_are_asked_for_where_tensors_have_none() -> None:
+    with pytest.raises(ValueError, match="expected names to be given for an embedding_axis that"):
+        ApplyRoPE("head_dim")(*inputs())

@@ -1,0 +1,222 @@
+"""The adapters to other projects' signatures, against the formulas of those projects."""
+
+import doctest
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from reference import random_values
+from torch import Tensor
+from torch_rope.integrations import flash_attn, torchtitan, torchtune
+
+TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
+
+
+def tables(rows: int, pairs: int, device: str) -> tuple[Tensor, Tensor]:
+    """Returns the cosines and sines of a few angles."""
+    angles = torch.arange(rows).unsqueeze(-1) * 10000.0 ** (-torch.arange(pairs) / pairs)
+    return angles.cos().to(device), angles.sin().to(device)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotates the first elements of x by tables of one angle a pair, which broadcast with it."""
+    pairs = cos.shape[-1]
+    turned, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
+    if interleaved:
+        a, b = turned[..., ::2], turned[..., 1::2]
+        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    else:
+        a, b = turned[..., :pairs], turned[..., pairs:]
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((turned, rest), dim=-1)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("offsets", [0, 3, "tensor"])
+def test_flash_attn_rotates_by_offsets(
+    device: str, offsets: Any, interleaved: bool, inplace: bool
+) -> None:
+    x = random_values((2, 5, 3, 20), device=device)
+    cos, sin = tables(16, 8, device)
+    starts = [2, 11] if offsets == "tensor" else [offsets, offsets]
+    expected = torch.stack(
+        [
+            rotated(
+                x[i],
+                cos[start : start + 5].unsqueeze(1),
+                sin[start : start + 5].unsqueeze(1),
+                interleaved,
+            )
+            for i, start in enumerate(starts)
+        ]
+    )
+    given = (
+        torch.tensor(starts, dtype=torch.int32, device=device) if offsets == "tensor" else offsets
+    )
+    before = x.clone()
+    actual = flash_attn.apply_rotary_emb(
+        x, cos, sin, interleaved=interleaved, inplace=inplace, seqlen_offsets=given
+    )
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
+    assert (actual is x) == inplace
+    assert inplace or torch.equal(x, before)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("offsets", [0, 3, "tensor"])
+def test_flash_attn_rotates_packed_sequences(device: str, offsets: Any, inplace: bool) -> None:
+    lengths = [4, 0, 1, 6]
+    starts = [1, 2, 3, 4] if offsets == "tensor" else [offsets] * 4
+    cu_seqlens = torch.tensor([0, 4, 4, 5, 11], dtype=torch.int32, device=device)
+    x = random_values((11, 3, 16), device=device)
+    cos, sin = tables(16, 8, device)
+    rows = torch.cat(
+        [torch.arange(length) + start for length, start in zip(lengths, starts, strict=True)]
+    ).to(device)
+    expected = rotated(x, cos[rows].unsqueeze(1), sin[rows].unsqueeze(1), interleaved=False)
+    actual = flash_attn.apply_rotary_emb(
+        x,
+        cos,
+        sin,
+        inplace=inplace,
+        seqlen_offsets=torch.tensor(starts, device=device) if offsets == "tensor" else offsets,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=6,
+    )
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
+    assert (actual is x) == inplace
+
+
+def test_flash_attn_has_gradients(device: str) -> None:
+    x = random_values((2, 5, 3, 16), device=device).requires_grad_()
+    cos, sin = tables(16, 8, device)
+    weights = random_values((2, 5, 3, 16), device=device, seed=1)
+    actual = flash_attn.apply_rotary_emb(
+        x, cos, sin, seqlen_offsets=torch.tensor([2, 11], device=device)
+    )
+    rows = torch.tensor([[2, 3, 4, 5, 6], [11, 12, 13, 14, 15]], device=device)
+    expected = rotated(x, cos[rows].unsqueeze(2), sin[rows].unsqueeze(2), interleaved=False)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, x, weights), torch.autograd.grad(expected, x, weights)
+    )
+
+
+def test_flash_attn_refuses_tables_that_are_too_short(device: str) -> None:
+    cos, sin = tables(4, 8, device)
+    with pytest.raises(ValueError, match="expected cos"):
+        flash_attn.apply_rotary_emb(random_values((2, 5, 3, 16), device=device), cos, sin)
+
+
+@pytest.mark.parametrize("positions_shape", [None, (1, 5), (2, 5)])
+def test_torchtitan_rotates_by_complex_tables(
+    device: str, positions_shape: tuple[int, int] | None
+) -> None:
+    q = random_values((2, 5, 4, 16), device=device)
+    k = random_values((2, 5, 2, 16), device=device, seed=1)
+    freqs_cis = torch.complex(*tables(16, 8, device))
+    positions = None
+    chosen = freqs_cis[:5]
+    if positions_shape is not None:
+        positions = torch.arange(10, device=device).view(2, 5)[: positions_shape[0]] + 3
+        chosen = freqs_cis[positions]
+
+    def expected(x: Tensor) -> Tensor:
+        turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * chosen.unsqueeze(-2)
+        return torch.view_as_real(turned).flatten(3)
+
+    actual = torchtitan.apply_rotary_emb_complex(q, k, freqs_cis, positions)
+    torch.testing.assert_close(actual, (expected(q), expected(k)), **TOLERANCE)
+    single = torchtitan.apply_rotary_emb_single_complex(q, freqs_cis, positions)
+    torch.testing.assert_close(single, expected(q), **TOLERANCE)
+
+
+@pytest.mark.parametrize("positions_shape", [None, (1, 5), (2, 5)])
+def test_torchtitan_rotates_by_a_cache_of_cosines_and_sines(
+    device: str, positions_shape: tuple[int, int] | None
+) -> None:
+    q = random_values((2, 5, 4, 16), device=device)
+    k = random_values((2, 5, 2, 16), device=device, seed=1)
+    cos, sin = tables(16, 8, device)
+    cache = torch.cat((cos, cos, sin, sin), dim=-1)
+    positions = None
+    rows = torch.arange(5, device=device)
+    if positions_shape is not None:
+        rows = positions = torch.arange(10, device=device).view(2, 5)[: positions_shape[0]] + 3
+    actual = torchtitan.apply_rotary_emb_cos_sin(q, k, cache, positions)
+    expected = tuple(
+        rotated(x, cos[rows].unsqueeze(-2), sin[rows].unsqueeze(-2), interleaved=False)
+        for x in (q, k)
+    )
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def torchtune_module() -> ModuleType:
+    """torchtune's own module, loaded alone: the package imports all that trains a model."""
+    spec = importlib.util.find_spec("torchtune")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("torchtune is not installed")
+    path = Path(spec.submodule_search_locations[0], "modules", "position_embeddings.py")
+    file_spec = importlib.util.spec_from_file_location("position_embeddings", path)
+    assert file_spec is not None
+    assert file_spec.loader is not None
+    module = importlib.util.module_from_spec(file_spec)
+    file_spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packed", [False, True])
+def test_torchtune_rotates_as_the_original(
+    packed: bool, dtype: torch.dtype, torchtune_module: ModuleType
+) -> None:
+    x = random_values((2, 5, 3, 16), dtype)
+    input_pos = torch.tensor([[0, 1, 2, 0, 1], [4090, 4091, 4092, 4093, 4094]]) if packed else None
+    original = torchtune_module.RotaryPositionalEmbeddings(16, 4096, 500_000)
+    ours = torchtune.RotaryPositionalEmbeddings(16, 4096, 500_000)
+    torch.testing.assert_close(ours.theta, original.theta, rtol=0, atol=0)
+    # torchtune's own cosines and sines are those of float32.
+    torch.testing.assert_close(
+        ours(x, input_pos=input_pos),
+        original(x, input_pos=input_pos),
+        rtol=torch.finfo(dtype).eps,
+        atol=2e-6,
+    )
+
+
+def test_torchtune_rotates_pairs_of_neighbours_by_position(device: str) -> None:
+    x = random_values((2, 5, 3, 16), device=device)
+    positions = torch.tensor([[0, 1, 2, 0, 1], [7, 8, 9, 10, 11]], device=device)
+    cos, sin = tables(16, 8, device)
+    expected = rotated(x, cos[positions].unsqueeze(2), sin[positions].unsqueeze(2), True)
+    actual = torchtune.RotaryPositionalEmbeddings(16).to(device)(x, input_pos=positions)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=5e-6)
+    without = torchtune.RotaryPositionalEmbeddings(16).to(device)(x)
+    counted = torchtune.RotaryPositionalEmbeddings(16).to(device)(
+        x, input_pos=torch.arange(5, device=device)
+    )
+    assert torch.equal(without, counted)
+
+
+def test_torchtune_keeps_its_frequencies_in_float32(device: str) -> None:
+    module = torchtune.RotaryPositionalEmbeddings(16)
+    theta = module.theta.clone()
+    module.to(device).to(torch.bfloat16)
+    assert module.theta.device.type == device
+    assert torch.equal(module.theta.cpu(), theta)
+    assert not module.state_dict()
+
+
+@pytest.mark.parametrize(
+    "subject", [flash_attn.apply_rotary_emb, torchtune.RotaryPositionalEmbeddings]
+)
+def test_the_examples_of_a_docstring_run(subject: Any) -> None:
+    runner = doctest.DocTestRunner()
+    for example in doctest.DocTestFinder(recurse=False).find(subject, globs={}):
+        runner.run(example)
+    assert runner.tries > 0
+    assert runner.failures == 0
