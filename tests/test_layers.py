@@ -337,7 +337,12 @@ def test_it_can_be_scripted_and_saved(
     device: str, tmp_path: Path, scheme: dict[str, Any], seq_len: int | None
 ) -> None:
     rotary = RotaryEmbedding(
-        32, scheme, max_position_embeddings=LENGTH, interleaved=True, device=device
+        32,
+        scheme,
+        max_position_embeddings=LENGTH,
+        attention_factor=2,
+        interleaved=True,
+        device=device,
     )
     for module in scripted_copies(rotary, tmp_path):
         for first in (0, LENGTH):
@@ -439,6 +444,21 @@ FROM_CONFIG: list[tuple[str, str, str, dict[str, Any], str | None]] = [
         "LlamaRotaryEmbedding",
         {
             "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
+            "max_position_embeddings": 16384,
+        },
+        None,
+    ),
+    (
+        "llama",
+        "LlamaConfig",
+        "LlamaRotaryEmbedding",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": None,
+                "original_max_position_embeddings": 4096,
+            },
             "max_position_embeddings": 16384,
         },
         None,

@@ -36,8 +36,8 @@ namespace rope {
 //                 max_position_embeddings or attention_factor
 //   llama3        f / factor where wavelengths are long, f where they are short, a ramp between:
 //                 factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
-//   proportional  f for the share partial_rotary_factor of the pairs, 0 for the others; if wanted
-//                 partial_rotary_factor, factor
+//   proportional  f / factor for the share partial_rotary_factor of the pairs, 0 for the others; if
+//                 wanted both, which are 1 by default
 struct FrequencyOptions {
   // The number of rotated elements, even: the result has rotary_dim / 2 frequencies.
   std::int64_t rotary_dim = 0;

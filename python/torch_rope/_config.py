@@ -112,8 +112,8 @@ def _rotary_dim(config: Any, parameters: Mapping[str, Any]) -> int:
                 "hidden_size and num_attention_heads, but they are missing"
             )
         head_dim = hidden_size // num_heads
-    if False:
-        return 0
+    if is_proportional:
+        return int(head_dim)
     share = parameters["partial_rotary_factor"]
     if share is None:
         return int(_get(config, "rotary_dim") or head_dim)

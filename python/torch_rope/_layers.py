@@ -294,7 +294,7 @@ class RotaryEmbedding(nn.Module):
             formed = Frequencies(copy if device is None else copy.to(device), 1.0)
         self.attention_factor = formed.attention_factor
         if attention_factor is not None:
-            self.attention_factor = attention_factor
+            self.attention_factor = float(attention_factor)
         if learned:
             self.inv_freq = nn.Parameter(formed.inv_freq)
         else:
