@@ -281,11 +281,11 @@ def test_what_does_not_fit_mapped_frequencies_is_refused(
 
 @pytest.mark.parametrize("row", [-1, 5, 7])
 def test_a_row_beyond_a_mapped_table_is_refused(row: int) -> None:
-    # Row 5 of the first table must not be taken for row 0 of the second.
-    x, tables = torch.ones(2, 6), torch.ones(3, 5, 3)
-    rows = torch.tensor([0, row])
+    # Of three tables: such a row of the second must not become one of its neighbours.
+    x, tables, rows = torch.ones(2, 6), torch.ones(3, 5, 3), torch.zeros(3, 2, dtype=torch.int64)
+    rows[1, 1] = row
     with pytest.raises(IndexError, match="expected positions to be in"):
-        torch.vmap(lambda cos: torch_rope.apply_cos_sin(x, cos, cos, rows))(tables)
+        torch.vmap(lambda cos, rows: torch_rope.apply_cos_sin(x, cos, cos, rows))(tables, rows)
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])

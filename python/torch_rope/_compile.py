@@ -64,10 +64,12 @@ def call_traced(
     if not _form.is_composed:
         return getattr(torch.ops.rope, name).default(*rotated, *tensors, **options)
     family = "apply_cos_sin" if name.startswith("apply_cos_sin") else "apply"
-    compose = getattr(torch.ops.rope, f"{family}_composed")
-    results = tuple(compose(x, *tensors, **options) for x in rotated)
+    compose = getattr(torch.ops.rope, f"{family}_composed").default
     if name.endswith("_"):
+        # The gradients of angles and tables need x as it was.
+        results = tuple(compose(x.clone(), *tensors, **options) for x in rotated)
         for x, result in zip(rotated, results, strict=True):
             x.copy_(result)
         return None
+    results = tuple(compose(x, *tensors, **options) for x in rotated)
     return results if len(results) > 1 else results[0]
