@@ -1,5 +1,6 @@
 """How exact the angles are, and what never changes a bit of the result."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -293,6 +294,25 @@ def test_what_is_not_finite_stays_in_its_pair(
     assert_same_bits(actual[~own], expected[~own])
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float16, 11)])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("nudge", [-(2.0**-20), 0.0, 2.0**-20])
+def test_a_result_is_rounded_once_and_ties_go_to_even(
+    device: str, dtype: torch.dtype, bits: int, interleaved: bool, nudge: float
+) -> None:
+    """a is of every odd and even last place, and a - b sin lies half way between two numbers."""
+    pairs = 2 ** (bits - 1)
+    a = 1 + torch.arange(pairs, device=device) * 2.0 ** (1 - bits)
+    b = torch.ones_like(a)
+    x = torch.stack((a, b), dim=-1) if interleaved else torch.stack((a, b))
+    cos = torch.ones_like(a)
+    sin = torch.full_like(a, 2.0**-bits * (1 + nudge))
+    rotated = torch_rope.apply_cos_sin(x.flatten().to(dtype), cos, sin, interleaved=interleaved)
+    parts = rotated.view(-1, 2).T if interleaved else rotated.view(2, -1)
+    exact = torch.stack((a.double() - b.double() * sin, b.double() + a.double() * sin))
+    assert_same_bits(parts, exact.to(dtype))
+
+
 def assert_differ_by_less_than_is_allowed(one: Tensor, other: Tensor, norms: Tensor) -> None:
     """Compares the results of two devices or CPU capabilities, each rounded on its own."""
     apart = (one.cpu().double() - other.cpu().double()).abs()
@@ -322,22 +342,24 @@ Call = tuple[tuple[Tensor, ...], dict[str, Any]]
 
 
 def calls_of_every_kind() -> list[Call]:
-    """Lists calls of every dtype of x and every source of angles."""
+    """Lists calls of every dtype of x and every source of angles, in whole vectors and not."""
     positions = random_positions((2, 17, 1))
     far = random_positions((17, 1), low=-(2**31), high=2**31)
-    angles = [
-        (positions[0],),
-        (positions[0], random_inv_freq((75,), torch.float32)),
-        (positions, random_inv_freq((2, 75), torch.float32)),
-        (positions, random_inv_freq((2, 75), torch.float64)),
-        (far, 1e6 * random_inv_freq((75,), torch.float64)),
-    ]
-    return [
-        ((random_values((17, 3, 150), dtype), *angle), {"interleaved": interleaved})
-        for dtype in FLOAT_DTYPES
-        for angle in angles
-        for interleaved in (False, True)
-    ]
+    calls: list[Call] = []
+    for pairs, dtype in itertools.product((64, 75), FLOAT_DTYPES):
+        angles = [
+            (positions[0],),
+            (positions[0], random_inv_freq((pairs,), torch.float32)),
+            (positions, random_inv_freq((2, pairs), torch.float32)),
+            (positions, random_inv_freq((2, pairs), torch.float64)),
+            (far, 1e6 * random_inv_freq((pairs,), torch.float64)),
+        ]
+        calls += [
+            ((random_values((17, 3, 2 * pairs), dtype), *angle), {"interleaved": interleaved})
+            for angle in angles
+            for interleaved in (False, True)
+        ]
+    return calls
 
 
 def rotate_with_capability(capability: str, folder: Path) -> list[Tensor]:
@@ -398,7 +420,8 @@ def test_every_cpu_capability_agrees_with_the_plainest(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(
-    ("heads", "head_dim", "rotary_dim"), [(8, 128, 128), (16, 64, 64), (5, 72, 64), (7, 74, 74)]
+    ("heads", "head_dim", "rotary_dim"),
+    [(8, 128, 128), (8, 128, 64), (16, 64, 64), (5, 72, 64), (7, 74, 74)],
 )
 def test_a_large_tensor_gets_the_bits_of_its_parts(
     device: str, dtype: torch.dtype, interleaved: bool, heads: int, head_dim: int, rotary_dim: int

@@ -17,8 +17,8 @@ namespace {
 
 using Kernel = void (*)(const Launch&, const Workspace&, const Block&);
 
-// A step of 16-bit elements in AVX-512 is 32 pairs. Rows of 16 bits that are no whole number of
-// steps are quicker in narrower ones, which give the same bits.
+// Rows that are no whole number of AVX-512's steps are quicker in narrower ones, which give the
+// same bits.
 struct Kernels {
   Kernel any_row;
   Kernel uneven_row;
@@ -39,7 +39,10 @@ Kernels choose_kernels() {
 
 Kernel choose_kernel(const Launch& launch) {
   static const Kernels kernels = choose_kernels();
-  const bool is_uneven = c10::elementSize(launch.dtype) == 2 && launch.num_pairs % 32 != 0;
+  constexpr std::int64_t kWidestVector = 64;  // bytes
+  const std::int64_t row_bytes =
+      launch.num_pairs * static_cast<std::int64_t>(c10::elementSize(launch.dtype));
+  const bool is_uneven = row_bytes % kWidestVector != 0;
   return is_uneven ? kernels.uneven_row : kernels.any_row;
 }
 

@@ -31,10 +31,11 @@ using at::vec::Vectorized;
 //
 // Two bfloat16 sit in one 32-bit word: shifting gives the even element as a float, masking the odd
 // one. So a vector of words becomes a vector of the even elements and one of the odd ones, with no
-// shuffle across the vector, and back again: half a unit of the last place is added to the float's
-// bits (to even where it is a tie) and the halves are merged. A NaN's low bits are zero here, so
-// that the addition does not carry out of it: x is bfloat16 itself, and cosines and sines are
-// cleaned by quiet().
+// shuffle across the vector, and back again: a little less than half a unit of the last place is
+// added to the float's bits, of which the lowest is set where the last place is odd, so that a tie
+// goes to the even one, and the halves are merged. A NaN's low bits are zero here, so that the
+// addition does not carry out of it: x is bfloat16 itself, and cosines and sines are cleaned by
+// quiet().
 //
 // The cosines and sines of a row are laid out in the order in which its vectors come: see
 // for_each_place.
@@ -114,8 +115,7 @@ struct Step {
 
   ROPE_INLINE void store(scalar_t* to, std::int64_t count, bool streams) const {
     if constexpr (kInWords) {
-      const Words even = (rounded(vectors[0]) >> Words(16)) & Words(0xffff);
-      const Words words = even | (rounded(vectors[1]) & Words(kHighHalf));
+      const Words words = merged(rounded(vectors[0]), rounded(vectors[1]));
       if (count < kSize && count % 2 == 0) {
         words.store(to, static_cast<int>(count / 2));
       } else if (count < kSize) {
@@ -146,7 +146,18 @@ struct Step {
 
   static ROPE_INLINE Words rounded(const Vectorized<float>& value) {
     const Words bits = at::vec::cast<std::int32_t>(value);
-    return bits + Words(0x7fff) + ((bits >> Words(16)) & Words(1));
+    return (bits | ((bits >> Words(16)) & Words(1))) + Words(0x7fff);
+  }
+
+  // The high halves of both, those of `even` in the low halves.
+  static ROPE_INLINE Words merged(const Words& even, const Words& odd) {
+#if defined(CPU_CAPABILITY_AVX512)
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(even, 16), odd);
+#elif defined(CPU_CAPABILITY_AVX2)
+    return _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa);
+#else
+    return ((even >> Words(16)) & Words(0xffff)) | (odd & Words(kHighHalf));
+#endif
   }
 };
 
@@ -220,12 +231,13 @@ ROPE_INLINE void prefetch_ahead(const scalar_t* in, const scalar_t* out, std::in
   }
 }
 
-// Whether a row of whole steps can be streamed: whether each step of it begins at a multiple of a
-// vector's size.
+// Whether `size` elements can be streamed: whether they are whole lines of the caches. A line of
+// which a part is streamed alone would be written twice.
 template <typename scalar_t>
-ROPE_INLINE bool can_stream(const scalar_t* out, Traffic traffic) {
-  return traffic == Traffic::kStreamed &&
-         reinterpret_cast<std::uintptr_t>(out) % sizeof(Vectorized<scalar_t>) == 0;
+ROPE_INLINE bool can_stream(const scalar_t* out, std::int64_t size, Traffic traffic) {
+  constexpr std::int64_t kLine = kCacheLine / sizeof(scalar_t);
+  return traffic == Traffic::kStreamed && size % kLine == 0 &&
+         reinterpret_cast<std::uintptr_t>(out) % kCacheLine == 0;
 }
 
 // The angles of `size` vectors of pairs.
@@ -321,28 +333,59 @@ struct Interleaved {
 template <typename scalar_t, bool interleaved>
 using Turn = std::conditional_t<interleaved, Interleaved<scalar_t>, Halves<scalar_t>>;
 
-// Rows of a few whole steps. The angles that all rows share stay in registers.
-template <typename scalar_t, bool interleaved, int num_steps>
-ROPE_LOOP void rotate_slices_of_steps(const Rows<scalar_t>& rows, Traffic traffic) {
+// Rows of a few whole steps.
+template <typename scalar_t, bool interleaved, int... step>
+struct RowOfSteps {
   using Turn = rope::cpu::Turn<scalar_t, interleaved>;
-  constexpr std::int64_t kPairs = kPairsPerStep<scalar_t, interleaved>;
-  constexpr std::int64_t kNumPairs = num_steps * kPairs;
-  typename Turn::TurnAngles angles[num_steps];
-  for (std::int64_t r = 0; r < rows.count; ++r) {
+  using TurnAngles = typename Turn::TurnAngles;
+  static constexpr std::int64_t kPairs = kPairsPerStep<scalar_t, interleaved>;
+  static constexpr std::int64_t kNumPairs = sizeof...(step) * kPairs;
+
+  TurnAngles angles[sizeof...(step)];
+
+  template <typename Real>
+  static ROPE_INLINE RowOfSteps load(const Real* cos, const Real* sin) {
+    return {{TurnAngles::load(cos + step * kPairs, sin + step * kPairs)...}};
+  }
+  template <bool streams>
+  ROPE_INLINE void rotate(const scalar_t* in, scalar_t* out) const {
+    (rotate_step<streams>(angles[step], step * kPairs, in, out), ...);
+  }
+
+ private:
+  template <bool streams>
+  static ROPE_INLINE void rotate_step(const TurnAngles& angles, std::int64_t n, const scalar_t* in,
+                                      scalar_t* out) {
+    Turn turn = Turn::load(in, n, kNumPairs, kPairs);
+    turn.turn(angles);
+    turn.store(out, n, kNumPairs, kPairs, streams);
+  }
+};
+
+// The angles that all rows share stay in registers.
+template <typename scalar_t, bool interleaved, int... step>
+ROPE_LOOP void rotate_slices_of_steps(const Rows<scalar_t>& all_rows, Traffic traffic) {
+  const Rows<scalar_t> rows = all_rows;
+  using Row = RowOfSteps<scalar_t, interleaved, step...>;
+  const auto rotate_row = [&](const Row& row, std::int64_t r) __attribute__((always_inline)) {
     const scalar_t* in = rows.in_row(r);
     scalar_t* out = rows.out_row(r);
-    prefetch_ahead(in, out, 2 * kNumPairs, traffic);
-    const bool streams = can_stream(out, traffic);
-    if (r == 0 || rows.angles_stride != 0) {
-      for (int step = 0; step < num_steps; ++step) {
-        const std::int64_t first = r * rows.angles_stride + step * kPairs;
-        angles[step] = Turn::TurnAngles::load(rows.cos + first, rows.sin + first);
-      }
+    prefetch_ahead(in, out, 2 * Row::kNumPairs, traffic);
+    if (can_stream(out, 2 * Row::kNumPairs, traffic)) {
+      row.template rotate<true>(in, out);
+    } else {
+      row.template rotate<false>(in, out);
     }
-    for (int step = 0; step < num_steps; ++step) {
-      Turn turn = Turn::load(in, step * kPairs, kNumPairs, kPairs);
-      turn.turn(angles[step]);
-      turn.store(out, step * kPairs, kNumPairs, kPairs, streams);
+  };
+  if (rows.angles_stride == 0) {
+    const Row row = Row::load(rows.cos, rows.sin);
+    for (std::int64_t r = 0; r < rows.count; ++r) {
+      rotate_row(row, r);
+    }
+  } else {
+    for (std::int64_t r = 0; r < rows.count; ++r) {
+      const std::int64_t angles = r * rows.angles_stride;
+      rotate_row(Row::load(rows.cos + angles, rows.sin + angles), r);
     }
   }
 }
@@ -362,7 +405,7 @@ ROPE_LOOP void rotate_slices_of_any_size(const Rows<scalar_t>& rows, std::int64_
     const auto* cos = rows.cos + r * rows.angles_stride;
     const auto* sin = rows.sin + r * rows.angles_stride;
     prefetch_ahead(in, out, 2 * num_pairs, traffic);
-    const bool streams = whole == num_pairs && can_stream(out, traffic);
+    const bool streams = whole == num_pairs && can_stream(out, 2 * num_pairs, traffic);
     const std::int64_t last = overlaps ? num_pairs - kPairs : 0;
     Turn last_turn;
     if (overlaps || is_short) {
@@ -389,13 +432,13 @@ ROPE_INLINE void rotate_slices(const Rows<scalar_t>& rows, std::int64_t num_pair
   constexpr std::int64_t kVectors = sizeof(typename Turn<scalar_t, interleaved>::TurnAngles) /
                                     sizeof(typename Step<scalar_t>::Vector) / 2;
   if (num_pairs == kPairs) {
-    return rotate_slices_of_steps<scalar_t, interleaved, 1>(rows, traffic);
+    return rotate_slices_of_steps<scalar_t, interleaved, 0>(rows, traffic);
   }
   if (num_pairs == 2 * kPairs && 2 * kVectors <= kMost) {
-    return rotate_slices_of_steps<scalar_t, interleaved, 2>(rows, traffic);
+    return rotate_slices_of_steps<scalar_t, interleaved, 0, 1>(rows, traffic);
   }
   if (num_pairs == 4 * kPairs && 4 * kVectors <= kMost) {
-    return rotate_slices_of_steps<scalar_t, interleaved, 4>(rows, traffic);
+    return rotate_slices_of_steps<scalar_t, interleaved, 0, 1, 2, 3>(rows, traffic);
   }
   rotate_slices_of_any_size<scalar_t, interleaved>(rows, num_pairs, traffic);
 }
@@ -533,17 +576,18 @@ ROPE_INLINE void rotations_of_token(const Launch& launch, const Workspace& works
 
 // Copies elements that are contiguous and do not overlap: std::memcpy, without a call for so few.
 template <typename scalar_t>
-ROPE_INLINE void copy(scalar_t* out, const scalar_t* in, std::int64_t count) {
+ROPE_INLINE void copy(scalar_t* out, const scalar_t* in, std::int64_t count, Traffic traffic) {
   using Vector = Vectorized<scalar_t>;
   constexpr std::int64_t kSize = Vector::size();
   if (count < kSize) {
     std::memcpy(out, in, count * sizeof(scalar_t));
     return;
   }
+  const bool streams = can_stream(out, count, traffic);
   for (std::int64_t i = 0; i < count - kSize; i += kSize) {
-    Vector::loadu(in + i).store(out + i);
+    store(Vector::loadu(in + i), out + i, streams);
   }
-  Vector::loadu(in + count - kSize).store(out + count - kSize);
+  store(Vector::loadu(in + count - kSize), out + count - kSize, streams);
 }
 
 // Copies the elements outside the rotated slice.
@@ -559,8 +603,8 @@ ROPE_LOOP void copy_outside(const Launch& launch, const Operand& operand,
     scalar_t* out = rows.out_row(r);
     prefetch_ahead(in, out, size, traffic);
     if (is_contiguous) {
-      copy(out, in, begin);
-      copy(out + end, in + end, size - end);
+      copy(out, in, begin, traffic);
+      copy(out + end, in + end, size - end, traffic);
       continue;
     }
     for (std::int64_t d = begin > 0 ? 0 : end; d < size; d = d + 1 == begin ? end : d + 1) {
@@ -598,7 +642,9 @@ ROPE_INLINE void rotate_rows(const Launch& launch, const Operand& operand,
   Traffic traffic = is_contiguous ? workspace.traffic : Traffic::kNear;
   if (operand.in != operand.out && operand.axis_size != 2 * launch.num_pairs) {
     copy_outside(launch, operand, rows, traffic);
-    traffic = Traffic::kNear;  // The whole row has been asked for.
+    if (traffic == Traffic::kFar) {
+      traffic = Traffic::kNear;  // The whole row has been asked for.
+    }
   }
   if (launch.num_pairs == 0) {
     return;
