@@ -52,6 +52,25 @@ inline bool can_use_words(const Launch& launch) {
   return aligned;
 }
 
+// Whether each word of each row of the tables begins at a multiple of 16 bytes.
+inline bool tables_have_words(const Launch& launch) {
+  const TableAngles& table = launch.by_table;
+  if (!launch.uses_tables || table.cos_stride != 1 || table.sin_stride != 1) {
+    return false;
+  }
+  const std::int64_t word = word_elements(table.dtype);
+  bool aligned = reinterpret_cast<std::uintptr_t>(table.cos) % 16 == 0 &&
+                 reinterpret_cast<std::uintptr_t>(table.sin) % 16 == 0;
+  if (table.rows != nullptr) {
+    return aligned && table.cos_row_stride % word == 0 && table.sin_row_stride % word == 0;
+  }
+  for (int d = 0; d < launch.tokens.num_dims; ++d) {
+    aligned = aligned && launch.tokens.strides[kAngle][d] % word == 0 &&
+              launch.tokens.strides[kSin][d] % word == 0;
+  }
+  return aligned;
+}
+
 // The farthest that a nest leads for any of its arrays, in elements.
 template <int kArrays>
 std::int64_t extent(const Nest<kArrays>& nest) {
@@ -72,7 +91,8 @@ inline Plan make_plan(const Launch& launch, std::int64_t first_pair, std::int64_
   // Enough threads to fill the largest devices; beyond that, a thread takes more rows for the
   // angles it has found.
   constexpr std::int64_t kEnoughThreads = std::int64_t{1} << 18;
-  constexpr std::int64_t kMaxRowsPerThread = 2 * kRowsInFlight;
+  constexpr std::int64_t kLittleWork = std::int64_t{1} << 14;
+  constexpr std::int64_t kMaxRowsPerThread = 4 * kRowsInFlight;
 
   Plan plan{};
   plan.uses_words = can_use_words(launch);
@@ -87,8 +107,10 @@ inline Plan make_plan(const Launch& launch, std::int64_t first_pair, std::int64_
     if (x.in != x.out && first_pair == 0) {
       most_outside = std::max(most_outside, x.axis_size - 2 * launch.num_pairs);
     }
-    farthest = std::max(farthest, extent(launch.tokens) + extent(x.shared));
+    farthest = std::max({farthest, extent(launch.tokens) + extent(x.shared), x.axis_size});
   }
+  work.q_rows = launch.operands[0].shared.count();
+  work.tables_have_words = plan.uses_words && tables_have_words(launch);
   work.first_pair = first_pair;
   work.last_pair = last_pair;
   work.rotate_chunks = ceil_div(last_pair - first_pair, pairs_per_chunk);
@@ -99,7 +121,8 @@ inline Plan make_plan(const Launch& launch, std::int64_t first_pair, std::int64_
       tokens * chunks * work.shared_rows / kEnoughThreads, 1, kMaxRowsPerThread);
   work.row_groups = ceil_div(work.shared_rows, work.rows_per_thread);
   work.items = tokens * chunks * work.row_groups;
-  plan.blocks = ceil_div(work.items, kThreads);
+  work.threads = work.items <= kLittleWork ? kFewThreads : kThreads;
+  plan.blocks = ceil_div(work.items, work.threads);
 
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
   plan.index_is_64bit =

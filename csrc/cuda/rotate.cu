@@ -11,8 +11,13 @@ namespace rope::cuda {
 
 namespace {
 
+// Registers for so many blocks at a time: 512 threads with 64 bytes each on their way are 32 KiB,
+// about three times what a processor of an H200 needs to keep its share of the memory busy
+// (docs/cuda.md).
+constexpr int kBlocksPerProcessor = 4;
+
 template <typename Thread>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     rotate_kernel(const __grid_constant__ Launch launch, const __grid_constant__ Work work,
                   const __grid_constant__ Frequencies frequencies) {
   Thread(launch, work, frequencies).run(blockIdx.x, threadIdx.x);
@@ -31,7 +36,7 @@ void launch(const Launch& launch, int device) {
   for_each_plan(launch, [&](const Plan& plan) {
     with_thread(launch, plan, [&](auto thread) {
       using Thread = typename decltype(thread)::type;
-      rotate_kernel<Thread><<<static_cast<unsigned>(plan.blocks), kThreads, 0, stream>>>(
+      rotate_kernel<Thread><<<static_cast<unsigned>(plan.blocks), plan.work.threads, 0, stream>>>(
           launch, plan.work, plan.frequencies);
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     });

@@ -5,12 +5,16 @@
 #include <ATen/OpMathType.h>
 
 #include "angle.h"
+#include "cuda/sincos.h"
 #include "rotate.h"
 #include "rotation.h"
 
 namespace rope::cuda {
 
-inline constexpr int kThreads = 256;  // of a block
+// Threads of a block where there is much to do, and where there is little: a few tokens are spread
+// over as many processors as have a block each.
+inline constexpr int kThreads = 128;
+inline constexpr int kFewThreads = 64;
 
 // Frequencies of max_wavelength travel with the launch, so that they need no device memory; where
 // there are more, there are more launches.
@@ -24,19 +28,23 @@ struct Frequencies {
 // A row (the elements of q or k along the embedding axis) is cut into chunks. A chunk of the
 // rotated slice has as many pairs as one 16-byte word has elements (a single pair where words
 // cannot be used); a chunk of the elements around it has twice as many elements. A thread has one
-// token, one chunk, and some of the rows that share the token's angles: it finds the cosines and
-// sines of its pairs once and keeps them in registers. Neighbouring threads have neighbouring
-// chunks, so that a warp reads and writes whole cache lines. The shared rows of q come first, then
-// those of k.
+// token, one chunk, and some of the rows that share the token's angles. It asks for the first rows,
+// finds the cosines and sines of its pairs while they are on their way, and keeps those in
+// registers for all its rows. Neighbouring threads have neighbouring chunks, so that a warp reads
+// and writes whole cache lines; chunks that are rotated and chunks that are copied take the same
+// loads and stores. The shared rows of q come first, then those of k.
 struct Work {
   std::int64_t first_pair;     // of this launch
   std::int64_t last_pair;      // one past
   std::int64_t rotate_chunks;  // of a row
   std::int64_t copy_chunks;
-  std::int64_t shared_rows;  // of all operands, of one token
+  std::int64_t q_rows;       // of one token
+  std::int64_t shared_rows;  // of one token, of all operands
   std::int64_t rows_per_thread;
   std::int64_t row_groups;
-  std::int64_t items;  // threads that have work
+  std::int64_t items;      // threads that have work
+  int threads;             // of a block
+  bool tables_have_words;  // Cosines and sines can be read 16 bytes at a time.
 };
 
 // Elements that are loaded and stored as one.
@@ -50,13 +58,11 @@ template <typename scalar_t>
 struct Row {
   const scalar_t* in;
   scalar_t* out;
-  std::int64_t in_stride;
-  std::int64_t out_stride;
-  std::int64_t size;
+  const Operand* operand;
 };
 
 // Rows a thread loads before it stores the first, so that their latencies overlap.
-inline constexpr int kRowsInFlight = 4;
+inline constexpr int kRowsInFlight = 2;
 
 // kPairs is that of a chunk. For single pairs kInterleaved is without meaning: one code serves
 // both.
@@ -70,7 +76,7 @@ class Thread {
 
   // Does the work of one thread of one block.
   C10_HOST_DEVICE void run(std::int64_t block, int thread) const {
-    std::int64_t item = block * kThreads + thread;
+    const std::int64_t item = block * work_.threads + thread;
     if (item >= work_.items) {
       return;
     }
@@ -78,81 +84,141 @@ class Thread {
     const auto chunks = static_cast<Index>(work_.rotate_chunks + work_.copy_chunks);
     const auto groups = static_cast<Index>(work_.row_groups);
     const auto index = static_cast<Index>(item);
-    const Index chunk = index % chunks;
     const Index group = index / chunks % groups;
-    Index token_offsets[kTokenArrays];
-    launch_.tokens.offsets(index / chunks / groups, token_offsets);
-
     const auto first_row = static_cast<Index>(group * work_.rows_per_thread);
     const Index end = first_row + static_cast<Index>(work_.rows_per_thread);
     const auto shared_rows = static_cast<Index>(work_.shared_rows);
-    const Index last_row = end < shared_rows ? end : shared_rows;
-    if (chunk < static_cast<Index>(work_.rotate_chunks)) {
-      const std::int64_t first = work_.first_pair + static_cast<std::int64_t>(chunk) * kPairs;
-      rotate_rows(first, token_offsets, first_row, last_row);
-    } else {
-      copy_rows(chunk - static_cast<Index>(work_.rotate_chunks), token_offsets, first_row,
-                last_row);
-    }
+    Index token_offsets[kTokenArrays];
+    launch_.tokens.offsets(index / chunks / groups, token_offsets);
+    turn_rows(find_chunk(index % chunks), token_offsets, first_row,
+              end < shared_rows ? end : shared_rows);
   }
 
  private:
   using HalfWord = Word<scalar_t, kPairs>;
   using Angles = Rotation<Real>[kPairs];
 
+  // What a thread has of each of its rows: two words.
+  struct Chunk {
+    Index begin[2];    // of each word in the row
+    Index first_pair;  // -1: elements around the slice, to be copied
+  };
+
+  C10_HOST_DEVICE Chunk find_chunk(Index chunk) const {
+    const auto rotate_chunks = static_cast<Index>(work_.rotate_chunks);
+    if (chunk < rotate_chunks) {
+      const Index first = static_cast<Index>(work_.first_pair) + chunk * kPairs;
+      const bool interleaved = kPairs == 1 ? launch_.interleaved : kInterleaved;
+      // The first elements of the pairs and the second ones, or, where pairs are interleaved, the
+      // first half of them and the second.
+      const Index begin =
+          static_cast<Index>(launch_.rotary_offset) + (interleaved ? 2 * first : first);
+      const Index step = interleaved ? kPairs : static_cast<Index>(launch_.num_pairs);
+      return {{begin, begin + step}, first};
+    }
+    // Elements outside the rotated slice, counted as if the slice were not there.
+    const Index first = 2 * (chunk - rotate_chunks) * kPairs;
+    return {{skip_slice(first), skip_slice(first + kPairs)}, -1};
+  }
+
+  C10_HOST_DEVICE Index skip_slice(Index outside) const {
+    return outside < static_cast<Index>(launch_.rotary_offset)
+               ? outside
+               : outside + static_cast<Index>(2 * launch_.num_pairs);
+  }
+
   C10_HOST_DEVICE Row<scalar_t> find_row(Index row,
                                          const Index (&token_offsets)[kTokenArrays]) const {
-    const auto q_rows = static_cast<Index>(launch_.operands[0].shared.count());
-    const int operand = row < q_rows ? 0 : 1;
-    const Operand& x = launch_.operands[operand];
-    Index offsets[2];
-    x.shared.offsets(operand == 0 ? row : row - q_rows, offsets);
-    return {static_cast<const scalar_t*>(x.in) + (token_offsets[kIn + 2 * operand] + offsets[0]),
-            static_cast<scalar_t*>(x.out) + (token_offsets[kOut + 2 * operand] + offsets[1]),
-            x.in_axis_stride, x.out_axis_stride, x.axis_size};
+    // No index into an array of registers.
+    const bool is_k = row >= static_cast<Index>(work_.q_rows);
+    const Operand& x = launch_.operands[is_k];
+    Index rest = is_k ? row - static_cast<Index>(work_.q_rows) : row;
+    Index offsets[2] = {0, 0};
+    // Seldom more than one dimension; in any case short code, since it stands here for each row.
+#pragma unroll 1
+    for (int d = x.shared.num_dims - 1; d > 0; --d) {
+      const auto size = static_cast<Index>(x.shared.sizes[d]);
+      const Index coordinate = rest % size;
+      rest /= size;
+      offsets[0] += coordinate * static_cast<Index>(x.shared.strides[0][d]);
+      offsets[1] += coordinate * static_cast<Index>(x.shared.strides[1][d]);
+    }
+    offsets[0] += rest * static_cast<Index>(x.shared.strides[0][0]);
+    offsets[1] += rest * static_cast<Index>(x.shared.strides[1][0]);
+    const Index in = is_k ? token_offsets[kIn + 2] : token_offsets[kIn];
+    const Index out = is_k ? token_offsets[kOut + 2] : token_offsets[kOut];
+    return {static_cast<const scalar_t*>(x.in) + (in + offsets[0]),
+            static_cast<scalar_t*>(x.out) + (out + offsets[1]), &x};
   }
 
-  // Where the two words of a chunk begin in a row: its first elements and its second, or, where
-  // pairs are interleaved, its first half and its second.
-  C10_HOST_DEVICE std::int64_t word_begin(std::int64_t first_pair, int word) const {
-    const bool interleaved = kPairs == 1 ? launch_.interleaved : kInterleaved;
-    return interleaved ? launch_.rotary_offset + 2 * first_pair + word * kPairs
-                       : launch_.rotary_offset + first_pair + word * launch_.num_pairs;
+  // Whether the word lies within the row as a whole. Rotated ones always do.
+  C10_HOST_DEVICE static bool has_word(const Operand& x, Index begin) {
+    return begin + kPairs <= static_cast<Index>(x.axis_size);
   }
 
-  // Words of more than one element lie at steps of 1: the launch sees to it.
-  C10_HOST_DEVICE static HalfWord load(const scalar_t* row, std::int64_t begin,
-                                       std::int64_t stride) {
-    return *reinterpret_cast<const HalfWord*>(row + (kPairs == 1 ? begin * stride : begin));
-  }
-  C10_HOST_DEVICE static void store(scalar_t* row, std::int64_t begin, std::int64_t stride,
-                                    const HalfWord& word) {
-    *reinterpret_cast<HalfWord*>(row + (kPairs == 1 ? begin * stride : begin)) = word;
+  // How far an element is from its row's beginning. Words of more than one element lie at steps of
+  // 1: the launch sees to it.
+  C10_HOST_DEVICE static std::int64_t distance(Index element, std::int64_t stride) {
+    return kPairs == 1 ? element * stride : static_cast<std::int64_t>(element);
   }
 
-  C10_HOST_DEVICE void rotate_rows(std::int64_t first_pair,
-                                   const Index (&token_offsets)[kTokenArrays], Index first_row,
-                                   Index last_row) const {
-    Angles angles;
-    find_angles(first_pair, token_offsets, angles);
+  C10_HOST_DEVICE void turn_rows(const Chunk& chunk, const Index (&token_offsets)[kTokenArrays],
+                                 Index first_row, Index last_row) const {
+    Angles angles{};
+#pragma unroll 1
     for (Index row = first_row; row < last_row; row += kRowsInFlight) {
+      Row<scalar_t> rows[kRowsInFlight];
       HalfWord words[kRowsInFlight][2];
-#pragma unroll
-      for (int i = 0; i < kRowsInFlight; ++i) {
-        if (row + i < last_row) {
-          const Row<scalar_t> x = find_row(row + i, token_offsets);
-          words[i][0] = load(x.in, word_begin(first_pair, 0), x.in_stride);
-          words[i][1] = load(x.in, word_begin(first_pair, 1), x.in_stride);
-        }
+      load(chunk, token_offsets, row, last_row, rows, words);
+      if (row == first_row && chunk.first_pair >= 0) {
+        find_angles(chunk.first_pair, token_offsets, angles);
       }
 #pragma unroll
       for (int i = 0; i < kRowsInFlight; ++i) {
         if (row + i < last_row) {
-          const Row<scalar_t> x = find_row(row + i, token_offsets);
-          rotate_words(words[i], angles);
-          store(x.out, word_begin(first_pair, 0), x.out_stride, words[i][0]);
-          store(x.out, word_begin(first_pair, 1), x.out_stride, words[i][1]);
+          if (chunk.first_pair >= 0) {
+            rotate_words(words[i], angles);
+          }
+          store(chunk, rows[i], words[i]);
         }
+      }
+    }
+  }
+
+  C10_HOST_DEVICE void load(const Chunk& chunk, const Index (&token_offsets)[kTokenArrays],
+                            Index row, Index last_row, Row<scalar_t> (&rows)[kRowsInFlight],
+                            HalfWord (&words)[kRowsInFlight][2]) const {
+#pragma unroll
+    for (int i = 0; i < kRowsInFlight; ++i) {
+      if (row + i < last_row) {
+        rows[i] = find_row(row + i, token_offsets);
+        const Operand& x = *rows[i].operand;
+#pragma unroll
+        for (int word = 0; word < 2; ++word) {
+          const Index begin = chunk.begin[word];
+          if (has_word(x, begin)) {
+            words[i][word] =
+                *reinterpret_cast<const HalfWord*>(rows[i].in + distance(begin, x.in_axis_stride));
+          } else {
+            // The last elements of a row that is no whole number of words.
+#pragma unroll 1
+            for (Index d = begin; d < static_cast<Index>(x.axis_size); ++d) {
+              rows[i].out[d] = rows[i].in[d];
+            }
+          }
+        }
+      }
+    }
+  }
+
+  C10_HOST_DEVICE void store(const Chunk& chunk, const Row<scalar_t>& row,
+                             const HalfWord (&words)[2]) const {
+    const Operand& x = *row.operand;
+#pragma unroll
+    for (int word = 0; word < 2; ++word) {
+      const Index begin = chunk.begin[word];
+      if (has_word(x, begin)) {
+        *reinterpret_cast<HalfWord*>(row.out + distance(begin, x.out_axis_stride)) = words[word];
       }
     }
   }
@@ -172,37 +238,21 @@ class Thread {
     }
   }
 
-  // Elements outside the rotated slice, counted as if the slice were not there.
-  C10_HOST_DEVICE void copy_rows(Index chunk, const Index (&token_offsets)[kTokenArrays],
-                                 Index first_row, Index last_row) const {
-    for (Index r = first_row; r < last_row; ++r) {
-      const Row<scalar_t> row = find_row(r, token_offsets);
-      const std::int64_t outside = row.size - 2 * launch_.num_pairs;
-#pragma unroll
-      for (int word = 0; word < 2; ++word) {
-        const std::int64_t first = (2 * static_cast<std::int64_t>(chunk) + word) * kPairs;
-        const std::int64_t begin =
-            first < launch_.rotary_offset ? first : first + 2 * launch_.num_pairs;
-        if (first + kPairs <= outside) {
-          store(row.out, begin, row.out_stride, load(row.in, begin, row.in_stride));
-        } else {
-          for (std::int64_t d = begin; d < row.size; ++d) {
-            row.out[d * row.out_stride] = row.in[d * row.in_stride];
-          }
-        }
-      }
-    }
-  }
-
   // The angles of the pairs from first_pair on.
-  C10_HOST_DEVICE void find_angles(std::int64_t first_pair,
-                                   const Index (&token_offsets)[kTokenArrays],
+  C10_HOST_DEVICE void find_angles(Index first_pair, const Index (&token_offsets)[kTokenArrays],
                                    Angles& angles) const {
     if (!launch_.uses_tables) {
+      double radians[kPairs];
       if (launch_.by_position.inv_freq_dtype == c10::ScalarType::Float) {
-        find_angles_by_position<float>(first_pair, token_offsets[kAngle], angles);
+        form_angles<float>(first_pair, token_offsets[kAngle], radians);
       } else {
-        find_angles_by_position<double>(first_pair, token_offsets[kAngle], angles);
+        form_angles<double>(first_pair, token_offsets[kAngle], radians);
+      }
+      find_rotations(radians, launch_.by_position.scale_factor, angles);
+      const auto factor = static_cast<Real>(launch_.by_position.attention_factor);
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        angles[i] = scale(angles[i], factor, launch_.conjugate);
       }
       return;
     }
@@ -218,49 +268,77 @@ class Thread {
     }
   }
 
+  // What form_angle is for one pair, for the pairs of a chunk: each position is read once.
   template <typename Frequency>
-  C10_HOST_DEVICE void find_angles_by_position(std::int64_t first_pair, Index position_offset,
-                                               Angles& angles) const {
+  C10_HOST_DEVICE void form_angles(Index first_pair, Index position_offset,
+                                   double (&radians)[kPairs]) const {
+    const PositionAngles& source = launch_.by_position;
+    Frequency sums[kPairs];
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      angles[i] = angle_by_position<Frequency>(launch_, work_, frequencies_, first_pair + i,
-                                               position_offset);
+      sums[i] = 0;
+    }
+    for (int axis = 0; axis < source.num_axes; ++axis) {
+      const auto position =
+          load_position<Frequency>(source.positions, source.positions_dtype,
+                                   position_offset + axis * source.positions_axis_stride);
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        const Frequency product = position * frequency<Frequency>(axis, first_pair + i);
+        sums[i] = axis == 0 ? product : sums[i] + product;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      radians[i] = static_cast<double>(sums[i]);
     }
   }
 
-  // Out of line, since inlined once for each pair it would double the time it takes to compile
-  // this.
   template <typename Frequency>
-  ROPE_OUT_OF_LINE C10_HOST_DEVICE static Rotation<Real> angle_by_position(
-      const Launch& launch, const Work& work, const Frequencies& frequencies, std::int64_t n,
-      Index position_offset) {
-    const PositionAngles& source = launch.by_position;
-    const auto position = [&](int axis) {
-      return load_position<Frequency>(source.positions, source.positions_dtype,
-                                      position_offset + axis * source.positions_axis_stride);
-    };
-    const auto inv_freq = [&](int axis) {
-      return source.inv_freq == nullptr
-                 ? static_cast<Frequency>(frequencies.values[n - work.first_pair])
-                 : static_cast<const Frequency*>(
-                       source.inv_freq)[axis * source.inv_freq_axis_stride +
-                                        n * source.inv_freq_stride];
-    };
-    const double t =
-        form_angle<Frequency>(source.num_axes, position, inv_freq, source.scale_factor);
-    return scale(rotation<Real>(t), static_cast<Real>(source.attention_factor), launch.conjugate);
+  C10_HOST_DEVICE Frequency frequency(int axis, Index pair) const {
+    const PositionAngles& source = launch_.by_position;
+    if constexpr (std::is_same_v<Frequency, double>) {
+      if (source.inv_freq == nullptr) {
+        return frequencies_.values[pair - static_cast<Index>(work_.first_pair)];
+      }
+    }
+    return static_cast<const Frequency*>(
+        source.inv_freq)[axis * source.inv_freq_axis_stride + pair * source.inv_freq_stride];
   }
 
   template <typename Table>
-  C10_HOST_DEVICE void find_angles_by_table(std::int64_t first_pair,
+  C10_HOST_DEVICE void find_angles_by_table(Index first_pair,
                                             const Index (&token_offsets)[kTokenArrays],
                                             Angles& angles) const {
     const auto row =
         find_table_row<Table>(launch_.by_table, token_offsets[kAngle], token_offsets[kSin]);
+    if (work_.tables_have_words) {
+      constexpr int kOnePiece = static_cast<int>(16 / sizeof(Table));
+      constexpr int kPiece = kPairs < kOnePiece ? kPairs : kOnePiece;
+      using Piece = Word<Table, kPiece>;
+#pragma unroll
+      for (int i = 0; i < kPairs; i += kPiece) {
+        const Piece cos = *reinterpret_cast<const Piece*>(row.cos + first_pair + i);
+        const Piece sin = *reinterpret_cast<const Piece*>(row.sin + first_pair + i);
+#pragma unroll
+        for (int n = 0; n < kPiece; ++n) {
+          angles[i + n] = {static_cast<Real>(cos.elements[n]), static_cast<Real>(sin.elements[n])};
+        }
+      }
+    } else {
+      // Seldom. One pair at a time, since addresses of them all would take many registers.
+#pragma unroll 1
+      for (int pair = 0; pair < kPairs; ++pair) {
+        const auto angle = load_rotation<Real>(launch_.by_table, row, first_pair + pair);
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) {
+          angles[i] = i == pair ? angle : angles[i];
+        }
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      angles[i] = scale(load_rotation<Real>(launch_.by_table, row, first_pair + i), Real(1),
-                        launch_.conjugate);
+      angles[i] = scale(angles[i], Real(1), launch_.conjugate);
     }
   }
 

@@ -16,6 +16,7 @@ constexpr std::int64_t kGiga = std::int64_t{1} << 30;
 
 // Where tensors seem to lie, far from each other: multiples of 2 MiB.
 constexpr std::int64_t kInput = std::int64_t{1} << 40;
+constexpr std::int64_t kKey = std::int64_t{1} << 39;
 constexpr std::int64_t kOutput = std::int64_t{1} << 41;
 constexpr std::int64_t kPositions = std::int64_t{1} << 42;
 
@@ -183,8 +184,8 @@ TEST(CudaPlan, StaysWithinTheGridUpTo2To33Elements) {
             for (const Plan& some : plans(by_tokens(tokens).on(x))) {
               EXPECT_GE(some.blocks, 1);
               EXPECT_LE(some.blocks, kMostBlocks);
-              EXPECT_GE(some.blocks * rope::cuda::kThreads, some.work.items);
-              EXPECT_LT((some.blocks - 1) * rope::cuda::kThreads, some.work.items);
+              EXPECT_GE(some.blocks * some.work.threads, some.work.items);
+              EXPECT_LT((some.blocks - 1) * some.work.threads, some.work.items);
             }
           }
         }
@@ -222,6 +223,86 @@ TEST(CudaPlan, CountsIn64BitsWhereKNeedsThem) {
   const at::Tensor q = fake({2, 3, 64});
   const at::Tensor k = fake({2, 3, 64}, at::kBFloat16, kInput, {{2 * kGiga, 64, 1}});
   EXPECT_TRUE(plan(by_tokens(2).on(q, k)).index_is_64bit);
+}
+
+TEST(CudaPlan, SpreadsAFewTokensOverManyProcessors) {
+  const auto decode = [](std::int64_t batch) {
+    return plan(by_tokens(batch).on(fake({batch, 32, 128}), fake({batch, 8, 128})));
+  };
+  EXPECT_EQ(decode(1).blocks, 5);  // 40 rows of 8 threads, 64 to a block.
+  EXPECT_EQ(decode(32).work.threads, rope::cuda::kFewThreads);
+  EXPECT_EQ(decode(4096).work.threads, rope::cuda::kThreads);
+}
+
+TEST(CudaPlan, ReadsTablesInWordsWhereEveryRowIsAligned) {
+  const at::Tensor x = fake({8, 3, 64});
+  const auto has_words = [&](const at::Tensor& cos, const at::Tensor& sin,
+                             std::optional<at::Tensor> rows = std::nullopt) {
+    return plan(host::apply_cos_sin(cos, sin, {.positions = rows}).on(x)).work.tables_have_words;
+  };
+  for (const at::ScalarType dtype : reference::kFloatDtypes) {
+    SCOPED_TRACE(c10::str("dtype = ", dtype));
+    const auto table = [&](std::int64_t offset, at::IntArrayRef strides) {
+      return fake({8, 1, 32}, dtype, kPositions + offset, strides);
+    };
+    const at::Tensor good = table(0, {32, 32, 1});
+    EXPECT_TRUE(has_words(good, good));
+    EXPECT_TRUE(has_words(table(16, {48, 48, 1}), table(0, {0, 0, 1})));
+    for (const at::Tensor& bad : {table(8, {32, 32, 1}), table(0, {33, 33, 1}),
+                                  table(0, {64, 64, 2}), table(0, {1, 1, 8})}) {
+      EXPECT_FALSE(has_words(good, bad));
+      EXPECT_FALSE(has_words(bad, good));
+    }
+    const at::Tensor rows = fake({8, 1}, at::kLong, kPositions);
+    const auto by_row = [&](std::int64_t stride) {
+      return fake({9, 32}, dtype, kPositions, {{stride, 1}});
+    };
+    EXPECT_TRUE(has_words(by_row(32), by_row(64), rows));
+    EXPECT_FALSE(has_words(by_row(32), by_row(33), rows));
+  }
+}
+
+// The bytes that the threads of a plan load, and store again, by its own count.
+std::int64_t bytes_of(const Plan& plan, std::int64_t tokens, at::ScalarType dtype) {
+  const std::int64_t pairs = plan.uses_words ? rope::cuda::word_elements(dtype) : 1;
+  const std::int64_t chunks = plan.work.rotate_chunks + plan.work.copy_chunks;
+  return tokens * plan.work.shared_rows * chunks * 2 * pairs *
+         static_cast<std::int64_t>(c10::elementSize(dtype));
+}
+
+TEST(CudaPlan, MovesEachElementOnceWithinTheLimitsOfACard) {
+  struct Shape {
+    std::int64_t tokens, q_heads, k_heads, size, rotary_dim;
+  };
+  for (const auto& [tokens, q_heads, k_heads, size, rotary_dim] :
+       {Shape{1, 1, 0, 2, 2}, Shape{1, 32, 8, 128, 128}, Shape{64, 32, 8, 128, 128},
+        Shape{4096, 32, 8, 128, 128}, Shape{16384, 32, 8, 128, 128}, Shape{4096, 32, 8, 128, 64},
+        Shape{4096, 128, 1, 64, 64}, Shape{8192, 1, 0, 64, 64}, Shape{4096, 32, 8, 96, 96},
+        Shape{4096, 32, 8, 90, 90}, Shape{4096, 16, 8, 256, 256}, Shape{kGiga, 1, 0, 8, 8},
+        Shape{1, kGiga, 0, 8, 8}, Shape{4 * kGiga, 1, 0, 2, 2}, Shape{kGiga / 16, 1, 0, 128, 128},
+        Shape{kGiga / 512, 32, 0, 128, 64}}) {
+    for (const at::ScalarType dtype : {at::kBFloat16, at::kFloat, at::kDouble}) {
+      SCOPED_TRACE(c10::str("(", tokens, ", ", q_heads, " + ", k_heads, ", ", size, "), ",
+                            rotary_dim, " rotated, ", dtype));
+      const Call call = by_tokens(tokens, {.rotary_dim = rotary_dim});
+      const at::Tensor q = fake({tokens, q_heads, size}, dtype);
+      const at::Tensor k = fake({tokens, k_heads, size}, dtype, kKey);
+      for (const bool in_place : {false, true}) {
+        Call both = k_heads > 0 ? call.on(q, k) : call.on(q);
+        both.in_place = in_place;
+        const Plan some = plan(both);
+        const std::int64_t elements = tokens * (q_heads + k_heads) * (in_place ? rotary_dim : size);
+        EXPECT_EQ(bytes_of(some, tokens, dtype),
+                  elements * static_cast<std::int64_t>(c10::elementSize(dtype)));
+        EXPECT_GE(some.blocks, 1);
+        EXPECT_LE(some.blocks, kMostBlocks);
+        EXPECT_LE(some.work.threads, rope::cuda::kThreads);
+        EXPECT_EQ(some.work.threads % 32, 0);
+        EXPECT_EQ(some.blocks, rope::cuda::ceil_div(some.work.items, some.work.threads));
+        EXPECT_GE(some.work.row_groups * some.work.rows_per_thread, some.work.shared_rows);
+      }
+    }
+  }
 }
 
 }  // namespace

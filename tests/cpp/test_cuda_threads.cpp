@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
+#include <limits>
 #include <memory>
 #include <string>
 
@@ -38,11 +40,11 @@ void run_threads(const Launch& launch, const Plan& plan, std::int64_t first_bloc
   rope::cuda::with_thread(launch, plan, [&](auto type) {
     using Thread = typename decltype(type)::type;
     const Thread threads(launch, plan.work, plan.frequencies);
-    const std::int64_t begin = first_block * rope::cuda::kThreads;
-    const std::int64_t end = last_block * rope::cuda::kThreads;
+    const std::int64_t begin = first_block * plan.work.threads;
+    const std::int64_t end = last_block * plan.work.threads;
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t turn = running.last_thread_first ? end - 1 - (i - begin) : i;
-      threads.run(turn / rope::cuda::kThreads, static_cast<int>(turn % rope::cuda::kThreads));
+      threads.run(turn / plan.work.threads, static_cast<int>(turn % plan.work.threads));
     }
   });
 }
@@ -274,6 +276,39 @@ TEST(CudaThreads, RotateByFarPositions) {
                              {.inv_freq = 1000 * random_inv_freq({32})})
                      .on(x));
   });
+}
+
+TEST(CudaThreads, FindTheCosineAndSineOfAnyAngle) {
+  const auto differ = [](double t) {
+    double angles[3] = {0.5, t, -t};
+    rope::Rotation<float> singles[3];
+    rope::cuda::find_rotations(angles, 1.0, singles);
+    double again[3] = {0.5, t, -t};
+    rope::Rotation<double> doubles[3];
+    rope::cuda::find_rotations(again, 1.0, doubles);
+    double most = 0;
+    for (int i = 0; i < 3; ++i) {
+      const double angle = i == 0 ? 0.5 : i == 1 ? t : -t;
+      most = std::max({most, std::abs(doubles[i].cos - std::cos(angle)) * 1e8,
+                       std::abs(doubles[i].sin - std::sin(angle)) * 1e8,
+                       std::abs(singles[i].cos - std::cos(angle)),
+                       std::abs(singles[i].sin - std::sin(angle))});
+    }
+    return most;
+  };
+  for (int exponent = -1074; exponent < 1024; ++exponent) {
+    for (const double mantissa : {1.0, 1.25, 1.5707963267948966, 1.9999999999999998}) {
+      const double t = std::ldexp(mantissa, exponent);
+      EXPECT_LE(differ(t), 1.3e-7) << t;
+    }
+  }
+  for (const double t :
+       {std::numeric_limits<double>::infinity(), std::numeric_limits<double>::quiet_NaN()}) {
+    double angles[1] = {t};
+    rope::Rotation<float> rotations[1];
+    rope::cuda::find_rotations(angles, 1.0, rotations);
+    EXPECT_TRUE(std::isnan(rotations[0].cos) && std::isnan(rotations[0].sin));
+  }
 }
 
 TEST(CudaThreads, ScaleTheAngleAndTheResult) {
