@@ -1,4 +1,4 @@
-// From the description of a launch to the angle of one pair of one token, for host and device.
+// From the description of a launch to the angle of one pair of one token.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -28,10 +28,10 @@ C10_HOST_DEVICE inline Number load_position(const void* positions, c10::ScalarTy
 
 // The angle of one pair, in radians: products of positions and frequencies over the axes, and their
 // sum from left to right, each rounded to Frequency. position(axis) and inv_freq(axis) give the
-// factors.
+// factors. For the host; a thread of a device forms those of several pairs (cuda/thread.h).
 template <typename Frequency, typename Position, typename InvFreq>
-C10_HOST_DEVICE inline double form_angle(int num_axes, const Position& position,
-                                         const InvFreq& inv_freq, double scale_factor) {
+inline double form_angle(int num_axes, const Position& position, const InvFreq& inv_freq,
+                         double scale_factor) {
   Frequency sum = position(0) * inv_freq(0);
   for (int axis = 1; axis < num_axes; ++axis) {
     sum = sum + position(axis) * inv_freq(axis);

@@ -9,13 +9,6 @@
 #include <cstring>
 #include <type_traits>
 
-// On a device, called instead of inlined: for what is long and need not be quick.
-#ifdef __CUDACC__
-#define ROPE_OUT_OF_LINE __noinline__
-#else
-#define ROPE_OUT_OF_LINE
-#endif
-
 namespace rope {
 
 // The two elements of x that turn together.
@@ -62,7 +55,7 @@ C10_HOST_DEVICE inline Rotation<Real> scale(const Rotation<Real>& angle, Real at
 // and k modulo 4 says which is which and with what sign. With the rounding of r to float32 the
 // result is within 1.2e-7 of the truth. There is no branch and no call, so that compilers turn a
 // loop of it into vector code. Angles beyond kReducible (a position of 2^31 at a frequency above
-// 512) take the C library's way.
+// 512) take the C library's way on the host, and that of cuda/sincos.h on a device.
 
 inline constexpr double kReducible = 0x1p40;
 
@@ -104,12 +97,11 @@ C10_HOST_DEVICE inline Rotation<float> reduced_rotation(double t) {
 }
 
 // The C library's cosine and sine.
-ROPE_OUT_OF_LINE C10_HOST_DEVICE inline Rotation<double> library_rotation(double t) {
-  return {std::cos(t), std::sin(t)};
-}
+inline Rotation<double> library_rotation(double t) { return {std::cos(t), std::sin(t)}; }
 
+// Cosine and sine of any t, for the host; cuda/sincos.h has what a device does.
 template <typename Real>
-C10_HOST_DEVICE inline Rotation<Real> rotation(double t) {
+inline Rotation<Real> rotation(double t) {
   if constexpr (std::is_same_v<Real, float>) {
     if (irreducible_bit(t) >> 63 == 0) {
       return reduced_rotation(t);
