@@ -61,7 +61,7 @@ PYTHON
 )
 
 pytest=("$python" -m pytest -q -W ignore -p no:cacheprovider)
-step 40 "CUDA: graphs, streams, devices" "${pytest[@]}" "$tests/test_cuda.py"
+step 40 "CUDA: graphs, streams, devices" "${pytest[@]}" "$tests/test_cuda.py" "$tests/test_cuda_code.py"
 step 80 "The Python tests on CUDA" "${pytest[@]}" -k "cuda" \
   "$tests"/test_{apply,autograd,cos_sin,in_place,layouts,numbers,pair}.py
 if command -v compute-sanitizer > /dev/null; then
