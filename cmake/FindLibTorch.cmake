@@ -115,7 +115,10 @@ if(LibTorch_torch_cuda_LIBRARY)
     add_library(LibTorch::cudart SHARED IMPORTED)
     set_target_properties(LibTorch::cudart PROPERTIES IMPORTED_LOCATION "${LibTorch_CUDART_LIBRARY}")
     add_library(LibTorch::CUDA INTERFACE IMPORTED)
+    # Kept, like libtorch.so above, where a program names no symbol of them.
     set_target_properties(LibTorch::CUDA PROPERTIES
-      INTERFACE_LINK_LIBRARIES "LibTorch::LibTorch;LibTorch::c10_cuda;LibTorch::cudart")
+      INTERFACE_LINK_LIBRARIES "LibTorch::LibTorch;LibTorch::c10_cuda;LibTorch::cudart"
+      INTERFACE_LINK_OPTIONS
+        "-Wl,--push-state,--no-as-needed,${LibTorch_c10_cuda_LIBRARY},${LibTorch_CUDART_LIBRARY},--pop-state")
   endif()
 endif()

@@ -123,6 +123,14 @@ def test_a_program_that_names_no_symbol_of_the_library_is_linked_with_it(folder:
     assert "librope.so" in libraries_of(program)
 
 
+def test_a_program_has_what_the_library_needs_of_cuda(folder: Path) -> None:
+    library = Path(torch_rope.cmake_prefix_path) / "lib" / "librope.so"
+    # The loader looks for them where the program says, since torch may have moved since the build.
+    of_cuda = {name for name in libraries_of(library) if "cuda" in name}
+    assert bool(of_cuda) == torch_rope._C.has_cuda
+    assert of_cuda <= set(libraries_of(folder / "test_registration"))
+
+
 @pytest.mark.parametrize("program", ["test_api", "test_modules", "test_registration"])
 def test_the_program_does_not_need_python(folder: Path, program: str) -> None:
     file = folder / program

@@ -34,7 +34,7 @@ def cuobjdump(*options: str) -> str:
         tool = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
         if not Path(tool).exists():
             pytest.skip("no cuobjdump here")
-    library = Path(torch_rope.__file__).parent / "lib" / "librope.so"
+    library = Path(torch_rope.cmake_prefix_path) / "lib" / "librope.so"
     command = [tool, *options, str(library)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
