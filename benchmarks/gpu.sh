@@ -72,8 +72,10 @@ else
 fi
 
 # The few cases of --quick: each has to be compiled by torch.compile, which takes most of the time.
-step 180 "Benchmark" "$python" "$benchmarks/bench_apply.py" --device cuda --quick \
+step 150 "Benchmark" "$python" "$benchmarks/bench_apply.py" --device cuda --quick \
   --json "$results/$name.json" --markdown "$results/$name.md"
+step 30 "Decoding" "$python" "$benchmarks/bench_decode.py" --json "$results/$name-decode.json" \
+  --markdown "$results/$name-decode.md"
 
 heading "Done"
 if [ ${#failed[@]} -gt 0 ]; then

@@ -18,6 +18,7 @@ PACKAGES = (
     "flashinfer-python",
     "liger-kernel",
     "transformer-engine",
+    "triton",
 )
 
 
@@ -45,6 +46,8 @@ def describe_environment(device: str) -> dict[str, str]:
         "torch-rope": torch_rope.__version__,
         "torch": torch.__version__,
     }
+    if device == "cuda":
+        environment["CUDA"] = str(torch.version.cuda)
     for package in PACKAGES:
         try:
             environment[package] = version(package)

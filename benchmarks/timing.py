@@ -1,5 +1,6 @@
 """Times calls in turns, so that a slow moment of the machine falls on all of them."""
 
+import functools
 import gc
 import resource
 import statistics
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 import memory
 import torch
+from torch import Tensor
 
 
 @dataclass
@@ -40,12 +42,14 @@ def time_in_turns(
         rounds: How many times all of them are timed, in turn; at least 2.
         seconds: How long one call is repeated in a round. Results are dropped at once, so that the
             next call can have their memory.
-        device: ``"cpu"`` or ``"cuda"``, which is timed by its events.
+        device: ``"cpu"``; ``"cuda"``, where each call is timed by events of its own and finds the
+            second-level cache full of other data; or ``"host"``: what calls take of the CPU while a
+            CUDA device works, or is idle.
         give_memory_back: Whether glibc's heap gives its free memory to the system before each turn.
             Otherwise what one call frees can serve another: a large result would by chance have
             pages that are there already.
     """
-    time_calls = _time_on_cuda if device == "cuda" else _time_on_cpu
+    time_calls = {"cpu": _time_on_cpu, "cuda": _time_on_cuda, "host": _time_on_host}[device]
     repeats = {}
     for name, call in calls.items():
         call()
@@ -60,29 +64,46 @@ def time_in_turns(
                 memory.give_back()
             time_calls(call, max(1, repeats[name] // 2))  # Caches and the heap as they will be.
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            samples[name].append(time_calls(call, repeats[name]) / repeats[name])
+            samples[name].append(time_calls(call, repeats[name]))
             after = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             faults[name].append((after - before) / repeats[name])
     gc.enable()
     return {name: _summarize(samples[name], faults[name]) for name in calls}
 
 
+# These return the seconds of one call.
+
+
 def _time_on_cpu(call: Callable[[], object], repeats: int) -> float:
     start = time.perf_counter()
     for _ in range(repeats):
         call()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / repeats
+
+
+def _time_on_host(call: Callable[[], object], repeats: int) -> float:
+    torch.cuda.synchronize()  # A full queue of launches would let the CPU wait.
+    return _time_on_cpu(call, min(repeats, 500))
 
 
 def _time_on_cuda(call: Callable[[], object], repeats: int) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    other = _other_data()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     torch.cuda.synchronize()
-    start.record()
-    for _ in range(repeats):
+    for start, end in events:
+        other.sum()  # Read, not written: what is to be written back would slow the call.
+        start.record()
         call()
-    end.record()
+        end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+
+
+@functools.cache
+def _other_data() -> Tensor:
+    """Four times what the second-level cache holds; to read it also hides what the host does."""
+    cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    return torch.zeros(max(cache, 2**25), dtype=torch.float32, device="cuda")
 
 
 def _summarize(samples: list[float], faults: list[float]) -> Timing:

@@ -1,0 +1,188 @@
+"""Measures what it takes to rotate the tokens of one decoding step: of a GPU, and of its host.
+
+python benchmarks/bench_decode.py
+python benchmarks/bench_decode.py --batch 1 64 --json F.json --markdown F.md
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from cases import Case, Problem, torch_rope_call
+from peers import PEERS, Call, Unsupported
+from report import describe_environment, table
+from timing import time_in_turns
+from torch.autograd import DeviceType
+from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
+
+OURS = "torch-rope"
+OURS_IN_PLACE = "torch-rope, in place"
+NORM = "layer_norm of q"  # one kernel of PyTorch's: what its host side costs
+COPY = "copy_ of q and k"
+
+MOST_KERNEL_SECONDS = 1.2e-6
+
+
+@dataclass
+class Figures:
+    """Seconds of one call; None where there is no GPU, or no graph of the call.
+
+    Attributes:
+        launches: Kernels and copies on the device.
+        kernels: In them alone, as the profiler sees them, without what is between them.
+        graph: As one of many calls in a CUDA graph, with what is between them.
+        host: On the CPU.
+    """
+
+    launches: float | None
+    kernels: float | None
+    graph: float | None
+    host: float
+
+
+def list_calls(problem: Problem) -> dict[str, Call]:
+    """Returns ours, two of PyTorch's operators, and the peers that serve the case."""
+    q, k = problem.q, problem.k
+    copies = [(x, torch.empty_like(x)) for x in (q, k)]
+    in_place = Problem(problem.case, q.device.type)  # Its tensors change.
+    calls: dict[str, Call] = {
+        OURS: torch_rope_call(problem),
+        OURS_IN_PLACE: torch_rope_call(in_place, in_place=True),
+        NORM: lambda: functional.layer_norm(q, q.shape[-1:]),
+        COPY: lambda: [y.copy_(x) for x, y in copies],
+    }
+    for name, make in PEERS.items():
+        try:
+            call = make(problem)
+            call()
+        except (ImportError, Unsupported):
+            continue
+        except Exception as error:
+            print(f"{name} is left out: {type(error).__name__}: {error}".splitlines()[0])
+            continue
+        calls[name] = call
+    return calls
+
+
+def profile_kernels(call: Callable[[], object], times: int = 100) -> tuple[float, float]:
+    """Returns launches of a call, and the median of the seconds that their kernels take."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(times):
+            call()
+        torch.cuda.synchronize()
+    events = [event for event in profiled.events() if event.device_type == DeviceType.CUDA]
+    events.sort(key=lambda event: event.time_range.start)
+    durations = [event.time_range.elapsed_us() / 1e6 for event in events]
+    launches, rest = divmod(len(durations), times)
+    if rest != 0:  # Not every call does the same.
+        return len(durations) / times, sum(durations) / times
+    calls = [durations[i : i + launches] for i in range(0, len(durations), max(1, launches))]
+    return launches, statistics.median(map(sum, calls)) if calls else 0.0
+
+
+def time_in_graph(call: Callable[[], object], times: int = 100, rounds: int = 20) -> float:
+    """Returns the seconds of a call in a graph of many, one after the other."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            call()
+    samples = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        samples.append(start.elapsed_time(end) / 1e3 / times)
+    return statistics.median(samples)
+
+
+def measure(batch: int, device: str, rounds: int) -> dict[str, Figures]:
+    """Measures every call for so many sequences."""
+    problem = Problem(Case("bfloat16", tokens=1, batch=batch, variant="decode"), device)
+    calls = list_calls(problem)
+    host = time_in_turns(calls, rounds, 0.005, "host" if device == "cuda" else device)
+    figures = {}
+    for name, call in calls.items():
+        launches, kernels = profile_kernels(call) if device == "cuda" else (None, None)
+        # Not every peer can be captured, and one that cannot may leave the device unusable.
+        in_graph = time_in_graph(call) if device == "cuda" and name not in PEERS else None
+        figures[name] = Figures(launches, kernels, in_graph, host[name].median)
+    return figures
+
+
+def verdicts(name: str, figures: Figures, norm: Figures, batch: int) -> str:
+    """Says which targets ours meets."""
+    if name not in (OURS, OURS_IN_PLACE):
+        return ""
+    met = {"host": figures.host <= norm.host}
+    if figures.kernels is not None:
+        met["one launch"] = figures.launches == 1
+        if batch == 1:
+            met["kernel"] = figures.kernels <= MOST_KERNEL_SECONDS
+    return ", ".join(f"{what}: {'pass' if is_met else 'miss'}" for what, is_met in met.items())
+
+
+def microseconds(seconds: float | None) -> str:
+    """Returns a table's cell."""
+    return "" if seconds is None else f"{seconds * 1e6:.2f}"
+
+
+def report(by_batch: dict[int, dict[str, Figures]], environment: dict[str, str]) -> str:
+    """Returns the whole report in Markdown."""
+    parts = [
+        f"# Decoding: {environment['device']}, {environment['date']}",
+        "\n".join(f"- {name}: {value}" for name, value in environment.items()),
+        "q: 32 heads, k: 8 heads of 128, bfloat16, one token a sequence. Targets: q and k in one "
+        f"launch; {MOST_KERNEL_SECONDS * 1e6} us in its kernel for one sequence; on the host no "
+        "more than layer_norm.",
+    ]
+    header = ["call", "launches", "kernels, us", "in a graph, us", "host, us", "targets"]
+    for batch, figures in by_batch.items():
+        lines = []
+        for name, one in figures.items():
+            launches = "" if one.launches is None else f"{one.launches:g}"
+            cells = [microseconds(value) for value in (one.kernels, one.graph, one.host)]
+            lines.append([name, launches, *cells, verdicts(name, one, figures[NORM], batch)])
+        parts += [f"## {batch} sequence{'s' if batch > 1 else ''}", table(header, lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Measures and reports."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default=default, help="cpu: the host's side alone"
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 64], help="sequences")
+    parser.add_argument("--rounds", type=int, default=7, help="of all calls in turn, on the host")
+    parser.add_argument("--json", type=Path, help="write every figure here")
+    parser.add_argument("--markdown", type=Path, help="write the report here")
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(1)
+    by_batch = {
+        batch: measure(batch, arguments.device, arguments.rounds) for batch in arguments.batch
+    }
+    environment = describe_environment(arguments.device)
+    text = report(by_batch, environment)
+    print(text)
+    if arguments.markdown:
+        arguments.markdown.write_text(text)
+    if arguments.json:
+        calls = {
+            batch: {name: asdict(one) for name, one in figures.items()}
+            for batch, figures in by_batch.items()
+        }
+        figures_of_all = {"environment": environment, "sequences": calls}
+        arguments.json.write_text(json.dumps(figures_of_all, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
