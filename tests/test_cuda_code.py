@@ -67,15 +67,23 @@ def resources(architecture: str) -> dict[Kernel, dict[str, int]]:
 
 
 @cache
-def instructions(architecture: str) -> dict[Kernel, Counter[str]]:
-    """Returns how often each kernel has each instruction."""
+def listings(architecture: str) -> dict[Kernel, list[str]]:
+    """Returns the instructions of each kernel, with their operands, in the order of memory."""
     text = cuobjdump("-arch", architecture, "-sass")
     _, *functions = re.split(r"^\s*Function : ", text, flags=re.MULTILINE)
-    operation = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
+    instruction = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z].*?) ?;", re.MULTILINE)
     return {
-        kernel_of(function.split(maxsplit=1)[0]): Counter(operation.findall(function))
+        kernel_of(function.split(maxsplit=1)[0]): instruction.findall(function)
         for function in functions
         if "rotate_kernel" in function.split(maxsplit=1)[0]
+    }
+
+
+def instructions(architecture: str) -> dict[Kernel, Counter[str]]:
+    """Returns how often each kernel has each instruction."""
+    return {
+        kernel: Counter(line.split(maxsplit=1)[0] for line in lines)
+        for kernel, lines in listings(architecture).items()
     }
 
 
@@ -135,6 +143,19 @@ def test_words_are_loaded_and_stored_by_16_bytes(architecture: str) -> None:
             tables = sum(2 * (pairs // word) for word in PAIRS_OF_A_WORD.values())
             assert count(code, "LDG", "128") == 2 * ROWS_IN_FLIGHT + tables, kernel
             assert count(code, "STG", "128") == 2 * ROWS_IN_FLIGHT, kernel
+
+
+def test_the_first_rows_are_asked_for_before_any_of_them_is_used(architecture: str) -> None:
+    for kernel, lines in listings(architecture).items():
+        if kernel[1] == 1:
+            continue
+        loads = [i for i, line in enumerate(lines) if line.startswith("LDG.E.128")]
+        on_their_way: set[int] = set()
+        for line in lines[loads[0] : loads[2 * ROWS_IN_FLIGHT - 1] + 1]:
+            registers = [int(number) for number in re.findall(r"\bR(\d+)\b", line)]
+            assert on_their_way.isdisjoint(registers), (kernel, line)
+            if line.startswith("LDG.E.128"):
+                on_their_way.update(range(registers[0], registers[0] + 4))
 
 
 def test_single_elements_of_words_are_stored_only_at_the_end_of_a_row(architecture: str) -> None:

@@ -4,6 +4,10 @@
 
 #include <ATen/OpMathType.h>
 
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
 #include "angle.h"
 #include "cuda/sincos.h"
 #include "rotate.h"
@@ -53,6 +57,35 @@ struct alignas(sizeof(scalar_t) * kSize) Word {
   scalar_t elements[kSize];
 };
 
+// The same as bits, for what is on its way: a compiler that sees 16-bit elements takes them out of
+// a word's registers where it is loaded, and so waits for each word before it asks for the next.
+template <typename scalar_t, int kSize>
+struct alignas(sizeof(scalar_t) * kSize) Bits {
+  using Element =
+      std::conditional_t<sizeof(scalar_t) == 2, std::uint16_t,
+                         std::conditional_t<sizeof(scalar_t) == 4, std::uint32_t, std::uint64_t>>;
+  // A register has 32 bits: two of 16, the first one low.
+  static constexpr int kInUnit = sizeof(scalar_t) == 2 && kSize % 2 == 0 ? 2 : 1;
+  using Unit = std::conditional_t<kInUnit == 2, std::uint32_t, Element>;
+
+  Unit units[kSize / kInUnit];
+
+  C10_HOST_DEVICE scalar_t get(int i) const {
+    const auto bits = static_cast<Element>(units[i / kInUnit] >> (i % kInUnit * 16));
+    scalar_t element;
+    std::memcpy(&element, &bits, sizeof(element));
+    return element;
+  }
+
+  // The elements of a unit are set from the first on.
+  C10_HOST_DEVICE void set(int i, scalar_t element) {
+    Element bits;
+    std::memcpy(&bits, &element, sizeof(element));
+    Unit& unit = units[i / kInUnit];
+    unit = i % kInUnit == 0 ? Unit{bits} : unit | Unit{bits} << 16;
+  }
+};
+
 // Where a row begins.
 template <typename scalar_t>
 struct Row {
@@ -95,7 +128,7 @@ class Thread {
   }
 
  private:
-  using HalfWord = Word<scalar_t, kPairs>;
+  using HalfBits = Bits<scalar_t, kPairs>;
   using Angles = Rotation<Real>[kPairs];
 
   // What a thread has of each of its rows: two words.
@@ -168,7 +201,7 @@ class Thread {
 #pragma unroll 1
     for (Index row = first_row; row < last_row; row += kRowsInFlight) {
       Row<scalar_t> rows[kRowsInFlight];
-      HalfWord words[kRowsInFlight][2];
+      HalfBits words[kRowsInFlight][2];
       load(chunk, token_offsets, row, last_row, rows, words);
       if (row == first_row && chunk.first_pair >= 0) {
         find_angles(chunk.first_pair, token_offsets, angles);
@@ -187,7 +220,7 @@ class Thread {
 
   C10_HOST_DEVICE void load(const Chunk& chunk, const Index (&token_offsets)[kTokenArrays],
                             Index row, Index last_row, Row<scalar_t> (&rows)[kRowsInFlight],
-                            HalfWord (&words)[kRowsInFlight][2]) const {
+                            HalfBits (&words)[kRowsInFlight][2]) const {
 #pragma unroll
     for (int i = 0; i < kRowsInFlight; ++i) {
       if (row + i < last_row) {
@@ -198,13 +231,7 @@ class Thread {
           const Index begin = chunk.begin[word];
           if (has_word(x, begin)) {
             words[i][word] =
-                *reinterpret_cast<const HalfWord*>(rows[i].in + distance(begin, x.in_axis_stride));
-          } else {
-            // The last elements of a row that is no whole number of words.
-#pragma unroll 1
-            for (Index d = begin; d < static_cast<Index>(x.axis_size); ++d) {
-              rows[i].out[d] = rows[i].in[d];
-            }
+                *reinterpret_cast<const HalfBits*>(rows[i].in + distance(begin, x.in_axis_stride));
           }
         }
       }
@@ -212,30 +239,38 @@ class Thread {
   }
 
   C10_HOST_DEVICE void store(const Chunk& chunk, const Row<scalar_t>& row,
-                             const HalfWord (&words)[2]) const {
+                             const HalfBits (&words)[2]) const {
     const Operand& x = *row.operand;
 #pragma unroll
     for (int word = 0; word < 2; ++word) {
       const Index begin = chunk.begin[word];
       if (has_word(x, begin)) {
-        *reinterpret_cast<HalfWord*>(row.out + distance(begin, x.out_axis_stride)) = words[word];
+        *reinterpret_cast<HalfBits*>(row.out + distance(begin, x.out_axis_stride)) = words[word];
+      } else {
+        // The last elements of a row that is no whole number of words. (There are none in place.)
+#pragma unroll 1
+        for (Index d = begin; d < static_cast<Index>(x.axis_size); ++d) {
+          row.out[d] = row.in[d];
+        }
       }
     }
   }
 
-  C10_HOST_DEVICE static void rotate_words(HalfWord (&words)[2], const Angles& angles) {
+  C10_HOST_DEVICE static void rotate_words(HalfBits (&words)[2], const Angles& angles) {
+    HalfBits turned_words[2];
 #pragma unroll
     for (int n = 0; n < kPairs; ++n) {
       // Interleaved, elements 2n and 2n + 1 of the two words together; else element n of each.
       const int a = kInterleaved ? 2 * n : n;
       const int b = kInterleaved ? 2 * n + 1 : kPairs + n;
-      scalar_t& first = words[a / kPairs].elements[a % kPairs];
-      scalar_t& second = words[b / kPairs].elements[b % kPairs];
-      const Pair<Real> turned =
-          rotate<Real>({static_cast<Real>(first), static_cast<Real>(second)}, angles[n]);
-      first = static_cast<scalar_t>(turned.a);
-      second = static_cast<scalar_t>(turned.b);
+      const Pair<Real> pair{static_cast<Real>(words[a / kPairs].get(a % kPairs)),
+                            static_cast<Real>(words[b / kPairs].get(b % kPairs))};
+      const Pair<Real> turned = rotate<Real>(pair, angles[n]);
+      turned_words[a / kPairs].set(a % kPairs, static_cast<scalar_t>(turned.a));
+      turned_words[b / kPairs].set(b % kPairs, static_cast<scalar_t>(turned.b));
     }
+    words[0] = turned_words[0];
+    words[1] = turned_words[1];
   }
 
   // The angles of the pairs from first_pair on.
