@@ -129,6 +129,7 @@ std::byte* thread_memory(std::int64_t bytes) {
   thread_local std::int64_t size = 0;
   if (size < bytes) {
     memory.reset();
+    size = 0;  // Allocation may throw.
     memory.reset(static_cast<std::byte*>(::operator new(bytes, std::align_val_t(kAlignment))));
     size = bytes;
   }
