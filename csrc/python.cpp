@@ -110,7 +110,9 @@ at::Tensor mixed_frequencies(std::int64_t rotary_dim, std::int64_t num_heads, do
 
 }  // namespace
 
-PYBIND11_MODULE(_C, module) {
+// Free-threaded Python needs no lock here: whatever the library keeps between calls is constant, or
+// belongs to one thread.
+PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.doc() = "The operators of torch-rope. Use them through the functions of torch_rope.";
   module.attr("has_cuda") = rope::cuda::has_kernels();
   define_family<Operators::Apply>(module, "apply", "positions", "inv_freq", "embedding_axis",

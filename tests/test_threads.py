@@ -1,5 +1,8 @@
 """Many threads at once: each gets what one thread alone gets."""
 
+import subprocess
+import sys
+import sysconfig
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -171,3 +174,11 @@ def test_replicas_of_one_set_of_parameters_add_up_their_gradients(device: str) -
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(actual[name], parameter.grad)
+
+
+@pytest.mark.skipif(
+    not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python has its global lock"
+)
+def test_a_free_threaded_python_stays_free() -> None:
+    program = "import sys, torch_rope; sys.exit(sys._is_gil_enabled())"
+    subprocess.run([sys.executable, "-c", program], check=True)
