@@ -72,8 +72,10 @@ Rotation<at::Tensor> table_gradient(const Call& call, const at::Tensor& grad, co
 at::Tensor positions_gradient(const Call& call, const at::Tensor& angle) {
   const at::Tensor frequency = frequencies(call);
   const at::Tensor scaled = (angle / call.options.scale_factor).to(frequency.scalar_type());
-  const at::Tensor gradient = frequency.dim() == 1 ? (scaled * frequency).sum(-1)
-                                                   : scaled.matmul(frequency.t()).movedim(-1, 0);
+  // No product of matrices, which would flatten the tokens: DTensor cannot where they are sharded.
+  const at::Tensor gradient = frequency.dim() == 1
+                                  ? (scaled * frequency).sum(-1)
+                                  : (scaled.unsqueeze(-2) * frequency).sum(-1).movedim(-1, 0);
   return gradient.to(call.positions.scalar_type());
 }
 

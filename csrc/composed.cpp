@@ -72,7 +72,9 @@ at::Tensor frequencies(const Call& call) {
     return *options.inv_freq;
   }
   const c10::SymInt dim = rotary_dim(call, call.q);
-  const at::Tensor two_n = at::arange(dim / 2, call.q.options().dtype(at::kDouble)) * 2;
+  // Not arange: what is formed from positions is a DTensor where they are. (Inductor makes it one.)
+  const at::Tensor one_to_n = call.positions.new_ones_symint({dim / 2}, at::kLong).cumsum(0);
+  const at::Tensor two_n = (one_to_n - 1).to(at::kDouble) * 2;
   return at::pow(options.max_wavelength, -two_n / dim);
 }
 

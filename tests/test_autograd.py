@@ -369,9 +369,8 @@ def test_the_backward_of_angles_rotates_nothing(device: str, case: str) -> None:
 
 def test_the_backward_of_one_input_spares_the_others(device: str) -> None:
     both = backward_of("axes", [1, 2], device).others
-    assert both.count("aten::mm") == 1  # for positions
-    assert "aten::mm" not in backward_of("axes", [2], device).others
-    assert len(backward_of("axes", [1], device).others) < len(both)
+    for asking in (1, 2):
+        assert len(backward_of("axes", [asking], device).others) < len(both)
     assert backward_of("rows", [1, 2], device).others.count("aten::index_put") == 2
     for table in (1, 2):
         assert backward_of("rows", [table], device).others.count("aten::index_put") == 1

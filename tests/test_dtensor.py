@@ -448,10 +448,14 @@ def check_gradients(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
+        "sequence before heads",
         "positions of each sequence",
+        "several axes",
         "tables",
         pytest.param("tables by position", marks=needs_newer_dtensor),
+        "pair with heads before sequence",
         "pair of different rank",
+        "pair of different rank, embedding axis in the middle",
         "pair with tables",
     ],
 )
