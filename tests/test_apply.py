@@ -356,22 +356,6 @@ def test_values_near_the_ends_of_a_dtype_are_rotated(device: str) -> None:
             check(x, random_positions((9,), device=device))
 
 
-def test_autocast_leaves_the_dtype_alone(device: str) -> None:
-    x = random_values((9, 32), torch.float32, device)
-    positions = random_positions((9,), device=device)
-    expected = torch_rope.apply(x, positions)
-    with torch.autocast(device, torch.bfloat16):
-        assert_same_bits(torch_rope.apply(x, positions), expected)
-
-
-def test_inference_mode_gives_the_same_bits(device: str) -> None:
-    x = random_values((9, 32), torch.float32, device)
-    positions = random_positions((9,), device=device)
-    expected = torch_rope.apply(x, positions)
-    with torch.inference_mode():
-        assert_same_bits(torch_rope.apply(x, positions), expected)
-
-
 def test_an_output_of_several_huge_pages_has_the_bits_of_small_ones(device: str) -> None:
     x = random_values((4100, 8, 66), torch.float32, device=device)
     positions = torch.arange(4100, device=device)[:, None]
