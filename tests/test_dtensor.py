@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch_rope
+from attention import Attention, batches, train
 from processes import Processes
 from reference import random_inv_freq, random_positions, random_values
-from torch import Tensor
+from torch import Tensor, nn
 
 if not torch.distributed.is_available():
     pytest.skip("this PyTorch is built without torch.distributed", allow_module_level=True)
@@ -23,10 +24,16 @@ from torch.distributed.tensor import (
     Placement,
     Replicate,
     Shard,
+    distribute_module,
     distribute_tensor,
 )
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.distributed.tensor.experimental import implicit_replication
+from torch.distributed.tensor.experimental import implicit_replication, local_map
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.distributed.tensor.placement_types import _StridedShard
 
 REPLICATE = Replicate()
@@ -517,6 +524,118 @@ def check_partial_gradient() -> None:
 
 def test_a_gradient_that_is_still_to_be_summed_is_rotated_as_it_is(processes: Processes) -> None:
     processes.run(check_partial_gradient)
+
+
+# --------------------------------------------------------------------------------------------------
+# Compilers
+
+
+def check_compiled() -> None:
+    mesh = mesh_of()
+    positions, inv_freq = torch.arange(S, dtype=torch.float64).unsqueeze(-1), random_inv_freq((N,))
+    xs = [random_values((B, S, heads, D), torch.float64, seed=heads) for heads in (H, 2 * H)]
+
+    def rotate(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, ...]:
+        q, k = torch_rope.apply((q, k), positions)
+        return torch_rope.apply_(q * 2, positions, inv_freq), k.sin()
+
+    def with_gradients(function: Callable[..., Any], tensors: Sequence[Tensor]) -> list[Tensor]:
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        results = function(*leaves)
+        total = sum((result**3).sum() for result in results)
+        return [*results, *torch.autograd.grad(total, leaves)]
+
+    expected = with_gradients(rotate, [*xs, positions, inv_freq])
+    compiled = torch.compile(rotate, fullgraph=True, backend="aot_eager")
+    for placement in (Shard(1), Shard(3)):  # tokens, and what is gathered
+        placed = [place(x, mesh, placement) for x in xs]
+        angles = [replicate(tensor, mesh) for tensor in (positions, inv_freq)]
+        results = with_gradients(compiled, [*placed, *angles])
+        for actual, one in zip(results, expected, strict=True):
+            assert_close(actual, one)
+
+
+def test_a_compiled_function_of_dtensors_gives_what_one_process_gives(
+    processes: Processes,
+) -> None:
+    processes.run(check_compiled)
+
+
+# --------------------------------------------------------------------------------------------------
+# Layers
+
+
+def check_tensor_parallel() -> None:
+    mesh = mesh_of()
+    alone, layer, initial = (Attention(learned=True, dtype=torch.float64) for _ in range(3))
+    # Each process has some of the heads. They share the frequencies, which learn from all.
+    columns, heads = ColwiseParallel(use_local_output=False), [Shard(2)]
+    plan = {"q": columns, "k": columns, "v": columns, "out": RowwiseParallel()}
+    parallelize_module(layer, mesh, plan)
+    distribute_module(layer.rotary, mesh)
+    layer.attend = local_map(  # type: ignore[method-assign]
+        layer.attend, out_placements=heads, in_placements=(heads,) * 3, device_mesh=mesh
+    )
+
+    expected = train(alone, batches(dtype=torch.float64))
+    with implicit_replication():  # for positions
+        losses = train(layer, batches(dtype=torch.float64))
+    # The frequencies are float32, and so is what the processes sum for them.
+    assert losses == pytest.approx(expected, rel=1e-7)
+    for actual, one, before in zip(
+        layer.parameters(), alone.parameters(), initial.parameters(), strict=True
+    ):
+        assert_close(actual, one.detach())
+        assert not torch.allclose(one, before, rtol=1e-4)
+
+
+def test_a_tensor_parallel_layer_trains_to_the_losses_of_one_process(
+    processes: Processes,
+) -> None:
+    processes.run(check_tensor_parallel)
+
+
+def check_zigzag() -> None:
+    mesh = mesh_of()
+    rank, size = mesh.get_local_rank(), mesh.size()
+    length = 4 * size
+    shares = [
+        torch_rope.context_parallel_positions(length, one, size, zigzag=True) for one in range(size)
+    ]
+    mine, order = shares[rank], torch.cat(shares)
+    q, k, v, upstream = (
+        random_values((B, length, H, D), torch.float64, seed=seed) for seed in range(4)
+    )
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        heads = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        mask = rows.unsqueeze(-1) >= columns
+        return nn.functional.scaled_dot_product_attention(*heads, mask).transpose(1, 2)
+
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+    tokens = torch.arange(length)
+    whole = attend(*torch_rope.apply((q, k), tokens.unsqueeze(-1)), v, tokens, tokens)
+    expected = [whole.detach(), *torch.autograd.grad(whole, leaves, upstream)]
+
+    placed = [place(leaf.detach()[:, order], mesh, Shard(1)).requires_grad_() for leaf in leaves]
+    positions = DTensor.from_local(mine.unsqueeze(-1), mesh, [Shard(0)])
+    with CommDebugMode() as mode:
+        rotated = torch_rope.apply((placed[0], placed[1]), positions)
+    assert mode.get_total_counts() == 0
+    # The queries of a process meet the keys of all.
+    gathered = [
+        tensor.redistribute(mesh, [REPLICATE]).to_local(grad_placements=[Partial()])
+        for tensor in (rotated[1], placed[2])
+    ]
+    share = attend(rotated[0].to_local(), *gathered, mine, order)
+    result = DTensor.from_local(share, mesh, [Shard(1)])
+    gradients = torch.autograd.grad(result, placed, place(upstream[:, order], mesh, Shard(1)))
+    for actual, one in zip([result, *gradients], expected, strict=True):
+        assert_close(actual, one[:, order])
+
+
+def test_context_in_zigzag_order_attends_as_one_process_does(processes: Processes) -> None:
+    processes.run(check_zigzag)
 
 
 # --------------------------------------------------------------------------------------------------
