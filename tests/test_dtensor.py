@@ -361,6 +361,22 @@ def test_what_is_still_to_be_reduced_stays_so_only_if_the_reduction_is_linear(
     processes.run(check_partial_that_is_not_linear)
 
 
+def check_composed(name: str) -> None:
+    form = FORMS[name]
+    x, family = form.xs()[0], "apply_cos_sin" if form.tables else "apply"
+    composed = getattr(torch.ops.rope, f"{family}_composed")
+    (expected,) = form.call([x], form.angles())
+    for placement in placements_of(x):
+        angles = replicated_angles(form, mesh_of())
+        result = composed(place(x, mesh_of(), placement), *angles, **form.options)
+        assert_close(result, expected)
+
+
+@pytest.mark.parametrize("name", ["sequence before heads", "several axes", "tables by position"])
+def test_the_composed_form_gives_the_result_of_one_process(processes: Processes, name: str) -> None:
+    processes.run(check_composed, name)
+
+
 def check_flattened_tokens() -> None:
     mesh = mesh_of()
     x, positions = random_values((B, 8, H, D), torch.float64), random_positions((B, 8, 1))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch_rope
+from attention import EMBEDDING, Attention
 from reference import assert_same_bits, random_inv_freq, random_positions, random_values
 from torch import Tensor, nn
 
@@ -119,59 +120,56 @@ def test_a_mode_of_one_thread_is_not_that_of_others(device: str) -> None:
     assert at_once(work) == [[thread % 2 == 0] * ROUNDS for thread in range(THREADS)]
 
 
-class Attention(nn.Module):
-    """A layer with queries and keys that are rotated by learned frequencies."""
-
-    def __init__(self, device: str) -> None:
-        """Makes its parameters, always the same."""
-        super().__init__()
-        self.projection = nn.Parameter(random_values((16, 48), device=device))
-        self.inv_freq = nn.Parameter(random_inv_freq((4,), torch.float32, device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Attends over (B, S, 16) with two heads."""
-        q, k, v = (x @ self.projection).unflatten(-1, (3, 2, 8)).unbind(-3)
-        positions = torch.arange(x.shape[1], device=x.device).unsqueeze(-1)
-        q, k = torch_rope.apply((q, k), positions, self.inv_freq)
-        heads = (tensor.transpose(1, 2) for tensor in (q, k, v))
-        return nn.functional.scaled_dot_product_attention(*heads)
+def attend(layer: nn.Module, x: Tensor) -> Tensor:
+    """Calls a layer with the positions of all tokens."""
+    y: Tensor = layer(x, torch.arange(x.shape[-2], device=x.device).unsqueeze(-1))
+    return y
 
 
 @pytest.mark.parametrize("copy", [deepcopy, lambda module: module], ids=["copied", "shared"])
 def test_replicas_in_threads_do_what_the_module_does(
     device: str, copy: Callable[[Attention], Attention]
 ) -> None:
-    module = Attention(device)
-    batch = random_values((THREADS, 3, 7, 16), device=device)
-    replicas = [copy(module) for _ in range(THREADS)]
+    layer = Attention(learned=True, device=device)
+    batch = random_values((THREADS, 3, 7, EMBEDDING), device=device)
+    replicas = [copy(layer) for _ in range(THREADS)]
 
     def work(thread: int) -> tuple[Tensor, ...]:
-        output = replicas[thread](batch[thread])
+        output = attend(replicas[thread], batch[thread])
         return output, *torch.autograd.grad(output.sum(), list(replicas[thread].parameters()))
 
     expected = []
     for one in batch:
-        output = module(one)
-        expected.append((output, *torch.autograd.grad(output.sum(), list(module.parameters()))))
+        output = attend(layer, one)
+        expected.append((output, *torch.autograd.grad(output.sum(), list(layer.parameters()))))
     assert_same(at_once(work), expected)
 
 
-def test_replicas_of_one_set_of_parameters_add_up_their_gradients(device: str) -> None:
-    # What DataParallel does: the parameters are broadcast, each replica runs in its thread, and the
-    # one backward sums what all replicas give.
-    module = Attention(device).double()
-    batch = random_values((THREADS, 3, 7, 16), torch.float64, device)
-    replicas = [module._replicate_for_data_parallel() for _ in range(THREADS)]
-    for replica in replicas:
-        for name, parameter in module.named_parameters():
-            setattr(replica, name, parameter * 1)
+def replica(module: nn.Module) -> nn.Module:
+    """Makes what DataParallel does: a module whose parameters are computed from those of another.
 
-    outputs = at_once(lambda thread: replicas[thread](batch[thread]))
+    DataParallel itself broadcasts them, to other devices.
+    """
+    copy = module._replicate_for_data_parallel()
+    for name, parameter in module._parameters.items():
+        setattr(copy, name, None if parameter is None else parameter * 1)
+    for name, child in module.named_children():
+        setattr(copy, name, replica(child))
+    return copy
+
+
+def test_replicas_of_one_set_of_parameters_add_up_their_gradients(device: str) -> None:
+    layer = Attention(learned=True, device=device, dtype=torch.float64)
+    batch = random_values((THREADS, 3, 7, EMBEDDING), torch.float64, device)
+    replicas = [replica(layer) for _ in range(THREADS)]
+
+    # Each replica runs in its thread, and the one backward sums what all give.
+    outputs = at_once(lambda thread: attend(replicas[thread], batch[thread]))
     torch.stack([output.sum() for output in outputs]).sum().backward()
-    actual = {name: parameter.grad for name, parameter in module.named_parameters()}
-    module.zero_grad()
-    module(batch.flatten(0, 1)).sum().backward()
-    for name, parameter in module.named_parameters():
+    actual = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    layer.zero_grad()
+    attend(layer, batch.flatten(0, 1)).sum().backward()
+    for name, parameter in layer.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(actual[name], parameter.grad)
 
