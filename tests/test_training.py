@@ -208,19 +208,20 @@ def test_fsdp_trains_as_the_layer_alone(device: str, learned: bool) -> None:
     assert_same_tensors(parameters_of(actual), parameters_of(expected))
 
 
+@pytest.mark.parametrize("learned", [True, False])
 @pytest.mark.usefixtures("process_group")
-def test_mixed_precision_of_fsdp_leaves_frequencies_alone(device: str) -> None:
+def test_mixed_precision_of_fsdp_leaves_frequencies_alone(device: str, learned: bool) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    layer = Attention(learned=False, device=device)
+    layer = Attention(learned=learned, device=device)
     x = random_values((B, S, 12), device=device)
     positions = torch.arange(1000, 1000 + S, device=device).unsqueeze(-1)
     expected = copy.deepcopy(layer).to(torch.bfloat16)(x.bfloat16(), positions)
-    fully_shard(
-        layer,
-        mesh=torch.distributed.init_device_mesh(device, (1,)),
-        mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16),
-    )
+    mesh = torch.distributed.init_device_mesh(device, (1,))
+    if learned:
+        fully_shard(layer.rotary, mesh=mesh)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    fully_shard(layer, mesh=mesh, mp_policy=policy)
     assert_same_bits(layer(x, positions), expected)
     assert layer.rotary.inv_freq.dtype == torch.float32
 

@@ -215,7 +215,8 @@ class RotaryEmbedding(nn.Module):
 
     The frequencies, ``inv_freq``, are a buffer that ``state_dict`` leaves out, or a parameter. They
     keep their dtype whatever ``module.to(dtype)``, ``half()`` and the like do: bfloat16 frequencies
-    would turn distant tokens by wrong angles.
+    would turn distant tokens by wrong angles. Mixed precision of FSDP2 casts every parameter of a
+    group: where frequencies are a parameter, ``fully_shard`` this module by itself, without it.
 
     With the types ``dynamic`` and ``longrope``, frequencies follow ``seq_len`` of each call, or
     where that is not given the greatest position plus one, found on the device without a wait for
