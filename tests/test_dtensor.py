@@ -571,6 +571,8 @@ def check_compiled() -> None:
             assert_close(actual, one)
 
 
+# Each process compiles: the time that takes is not worth spending on more of them.
+@pytest.mark.parametrize("processes", [2], ids=["2 processes"], indirect=True)
 def test_a_compiled_function_of_dtensors_gives_what_one_process_gives(
     processes: Processes,
 ) -> None:
