@@ -159,6 +159,9 @@ struct Rotate : torch::autograd::Function<Rotate> {
                                const Call& call, AutogradContext** context) {
     *context = ctx;
     const at::AutoDispatchBelowADInplaceOrView guard;
+    // Below autograd nothing is recorded whatever the mode, which PyTorch turned off: but a
+    // compiler takes a change of an argument in that mode for one that has no gradient.
+    const at::AutoGradMode mode(true);
     const Outputs outputs = dispatch(call);
     variable_list results{outputs.q};
     if (call.is_pair) {

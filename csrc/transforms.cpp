@@ -1,5 +1,5 @@
-// The transforms of torch.func, and the older vmap by which torch.autograd.grad maps a backward
-// pass over many gradients (is_grads_batched).
+// The transforms of torch.func, the older vmap by which torch.autograd.grad maps a backward pass
+// over many gradients (is_grads_batched), and what compilers make of calls in place.
 //
 // What differentiates is in autograd.cpp. In Python, torch_rope/_vmap.py replaces the rule for
 // torch.vmap by one that keeps the kernel.
@@ -20,6 +20,19 @@ namespace {
 Outputs rotate_in_place_under_transforms(const Call& call) {
   check(call);
   return rotate_and_copy(call);
+}
+
+// For torch.compile and torch.export, whose graphs change nothing in place. The wrapper that
+// PyTorch has for operators without a rule of their own (auto_functionalized) would spare the copy
+// into views and arguments, but TorchInductor forgets where a view begins when that is a symbol.
+Outputs rotate_functionally(const Call& call) {
+  check(call);
+  const Outputs outputs = dispatch(call.is_pair ? on(call, call.q, call.k) : on(call, call.q));
+  call.q.copy_(outputs.q);
+  if (call.is_pair) {
+    call.k.copy_(outputs.k);
+  }
+  return {call.q, call.k};
 }
 
 bool is_batched(const at::Tensor& tensor) {
@@ -58,6 +71,10 @@ Outputs rotate_batched(const Call& call) {
 
 TORCH_LIBRARY_IMPL(rope, FuncTorchDynamicLayerFrontMode, library) {
   rope::Operators<rope::rotate_in_place_under_transforms>::register_in_place(library);
+}
+
+TORCH_LIBRARY_IMPL(rope, Functionalize, library) {
+  rope::Operators<rope::rotate_functionally>::register_in_place(library);
 }
 
 TORCH_LIBRARY_IMPL(rope, FuncTorchBatchedDecomposition, library) {
