@@ -9,7 +9,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 import torch_rope
+from reference import assert_same_bits, random_positions, random_values
+from torch import Tensor
+from torch.export import Dim, export
 
 SOURCES = Path(__file__).parent / "cpp"
 PROGRAMS = {
@@ -131,10 +135,48 @@ def test_a_program_has_what_the_library_needs_of_cuda(folder: Path) -> None:
     assert of_cuda <= set(libraries_of(folder / "test_registration"))
 
 
-@pytest.mark.parametrize("program", ["test_api", "test_modules", "test_registration"])
+@pytest.mark.parametrize(
+    "program", ["test_api", "test_modules", "test_registration", "run_package"]
+)
 def test_the_program_does_not_need_python(folder: Path, program: str) -> None:
     file = folder / program
     linked = re.findall(r"=> (/\S+)", run("ldd", file))
     assert any(path.endswith("/librope.so") for path in linked)
     assert not [path for path in linked if "python" in Path(path).name]
     assert not [name for name in libraries_of(file) if "python" in name]
+
+
+class Rotations(torch.nn.Module):
+    """Rotates in place, as a pair, and by rows of tables."""
+
+    def forward(
+        self, packed: Tensor, positions: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Rotates q and k of ``packed``, (2, tokens, 3, 4, 8)."""
+        q, k, v = packed.unbind(2)
+        copy = packed * 2
+        torch_rope.apply_((copy[:, :, 0], copy[:, :, 1]), positions)
+        tables = torch_rope.apply_cos_sin(v, cos, sin, positions, interleaved=True)
+        return (copy, *torch_rope.apply((q, k), positions, max_wavelength=5e5), tables)
+
+
+def test_a_program_without_python_runs_a_package_of_aotinductor(
+    folder: Path, tmp_path: Path
+) -> None:
+    def inputs(tokens: int) -> tuple[Tensor, ...]:
+        tables = (random_values((50, 4), seed=seed) for seed in (1, 2))
+        positions = random_positions((tokens, 1), low=0, high=50)
+        return (random_values((2, tokens, 3, 4, 8)), positions, *tables)
+
+    tokens = Dim("tokens", min=2, max=8192)
+    program = export(Rotations(), inputs(5), dynamic_shapes=({1: tokens}, {0: tokens}, None, None))
+    package = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "model.pt2")
+    )
+    for length in (7, 301):
+        given = inputs(length)
+        torch.save(list(given), tmp_path / "inputs")
+        run(folder / "run_package", package, tmp_path / "inputs", tmp_path / "outputs")
+        results = torch.load(tmp_path / "outputs", weights_only=False)
+        for result, expected in zip(results, Rotations()(*given), strict=True):
+            assert_same_bits(result, expected)
