@@ -4,9 +4,11 @@
 set(flags_DEFAULT "")
 set(flags_AVX2 -mavx2 -mfma -mf16c)
 set(flags_AVX512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma)
+set(flags_AVX512_BF16 ${flags_AVX512} -mavx512bf16)
+set(macros_AVX512_BF16 CPU_CAPABILITY_AVX512)  # What at::vec has for AVX512 serves it too.
 set(capabilities DEFAULT)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
-  list(APPEND capabilities AVX2 AVX512)
+  list(APPEND capabilities AVX2 AVX512 AVX512_BF16)
   # GCC splits unaligned loads and stores by default, which is slower on every CPU that has AVX2.
   include(CheckCXXCompilerFlag)
   set(unsplit -mno-avx256-split-unaligned-load -mno-avx256-split-unaligned-store)
@@ -21,7 +23,8 @@ foreach(capability IN LISTS capabilities)
   set(kernel rope_cpu_${capability})
   add_library(${kernel} OBJECT csrc/cpu/rotate.cpp)
   target_link_libraries(${kernel} PRIVATE rope_options)
-  target_compile_definitions(${kernel} PRIVATE CPU_CAPABILITY=${capability} CPU_CAPABILITY_${capability})
+  target_compile_definitions(${kernel} PRIVATE CPU_CAPABILITY=${capability}
+    CPU_CAPABILITY_${capability} ${macros_${capability}})
   target_compile_options(${kernel} PRIVATE $<$<NOT:$<CONFIG:Debug>>:-O3> ${flags_${capability}}
     $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)  # GCC's own AVX-512 header trips it (GCC bug 105593).
   target_sources(rope PRIVATE $<TARGET_OBJECTS:${kernel}>)

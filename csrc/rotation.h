@@ -47,15 +47,16 @@ C10_HOST_DEVICE inline Rotation<Real> scale(const Rotation<Real>& angle, Real at
 
 // NOTE [ Cosine and sine of any angle ]
 //
-// An angle t in radians, a float64 of any size, is reduced to r = t - k * pi / 2 with |r| <= pi / 4
-// by two fused multiply-adds with pi / 2 split into a sum of two float64 numbers (Cody and Waite,
-// 1980). The first is exact but for its one rounding of a result below 1; the second adds the rest
-// of pi / 2, so that r is right to some 1e-16 while k is exact, which holds below kReducible. Then
-// float32 minimax polynomials on the reduced range, with errors below 2e-9, give sine and cosine,
-// and k modulo 4 says which is which and with what sign. With the rounding of r to float32 the
-// result is within 1.2e-7 of the truth. There is no branch and no call, so that compilers turn a
-// loop of it into vector code. Angles beyond kReducible (a position of 2^31 at a frequency above
-// 512) take the C library's way on the host, and that of cuda/sincos.h on a device.
+// An angle t in radians, a float64 of any size, is reduced to r = t - k * pi with |r| <= pi / 2 by
+// two fused multiply-adds with pi split into a sum of two float64 numbers (Cody and Waite, 1980).
+// The first is exact but for its one rounding of a result below 2; the second adds the rest of pi,
+// so that r is right to some 2e-16 while k is exact, which holds below kReducible. Then float32
+// minimax polynomials on the reduced range, with errors below 5e-9, give sine and cosine, and an
+// odd k turns the signs of both. (To reduce to pi / 4 would spare each polynomial one term, and
+// take more than that to find out which is the sine, and with what sign.) With the rounding of r to
+// float32 the result is within 1.5e-7 of the truth. There is no branch and no call, so that
+// compilers turn a loop of it into vector code. Angles beyond kReducible (a position of 2^31 at a
+// frequency above 512) take the C library's way on the host, and that of cuda/sincos.h on a device.
 
 inline constexpr double kReducible = 0x1p40;
 
@@ -69,31 +70,37 @@ C10_HOST_DEVICE inline std::uint64_t irreducible_bit(double t) {
   return (bits & kAbsolute) + ((std::uint64_t{1} << 63) - kReducibleBits);
 }
 
+// The number with its sign turned where the highest bit of `sign` is set, the only one that may be.
+C10_HOST_DEVICE inline float turn_sign(float number, std::uint32_t sign) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &number, sizeof(bits));
+  bits ^= sign;
+  std::memcpy(&number, &bits, sizeof(bits));
+  return number;
+}
+
 // Cosine and sine of t where |t| < kReducible; meaningless numbers, but no harm, elsewhere.
 C10_HOST_DEVICE inline Rotation<float> reduced_rotation(double t) {
-  constexpr double kTwoOverPi = 0x1.45f306dc9c883p-1;
-  constexpr double kHalfPi = 0x1.921fb54442d18p+0;
-  constexpr double kHalfPiRest = 0x1.1a62633145c07p-54;
+  constexpr double kOneOverPi = 0x1.45f306dc9c883p-2;
+  constexpr double kPi = 0x1.921fb54442d18p+1;
+  constexpr double kPiRest = 0x1.1a62633145c07p-53;
   // Adding 1.5 * 2^52 rounds to an integer, and leaves that integer in the low bits of the sum.
   constexpr double kRound = 0x1.8p52;
 
-  const double shifted = t * kTwoOverPi + kRound;
+  const double shifted = fmadd(t, kOneOverPi, kRound);
   const double k = shifted - kRound;
-  const float r = static_cast<float>(fmadd(-k, kHalfPiRest, fmadd(-k, kHalfPi, t)));
+  const float r = static_cast<float>(fmadd(-k, kPiRest, fmadd(-k, kPi, t)));
   std::uint64_t bits;
   std::memcpy(&bits, &shifted, sizeof(bits));
-  const auto quarter = static_cast<std::uint32_t>(bits);
+  const std::uint32_t sign = static_cast<std::uint32_t>(bits) << 31;
 
   const float z = r * r;
-  const float sin_r =
-      fmadd(r * z, fmadd(z, fmadd(z, -0x1.98d88cp-13f, 0x1.1105aep-7f), -0x1.55554p-3f), r);
-  const float cos_r =
-      fmadd(z * z, fmadd(z, fmadd(z, 0x1.9a00dp-16f, -0x1.6c0c86p-10f), 0x1.55554ap-5f),
-            fmadd(z, -0.5f, 1.0f));
-
-  const float cos_t = (quarter & 1) ? sin_r : cos_r;
-  const float sin_t = (quarter & 1) ? cos_r : sin_r;
-  return {((quarter + 1) & 2) ? -cos_t : cos_t, (quarter & 2) ? -sin_t : sin_t};
+  const float sine = fmadd(z, fmadd(z, fmadd(z, 0x1.5cf932p-19f, -0x1.9f5ff4p-13f), 0x1.110e6ap-7f),
+                           -0x1.555548p-3f);
+  const float cosine = fmadd(
+      z, fmadd(z, fmadd(z, -0x1.194102p-22f, 0x1.9f8f5ap-16f), -0x1.6c149cp-10f), 0x1.55555p-5f);
+  return {turn_sign(fmadd(z * z, cosine, fmadd(z, -0.5f, 1.0f)), sign),
+          turn_sign(fmadd(r * z, sine, r), sign)};
 }
 
 // The C library's cosine and sine.

@@ -320,6 +320,26 @@ def assert_differ_by_less_than_is_allowed(one: Tensor, other: Tensor, norms: Ten
     assert (apart <= norms * FLOAT32_ERROR + 2 * rounding).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("num_pairs", [16, 32, 45, 64, 128])
+def test_subnormal_results_are_rounded_to_the_nearest(
+    device: str, dtype: torch.dtype, interleaved: bool, num_pairs: int
+) -> None:
+    # Three quarters of each number below twice the least normal one, and of zeros between them.
+    least_normal = torch.finfo(dtype).tiny
+    x = random_values((64, 2 * num_pairs), torch.float64) * least_normal
+    x[random_values(x.shape, seed=1) > 1] = 0.0
+    x = x.to(dtype)
+    expected = (x.double() * 0.75).to(dtype)
+    assert expected[(expected != 0) & (expected.abs() < least_normal)].numel() > 1000
+    cos, sin = torch.full((num_pairs,), 0.75), torch.zeros(num_pairs)
+    actual = torch_rope.apply_cos_sin(
+        x.to(device), cos.to(device), sin.to(device), interleaved=interleaved
+    )
+    assert torch.equal(actual.cpu(), expected)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_cuda_differs_from_the_cpu_by_less_than_is_allowed() -> None:
     x = random_values((64, 128))

@@ -36,11 +36,12 @@ enum class Traffic {
 
 // Memory for one thread, for blocks of some number of tokens.
 struct Workspace {
-  void* cos;          // (tokens, padded(num_pairs)) of the computation type
-  void* sin;          // likewise
-  double* angles;     // padded(num_pairs)
-  void* frequencies;  // (num_axes, padded(num_pairs)) of inv_freq's dtype
-  void* row;          // 2 * num_pairs elements, where x is not contiguous along the embedding axis
+  void* cos;               // (tokens, padded(num_pairs)) of the computation type
+  void* sin;               // likewise
+  double* angles;          // padded(num_pairs)
+  void* frequencies;       // (num_axes, padded(num_pairs)) of inv_freq's dtype
+  double* frequency_sums;  // (num_axes): of the magnitudes of a row of frequencies
+  void* row;  // 2 * num_pairs elements, where x is not contiguous along the embedding axis
   std::int64_t* token_offsets;   // (tokens, kTokenArrays)
   std::int64_t* shared_offsets;  // (kSharedChunk, 2)
   Traffic traffic;
@@ -50,5 +51,7 @@ struct Workspace {
 void rotate_DEFAULT(const Launch& launch, const Workspace& workspace, const Block& block);
 void rotate_AVX2(const Launch& launch, const Workspace& workspace, const Block& block);
 void rotate_AVX512(const Launch& launch, const Workspace& workspace, const Block& block);
+// The same bits as rotate_AVX512, for bfloat16 alone, on CPUs with instructions for it.
+void rotate_AVX512_BF16(const Launch& launch, const Workspace& workspace, const Block& block);
 
 }  // namespace rope::cpu

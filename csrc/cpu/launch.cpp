@@ -17,24 +17,26 @@ namespace {
 
 using Kernel = void (*)(const Launch&, const Workspace&, const Block&);
 
-// Rows that are no whole number of AVX-512's steps are quicker in narrower ones, which give the
-// same bits.
+// All kernels give the same bits. Rows that are no whole number of AVX-512's steps are quicker in
+// narrower ones, but for bfloat16 where the CPU has instructions for it.
 struct Kernels {
   Kernel any_row;
   Kernel uneven_row;
+  Kernel bfloat16_row;  // of a step or more; null: as others
 };
 
 Kernels choose_kernels() {
 #ifdef ROPE_X86_KERNELS
   const std::string capability = at::get_cpu_capability();
   if (capability == "AVX512") {
-    return {rotate_AVX512, rotate_AVX2};
+    return {rotate_AVX512, rotate_AVX2,
+            __builtin_cpu_supports("avx512bf16") ? rotate_AVX512_BF16 : nullptr};
   }
   if (capability == "AVX2") {
-    return {rotate_AVX2, rotate_AVX2};
+    return {rotate_AVX2, rotate_AVX2, nullptr};
   }
 #endif
-  return {rotate_DEFAULT, rotate_DEFAULT};
+  return {rotate_DEFAULT, rotate_DEFAULT, nullptr};
 }
 
 Kernel choose_kernel(const Launch& launch) {
@@ -42,8 +44,11 @@ Kernel choose_kernel(const Launch& launch) {
   constexpr std::int64_t kWidestVector = 64;  // bytes
   const std::int64_t row_bytes =
       launch.num_pairs * static_cast<std::int64_t>(c10::elementSize(launch.dtype));
-  const bool is_uneven = row_bytes % kWidestVector != 0;
-  return is_uneven ? kernels.uneven_row : kernels.any_row;
+  if (launch.dtype == c10::ScalarType::BFloat16 && kernels.bfloat16_row != nullptr &&
+      row_bytes >= kWidestVector) {
+    return kernels.bfloat16_row;
+  }
+  return row_bytes % kWidestVector != 0 ? kernels.uneven_row : kernels.any_row;
 }
 
 // Cosines and sines of the tokens of one block: few enough to stay in a second-level cache, and
@@ -145,6 +150,7 @@ Workspace thread_workspace(const Launch& launch, const Plan& plan, std::int64_t 
       plan.block_tokens * row_bytes,
       row,
       frequencies * row,
+      frequencies * static_cast<std::int64_t>(sizeof(double)),
       2 * row,
       plan.block_tokens * kTokenArrays * static_cast<std::int64_t>(sizeof(std::int64_t)),
       kSharedChunk * 2 * static_cast<std::int64_t>(sizeof(std::int64_t)),
@@ -160,9 +166,10 @@ Workspace thread_workspace(const Launch& launch, const Plan& plan, std::int64_t 
           base + begins[1],
           reinterpret_cast<double*>(base + begins[2]),
           base + begins[3],
-          base + begins[4],
-          reinterpret_cast<std::int64_t*>(base + begins[5]),
+          reinterpret_cast<double*>(base + begins[4]),
+          base + begins[5],
           reinterpret_cast<std::int64_t*>(base + begins[6]),
+          reinterpret_cast<std::int64_t*>(base + begins[7]),
           plan.traffic};
 }
 

@@ -6,10 +6,12 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
+#include <array>
 #include <bit>
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "angle.h"
 #include "cpu/kernel.h"
@@ -73,6 +75,30 @@ ROPE_INLINE void store(const Vector& vector, scalar_t* to, bool streams) {
   }
 }
 
+// Whole vectors of float16, a half of one each: at::vec's conversion of a vector of them takes it
+// apart and puts it together.
+#if defined(CPU_CAPABILITY_AVX512)
+#define ROPE_FLOAT16_IN_HALVES 1
+ROPE_INLINE Vectorized<float> load_float16(const c10::Half* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+ROPE_INLINE void store_float16(const Vectorized<float>& vector, c10::Half* to, bool streams) {
+  const __m256i half = _mm512_cvtps_ph(vector, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  auto* target = reinterpret_cast<__m256i*>(to);
+  streams ? _mm256_stream_si256(target, half) : _mm256_storeu_si256(target, half);
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+#define ROPE_FLOAT16_IN_HALVES 1
+ROPE_INLINE Vectorized<float> load_float16(const c10::Half* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+ROPE_INLINE void store_float16(const Vectorized<float>& vector, c10::Half* to, bool streams) {
+  const __m128i half = _mm256_cvtps_ph(vector, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  auto* target = reinterpret_cast<__m128i*>(to);
+  streams ? _mm_stream_si128(target, half) : _mm_storeu_si128(target, half);
+}
+#endif
+
 // A step of a row: as many elements as one vector of the storage type holds, as vectors of the
 // computation type, in the order of memory or, for bfloat16, first the even elements, then the odd
 // ones.
@@ -102,6 +128,13 @@ struct Step {
       return {{at::vec::cast<float>(words << Words(16)),
                at::vec::cast<float>(words & Words(kHighHalf))}};
     } else {
+#ifdef ROPE_FLOAT16_IN_HALVES
+      if constexpr (std::is_same_v<scalar_t, c10::Half>) {
+        if (count >= kSize) {
+          return {{load_float16(from), load_float16(from + kSize / 2)}};
+        }
+      }
+#endif
       const auto stored = count < kSize ? Vectorized<scalar_t>::loadu(from, count)
                                         : Vectorized<scalar_t>::loadu(from);
       if constexpr (kVectors == 1) {
@@ -115,7 +148,7 @@ struct Step {
 
   ROPE_INLINE void store(scalar_t* to, std::int64_t count, bool streams) const {
     if constexpr (kInWords) {
-      const Words words = merged(rounded(vectors[0]), rounded(vectors[1]));
+      const Words words = narrowed(vectors[0], vectors[1]);
       if (count < kSize && count % 2 == 0) {
         words.store(to, static_cast<int>(count / 2));
       } else if (count < kSize) {
@@ -126,6 +159,15 @@ struct Step {
         cpu::store(words, to, streams);
       }
     } else {
+#ifdef ROPE_FLOAT16_IN_HALVES
+      if constexpr (std::is_same_v<scalar_t, c10::Half>) {
+        if (count >= kSize) {
+          store_float16(vectors[0], to, streams);
+          store_float16(vectors[1], to + kSize / 2, streams);
+          return;
+        }
+      }
+#endif
       Vectorized<scalar_t> stored;
       if constexpr (kVectors == 1) {
         stored = vectors[0];
@@ -144,6 +186,18 @@ struct Step {
   using Words = Vectorized<std::int32_t>;
   static constexpr auto kHighHalf = static_cast<std::int32_t>(0xffff0000);
 
+  static ROPE_INLINE Words narrowed(const Vectorized<float>& even, const Vectorized<float>& odd) {
+#ifdef __AVX512BF16__
+    const Words words = interleaved(_mm512_cvtne2ps_pbh(odd, even));
+    // The instruction makes zeros of subnormal numbers. Zeros are seldom, so that they may be
+    // these.
+    if (_mm512_testn_epi16_mask(words, _mm512_set1_epi16(0x7fff)) == 0) [[likely]] {
+      return words;
+    }
+#endif
+    return merged(rounded(even), rounded(odd));
+  }
+
   static ROPE_INLINE Words rounded(const Vectorized<float>& value) {
     const Words bits = at::vec::cast<std::int32_t>(value);
     return (bits | ((bits >> Words(16)) & Words(1))) + Words(0x7fff);
@@ -159,6 +213,22 @@ struct Step {
     return ((even >> Words(16)) & Words(0xffff)) | (odd & Words(kHighHalf));
 #endif
   }
+
+#ifdef __AVX512BF16__
+  // Words of the elements of the first half and those of the second, in turn.
+  static ROPE_INLINE Words interleaved(__m512bh halves) {
+    alignas(64) static constexpr auto kPlaces = [] {
+      std::array<std::int16_t, kSize> places{};
+      for (std::int64_t i = 0; i < kSize; ++i) {
+        places[i] = static_cast<std::int16_t>(i / 2 + i % 2 * (kSize / 2));
+      }
+      return places;
+    }();
+    __m512i bits;
+    std::memcpy(&bits, &halves, sizeof(bits));
+    return _mm512_permutexvar_epi16(_mm512_load_si512(kPlaces.data()), bits);
+  }
+#endif
 };
 
 // Pairs that one turn of the loop over a row rotates.
@@ -201,6 +271,9 @@ struct Rows {
   const Real* cos;
   const Real* sin;
   std::int64_t angles_stride;
+  // Elements before and behind the rotated slice that are copied with it.
+  std::int64_t before = 0;
+  std::int64_t behind = 0;
 
   ROPE_INLINE const scalar_t* in_row(std::int64_t r) const {
     return in + offsets[r * offsets_stride];
@@ -238,6 +311,35 @@ ROPE_INLINE bool can_stream(const scalar_t* out, std::int64_t size, Traffic traf
   constexpr std::int64_t kLine = kCacheLine / sizeof(scalar_t);
   return traffic == Traffic::kStreamed && size % kLine == 0 &&
          reinterpret_cast<std::uintptr_t>(out) % kCacheLine == 0;
+}
+
+// Copies elements that are contiguous and do not overlap: std::memcpy, without a call for so few.
+template <typename scalar_t>
+ROPE_INLINE void copy(scalar_t* out, const scalar_t* in, std::int64_t count, Traffic traffic) {
+  using Vector = Vectorized<scalar_t>;
+  constexpr std::int64_t kSize = Vector::size();
+  if (count < kSize) {
+    if (count > 0) {
+      std::memcpy(out, in, count * sizeof(scalar_t));
+    }
+    return;
+  }
+  const bool streams = can_stream(out, count, traffic);
+  for (std::int64_t i = 0; i < count - kSize; i += kSize) {
+    store(Vector::loadu(in + i), out + i, streams);
+  }
+  store(Vector::loadu(in + count - kSize), out + count - kSize, streams);
+}
+
+// Copies what is around the slice of a row, and asks for what comes after the row.
+template <typename scalar_t>
+ROPE_INLINE void begin_row(const Rows<scalar_t>& rows, const scalar_t* in, scalar_t* out,
+                           std::int64_t slice, Traffic traffic) {
+  prefetch_ahead(in - rows.before, out - rows.before, rows.before + slice + rows.behind, traffic);
+  if (rows.before + rows.behind > 0) {
+    copy(out - rows.before, in - rows.before, rows.before, traffic);
+    copy(out + slice, in + slice, rows.behind, traffic);
+  }
 }
 
 // The angles of `size` vectors of pairs.
@@ -333,13 +435,14 @@ struct Interleaved {
 template <typename scalar_t, bool interleaved>
 using Turn = std::conditional_t<interleaved, Interleaved<scalar_t>, Halves<scalar_t>>;
 
-// Rows of a few whole steps.
-template <typename scalar_t, bool interleaved, int... step>
+// Rows of a few steps, of which the last one may overlap the one before. See NOTE [ Last step of a
+// row ]
+template <typename scalar_t, bool interleaved, bool overlaps, std::int64_t... step>
 struct RowOfSteps {
   using Turn = rope::cpu::Turn<scalar_t, interleaved>;
   using TurnAngles = typename Turn::TurnAngles;
   static constexpr std::int64_t kPairs = kPairsPerStep<scalar_t, interleaved>;
-  static constexpr std::int64_t kNumPairs = sizeof...(step) * kPairs;
+  static constexpr std::int64_t kLast = sizeof...(step) - 1;
 
   TurnAngles angles[sizeof...(step)];
 
@@ -348,33 +451,44 @@ struct RowOfSteps {
     return {{TurnAngles::load(cos + step * kPairs, sin + step * kPairs)...}};
   }
   template <bool streams>
-  ROPE_INLINE void rotate(const scalar_t* in, scalar_t* out) const {
-    (rotate_step<streams>(angles[step], step * kPairs, in, out), ...);
+  ROPE_INLINE void rotate(const scalar_t* in, scalar_t* out, std::int64_t num_pairs) const {
+    if constexpr (overlaps) {
+      const std::int64_t last = num_pairs - kPairs;
+      Turn turn = Turn::load(in, last, num_pairs, kPairs);
+      (rotate_step<streams, step>(in, out, num_pairs), ...);
+      turn.turn(angles[kLast]);
+      turn.store(out, last, num_pairs, kPairs, streams);
+    } else {
+      (rotate_step<streams, step>(in, out, (kLast + 1) * kPairs), ...);
+    }
   }
 
  private:
-  template <bool streams>
-  static ROPE_INLINE void rotate_step(const TurnAngles& angles, std::int64_t n, const scalar_t* in,
-                                      scalar_t* out) {
-    Turn turn = Turn::load(in, n, kNumPairs, kPairs);
-    turn.turn(angles);
-    turn.store(out, n, kNumPairs, kPairs, streams);
+  template <bool streams, std::int64_t i>
+  ROPE_INLINE void rotate_step(const scalar_t* in, scalar_t* out, std::int64_t num_pairs) const {
+    if constexpr (!overlaps || i < kLast) {
+      Turn turn = Turn::load(in, i * kPairs, num_pairs, kPairs);
+      turn.turn(angles[i]);
+      turn.store(out, i * kPairs, num_pairs, kPairs, streams);
+    }
   }
 };
 
-// The angles that all rows share stay in registers.
-template <typename scalar_t, bool interleaved, int... step>
-ROPE_LOOP void rotate_slices_of_steps(const Rows<scalar_t>& all_rows, Traffic traffic) {
+// The angles that all rows share stay in registers, as far as there are so many.
+template <typename scalar_t, bool interleaved, bool overlaps, std::int64_t... step>
+ROPE_LOOP void rotate_slices_of_steps(const Rows<scalar_t>& all_rows, std::int64_t num_pairs,
+                                      Traffic traffic,
+                                      std::integer_sequence<std::int64_t, step...>) {
   const Rows<scalar_t> rows = all_rows;
-  using Row = RowOfSteps<scalar_t, interleaved, step...>;
+  using Row = RowOfSteps<scalar_t, interleaved, overlaps, step...>;
   const auto rotate_row = [&](const Row& row, std::int64_t r) __attribute__((always_inline)) {
     const scalar_t* in = rows.in_row(r);
     scalar_t* out = rows.out_row(r);
-    prefetch_ahead(in, out, 2 * Row::kNumPairs, traffic);
-    if (can_stream(out, 2 * Row::kNumPairs, traffic)) {
-      row.template rotate<true>(in, out);
+    begin_row(rows, in, out, 2 * num_pairs, traffic);
+    if (!overlaps && can_stream(out, 2 * num_pairs, traffic)) {
+      row.template rotate<true>(in, out, num_pairs);
     } else {
-      row.template rotate<false>(in, out);
+      row.template rotate<false>(in, out, num_pairs);
     }
   };
   if (rows.angles_stride == 0) {
@@ -397,14 +511,14 @@ ROPE_LOOP void rotate_slices_of_any_size(const Rows<scalar_t>& rows, std::int64_
   using Turn = rope::cpu::Turn<scalar_t, interleaved>;
   constexpr std::int64_t kPairs = kPairsPerStep<scalar_t, interleaved>;
   const std::int64_t whole = num_pairs / kPairs * kPairs;
-  const bool is_short = num_pairs < kPairs;
+  const bool is_short = 0 < num_pairs && num_pairs < kPairs;
   const bool overlaps = !is_short && whole < num_pairs;  // See NOTE [ Last step of a row ]
   for (std::int64_t r = 0; r < rows.count; ++r) {
     const scalar_t* in = rows.in_row(r);
     scalar_t* out = rows.out_row(r);
     const auto* cos = rows.cos + r * rows.angles_stride;
     const auto* sin = rows.sin + r * rows.angles_stride;
-    prefetch_ahead(in, out, 2 * num_pairs, traffic);
+    begin_row(rows, in, out, 2 * num_pairs, traffic);
     const bool streams = whole == num_pairs && can_stream(out, 2 * num_pairs, traffic);
     const std::int64_t last = overlaps ? num_pairs - kPairs : 0;
     Turn last_turn;
@@ -423,24 +537,27 @@ ROPE_LOOP void rotate_slices_of_any_size(const Rows<scalar_t>& rows, std::int64_
   }
 }
 
-template <typename scalar_t, bool interleaved>
+// Rows of at least `count` steps.
+template <typename scalar_t, bool interleaved, std::int64_t count = 1>
 ROPE_INLINE void rotate_slices(const Rows<scalar_t>& rows, std::int64_t num_pairs,
                                Traffic traffic) {
-  // As many vectors of cosines and sines as leave registers for the rows.
-  constexpr std::int64_t kMost = Vectorized<float>::size() == 16 ? 8 : 4;
+  // Loops of their own for rows of so few vectors of cosines; float64 is not worth its own.
+  constexpr std::int64_t kMostVectors = std::is_same_v<scalar_t, double> ? 0 : 8;
   constexpr std::int64_t kPairs = kPairsPerStep<scalar_t, interleaved>;
   constexpr std::int64_t kVectors = sizeof(typename Turn<scalar_t, interleaved>::TurnAngles) /
                                     sizeof(typename Step<scalar_t>::Vector) / 2;
-  if (num_pairs == kPairs) {
-    return rotate_slices_of_steps<scalar_t, interleaved, 0>(rows, traffic);
+  if constexpr (count * kVectors <= kMostVectors) {
+    constexpr std::make_integer_sequence<std::int64_t, count> kSteps;
+    if (num_pairs == count * kPairs) {
+      rotate_slices_of_steps<scalar_t, interleaved, false>(rows, num_pairs, traffic, kSteps);
+    } else if (count > 1 && (count - 1) * kPairs < num_pairs && num_pairs < count * kPairs) {
+      rotate_slices_of_steps<scalar_t, interleaved, true>(rows, num_pairs, traffic, kSteps);
+    } else {
+      rotate_slices<scalar_t, interleaved, count + 1>(rows, num_pairs, traffic);
+    }
+  } else {
+    rotate_slices_of_any_size<scalar_t, interleaved>(rows, num_pairs, traffic);
   }
-  if (num_pairs == 2 * kPairs && 2 * kVectors <= kMost) {
-    return rotate_slices_of_steps<scalar_t, interleaved, 0, 1>(rows, traffic);
-  }
-  if (num_pairs == 4 * kPairs && 4 * kVectors <= kMost) {
-    return rotate_slices_of_steps<scalar_t, interleaved, 0, 1, 2, 3>(rows, traffic);
-  }
-  rotate_slices_of_any_size<scalar_t, interleaved>(rows, num_pairs, traffic);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -453,7 +570,8 @@ ROPE_INLINE Rotation<Real> quiet(const Rotation<Real>& angle) {
   return {angle.cos == angle.cos ? angle.cos : kNaN, angle.sin == angle.sin ? angle.sin : kNaN};
 }
 
-// Frequencies of all axes, in the order of the rows of cosines, padded.
+// Frequencies of all axes, in the order of the rows of cosines, padded, and the sums of their
+// magnitudes: no angle of a token is larger than its positions times those.
 template <typename scalar_t, bool interleaved, typename Frequency>
 ROPE_INLINE void load_frequencies(const Launch& launch, const Workspace& workspace) {
   const PositionAngles& angles = launch.by_position;
@@ -472,13 +590,42 @@ ROPE_INLINE void load_frequencies(const Launch& launch, const Workspace& workspa
                                  angles.inv_freq)[axis * angles.inv_freq_axis_stride +
                                                   n * angles.inv_freq_stride];
         });
+    double sum = 0;
+    for (std::int64_t place = 0; place < length; ++place) {
+      sum += row[place] < 0 ? -row[place] : row[place];
+    }
+    workspace.frequency_sums[axis] = sum;
   }
 }
 
-// The angles of one token.
-template <typename Frequency>
-ROPE_INLINE void form_angles(const Launch& launch, const Workspace& workspace,
-                             std::int64_t position_offset) {
+// Cosines and sines of the angles angle_of(n), none of which is larger than `largest`.
+template <typename Real, typename AngleOf>
+ROPE_INLINE void rotations_of_angles(const Launch& launch, double largest, const AngleOf& angle_of,
+                                     Real* __restrict cos, Real* __restrict sin) {
+  const std::int64_t length = padded(launch.num_pairs);
+  const auto factor = static_cast<Real>(launch.by_position.attention_factor);
+  const bool conjugate = launch.conjugate;
+  if constexpr (std::is_same_v<Real, float>) {
+    if (largest < kReducible) {
+      for (std::int64_t n = 0; n < length; ++n) {
+        const auto angle = scale(reduced_rotation(angle_of(n)), factor, conjugate);
+        cos[n] = angle.cos;
+        sin[n] = angle.sin;
+      }
+      return;
+    }
+  }
+  for (std::int64_t n = 0; n < length; ++n) {
+    const auto angle = quiet(scale(rotation<Real>(angle_of(n)), factor, conjugate));
+    cos[n] = angle.cos;
+    sin[n] = angle.sin;
+  }
+}
+
+// Cosines and sines of one token, whose positions begin at the offset.
+template <typename Frequency, typename Real>
+ROPE_INLINE void rotations_of_position(const Launch& launch, const Workspace& workspace,
+                                       std::int64_t position_offset, Real* cos, Real* sin) {
   const PositionAngles& source = launch.by_position;
   const auto* frequencies = static_cast<const Frequency*>(workspace.frequencies);
   const std::int64_t length = padded(launch.num_pairs);
@@ -486,51 +633,29 @@ ROPE_INLINE void form_angles(const Launch& launch, const Workspace& workspace,
     return load_position<Frequency>(source.positions, source.positions_dtype,
                                     position_offset + axis * source.positions_axis_stride);
   };
-  const auto form = [&](int num_axes, const auto& position,
-                        double scale_factor) __attribute__((always_inline)) {
-    for (std::int64_t n = 0; n < length; ++n) {
-      const auto inv_freq = [&](int axis) { return frequencies[axis * length + n]; };
-      workspace.angles[n] = form_angle<Frequency>(num_axes, position, inv_freq, scale_factor);
-    }
-  };
-  if (source.num_axes > 1) {
-    form(source.num_axes, load, source.scale_factor);
+  double largest = 0;
+  for (int axis = 0; axis < source.num_axes; ++axis) {
+    const auto position = static_cast<double>(load(axis));
+    largest += (position < 0 ? -position : position) * workspace.frequency_sums[axis];
+  }
+  if (source.num_axes == 1 && source.scale_factor == 1.0) {
+    const Frequency position = load(0);
+    rotations_of_angles<Real>(
+        launch, largest,
+        [&](std::int64_t n) __attribute__((always_inline)) {
+          return static_cast<double>(position * frequencies[n]);
+        },
+        cos, sin);
     return;
   }
-  const auto position = [position = load(0)](int) { return position; };
-  if (source.scale_factor == 1.0) {
-    form(1, position, 1.0);  // Without the division, which would take most of the time.
-  } else {
-    form(1, position, source.scale_factor);
+  double* angles = workspace.angles;
+  for (std::int64_t n = 0; n < length; ++n) {
+    const auto inv_freq = [&](int axis) { return frequencies[axis * length + n]; };
+    angles[n] = form_angle<Frequency>(source.num_axes, load, inv_freq, source.scale_factor);
   }
-}
-
-// Cosines and sines of a token's angles. The first loop is the quick one, for angles of every size
-// that occurs; the angles it cannot reduce are done again.
-template <typename Real>
-ROPE_INLINE void rotations_of_angles(const Launch& launch, const Workspace& workspace,
-                                     Real* __restrict cos, Real* __restrict sin) {
-  const std::int64_t length = padded(launch.num_pairs);
-  const double* angles = workspace.angles;
-  const auto factor = static_cast<Real>(launch.by_position.attention_factor);
-  const bool conjugate = launch.conjugate;
-  std::uint64_t irreducible = ~std::uint64_t{0};
-  if constexpr (std::is_same_v<Real, float>) {
-    for (std::int64_t n = 0; n < length; ++n) {
-      const auto angle = scale(reduced_rotation(angles[n]), factor, conjugate);
-      cos[n] = angle.cos;
-      sin[n] = angle.sin;
-    }
-    irreducible = 0;
-    for (std::int64_t n = 0; n < length; ++n) {
-      irreducible |= irreducible_bit(angles[n]);
-    }
-  }
-  for (std::int64_t n = 0; irreducible >> 63 != 0 && n < length; ++n) {
-    const auto angle = quiet(scale(rotation<Real>(angles[n]), factor, conjugate));
-    cos[n] = angle.cos;
-    sin[n] = angle.sin;
-  }
+  rotations_of_angles<Real>(
+      launch, largest / source.scale_factor,
+      [&](std::int64_t n) __attribute__((always_inline)) { return angles[n]; }, cos, sin);
 }
 
 template <typename scalar_t, bool interleaved, typename Table, typename Real>
@@ -552,11 +677,10 @@ ROPE_INLINE void rotations_of_token(const Launch& launch, const Workspace& works
                                     const std::int64_t* offsets, Real* cos, Real* sin) {
   if (!launch.uses_tables) {
     if (launch.by_position.inv_freq_dtype == c10::ScalarType::Float) {
-      form_angles<float>(launch, workspace, offsets[kAngle]);
+      rotations_of_position<float>(launch, workspace, offsets[kAngle], cos, sin);
     } else {
-      form_angles<double>(launch, workspace, offsets[kAngle]);
+      rotations_of_position<double>(launch, workspace, offsets[kAngle], cos, sin);
     }
-    rotations_of_angles<Real>(launch, workspace, cos, sin);
     return;
   }
   switch (launch.by_table.dtype) {
@@ -574,40 +698,17 @@ ROPE_INLINE void rotations_of_token(const Launch& launch, const Workspace& works
 // -------------------------------------------------------------------------------------------------
 // Rows
 
-// Copies elements that are contiguous and do not overlap: std::memcpy, without a call for so few.
-template <typename scalar_t>
-ROPE_INLINE void copy(scalar_t* out, const scalar_t* in, std::int64_t count, Traffic traffic) {
-  using Vector = Vectorized<scalar_t>;
-  constexpr std::int64_t kSize = Vector::size();
-  if (count < kSize) {
-    std::memcpy(out, in, count * sizeof(scalar_t));
-    return;
-  }
-  const bool streams = can_stream(out, count, traffic);
-  for (std::int64_t i = 0; i < count - kSize; i += kSize) {
-    store(Vector::loadu(in + i), out + i, streams);
-  }
-  store(Vector::loadu(in + count - kSize), out + count - kSize, streams);
-}
-
-// Copies the elements outside the rotated slice.
+// Copies the elements outside the rotated slice of rows whose elements have gaps between them.
 template <typename scalar_t>
 ROPE_LOOP void copy_outside(const Launch& launch, const Operand& operand,
-                            const Rows<scalar_t>& rows, Traffic traffic) {
+                            const Rows<scalar_t>& rows) {
   const std::int64_t begin = launch.rotary_offset;
   const std::int64_t end = begin + 2 * launch.num_pairs;
-  const std::int64_t size = operand.axis_size;
-  const bool is_contiguous = operand.in_axis_stride == 1 && operand.out_axis_stride == 1;
   for (std::int64_t r = 0; r < rows.count; ++r) {
     const scalar_t* in = rows.in_row(r);
     scalar_t* out = rows.out_row(r);
-    prefetch_ahead(in, out, size, traffic);
-    if (is_contiguous) {
-      copy(out, in, begin, traffic);
-      copy(out + end, in + end, size - end, traffic);
-      continue;
-    }
-    for (std::int64_t d = begin > 0 ? 0 : end; d < size; d = d + 1 == begin ? end : d + 1) {
+    for (std::int64_t d = begin > 0 ? 0 : end; d < operand.axis_size;
+         d = d + 1 == begin ? end : d + 1) {
       out[d * operand.out_axis_stride] = in[d * operand.in_axis_stride];
     }
   }
@@ -639,21 +740,19 @@ template <typename scalar_t, bool interleaved>
 ROPE_INLINE void rotate_rows(const Launch& launch, const Operand& operand,
                              const Workspace& workspace, Rows<scalar_t> rows) {
   const bool is_contiguous = operand.in_axis_stride == 1 && operand.out_axis_stride == 1;
-  Traffic traffic = is_contiguous ? workspace.traffic : Traffic::kNear;
-  if (operand.in != operand.out && operand.axis_size != 2 * launch.num_pairs) {
-    copy_outside(launch, operand, rows, traffic);
-    if (traffic == Traffic::kFar) {
-      traffic = Traffic::kNear;  // The whole row has been asked for.
-    }
-  }
-  if (launch.num_pairs == 0) {
-    return;
+  const bool copies = operand.in != operand.out;
+  if (copies && !is_contiguous) {
+    copy_outside(launch, operand, rows);
   }
   rows.in += launch.rotary_offset * operand.in_axis_stride;
   rows.out += launch.rotary_offset * operand.out_axis_stride;
   if (is_contiguous) {
-    rotate_slices<scalar_t, interleaved>(rows, launch.num_pairs, traffic);
-  } else {
+    if (copies) {
+      rows.before = launch.rotary_offset;
+      rows.behind = operand.axis_size - launch.rotary_offset - 2 * launch.num_pairs;
+    }
+    rotate_slices<scalar_t, interleaved>(rows, launch.num_pairs, workspace.traffic);
+  } else if (launch.num_pairs > 0) {
     rotate_slices_with_gaps<scalar_t, interleaved>(launch, operand, workspace, rows);
   }
 }
@@ -679,8 +778,9 @@ ROPE_INLINE void rotate_operand(const Launch& launch, int index, const Workspace
   const int last_token = launch.tokens.num_dims - 1;
   const int last_shared = operand.shared.num_dims - 1;
   const bool tokens_inside =
-      last_token >= 0 && last_shared >= 0 &&
-      launch.tokens.strides[kOut + 2 * index][last_token] < operand.shared.strides[1][last_shared];
+      num_shared == 1 || (last_token >= 0 && last_shared >= 0 &&
+                          launch.tokens.strides[kOut + 2 * index][last_token] <
+                              operand.shared.strides[1][last_shared]);
   for (std::int64_t chunk = shared_begin; chunk < shared_end; chunk += kSharedChunk) {
     const std::int64_t num_chunk =
         shared_end - chunk < kSharedChunk ? shared_end - chunk : kSharedChunk;
@@ -752,6 +852,9 @@ ROPE_INLINE void rotate_block(const Launch& launch, const Workspace& workspace,
 ROPE_ENTRY void ROPE_CONCATENATE(rotate_, CPU_CAPABILITY)(const Launch& launch,
                                                           const Workspace& workspace,
                                                           const Block& block) {
+#ifdef __AVX512BF16__  // for bfloat16 alone
+  rotate_block<c10::BFloat16>(launch, workspace, block);
+#else
   switch (launch.dtype) {
     case c10::ScalarType::Double:
       rotate_block<double>(launch, workspace, block);
@@ -765,6 +868,7 @@ ROPE_ENTRY void ROPE_CONCATENATE(rotate_, CPU_CAPABILITY)(const Launch& launch,
     default:
       rotate_block<c10::BFloat16>(launch, workspace, block);
   }
+#endif
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
   if (workspace.traffic == Traffic::kStreamed) {
     _mm_sfence();  // Others see what was streamed before they see that the block is done.
