@@ -37,7 +37,8 @@ using at::vec::Vectorized;
 // added to the float's bits, of which the lowest is set where the last place is odd, so that a tie
 // goes to the even one, and the halves are merged. A NaN's low bits are zero here, so that the
 // addition does not carry out of it: x is bfloat16 itself, and cosines and sines are cleaned by
-// quiet().
+// quiet(). Where the CPU has an instruction that rounds two vectors of floats to one of bfloat16,
+// it does the same in less time, but for subnormal numbers, which are done again.
 //
 // The cosines and sines of a row are laid out in the order in which its vectors come: see
 // for_each_place.
@@ -257,31 +258,52 @@ ROPE_INLINE void for_each_place(std::int64_t num_pairs, const Visit& visit) {
   }
 }
 
-// Rows of the embedding axis, of which the rotated slice is contiguous.
+// Where a row is read and where it is written.
+template <typename scalar_t>
+struct Row {
+  const scalar_t* in;
+  scalar_t* out;
+};
+
+// Rows of the embedding axis: those of some tokens times those that share the angles of a token.
 template <typename scalar_t>
 struct Rows {
   using Real = at::opmath_type<scalar_t>;
-  const scalar_t* in;
-  scalar_t* out;
-  // Row r begins at in + offsets[r * offsets_stride] and at out + offsets[r * offsets_stride + 1].
-  const std::int64_t* offsets;
-  std::int64_t offsets_stride;
-  std::int64_t count;
-  // Row r turns by the angles at cos + r * angles_stride: by the same angles as all, where it is 0.
-  const Real* cos;
+  Row<scalar_t> first;
+  const std::int64_t* token_offsets;  // (num_tokens, kTokenArrays), beginning with in and out
+  std::int64_t num_tokens;
+  const std::int64_t* shared_offsets;  // (num_shared, 2): in and out
+  std::int64_t num_shared;
+  const Real* cos;  // (num_tokens, angles_stride)
   const Real* sin;
   std::int64_t angles_stride;
-  // Elements before and behind the rotated slice that are copied with it.
+  // Elements before and behind the rotated slice, out of place to be copied with it.
   std::int64_t before = 0;
   std::int64_t behind = 0;
 
-  ROPE_INLINE const scalar_t* in_row(std::int64_t r) const {
-    return in + offsets[r * offsets_stride];
+  // Calls visit(row, token) for each row.
+  template <typename Visit>
+  ROPE_INLINE void for_each(const Visit& visit) const {
+    for (std::int64_t token = 0; token < num_tokens; ++token) {
+      for_each_of(token, [&](const Row<scalar_t>& row)
+                             __attribute__((always_inline)) { visit(row, token); });
+    }
   }
-  ROPE_INLINE scalar_t* out_row(std::int64_t r) const {
-    return out + offsets[r * offsets_stride + 1];
+
+  // Calls visit(row) for each row of a token.
+  template <typename Visit>
+  ROPE_INLINE void for_each_of(std::int64_t token, const Visit& visit) const {
+    const scalar_t* in = first.in + token_offsets[token * kTokenArrays];
+    scalar_t* out = first.out + token_offsets[token * kTokenArrays + 1];
+    for (std::int64_t shared = 0; shared < num_shared; ++shared) {
+      visit({in + shared_offsets[2 * shared], out + shared_offsets[2 * shared + 1]});
+    }
   }
 };
+
+// Heads whose tokens are walked together, where the tokens of a head lie side by side: angles are
+// loaded once for so many rows, and so many stretches of memory are read and written at a time.
+constexpr std::int64_t kHeadsAtATime = 4;
 
 // How far ahead of the row at hand memory is asked for, in bytes: what is read, and what is
 // written.
@@ -331,14 +353,17 @@ ROPE_INLINE void copy(scalar_t* out, const scalar_t* in, std::int64_t count, Tra
   store(Vector::loadu(in + count - kSize), out + count - kSize, streams);
 }
 
-// Copies what is around the slice of a row, and asks for what comes after the row.
-template <typename scalar_t>
-ROPE_INLINE void begin_row(const Rows<scalar_t>& rows, const scalar_t* in, scalar_t* out,
-                           std::int64_t slice, Traffic traffic) {
-  prefetch_ahead(in - rows.before, out - rows.before, rows.before + slice + rows.behind, traffic);
-  if (rows.before + rows.behind > 0) {
-    copy(out - rows.before, in - rows.before, rows.before, traffic);
-    copy(out + slice, in + slice, rows.behind, traffic);
+// Asks for what comes after a row, and copies what is around its slice.
+template <bool copies, typename scalar_t>
+ROPE_INLINE void begin_row(const Rows<scalar_t>& rows, const Row<scalar_t>& row, std::int64_t slice,
+                           Traffic traffic) {
+  if constexpr (copies) {
+    prefetch_ahead(row.in - rows.before, row.out - rows.before, rows.before + slice + rows.behind,
+                   traffic);
+    copy(row.out - rows.before, row.in - rows.before, rows.before, traffic);
+    copy(row.out + slice, row.in + slice, rows.behind, traffic);
+  } else {
+    prefetch_ahead(row.in, row.out, slice, traffic);
   }
 }
 
@@ -474,71 +499,66 @@ struct RowOfSteps {
   }
 };
 
-// The angles that all rows share stay in registers, as far as there are so many.
-template <typename scalar_t, bool interleaved, bool overlaps, std::int64_t... step>
+// The angles of a token stay in registers for all its rows, as far as there are so many.
+template <typename scalar_t, bool interleaved, bool copies, bool overlaps, std::int64_t... step>
 ROPE_LOOP void rotate_slices_of_steps(const Rows<scalar_t>& all_rows, std::int64_t num_pairs,
                                       Traffic traffic,
                                       std::integer_sequence<std::int64_t, step...>) {
   const Rows<scalar_t> rows = all_rows;
-  using Row = RowOfSteps<scalar_t, interleaved, overlaps, step...>;
-  const auto rotate_row = [&](const Row& row, std::int64_t r) __attribute__((always_inline)) {
-    const scalar_t* in = rows.in_row(r);
-    scalar_t* out = rows.out_row(r);
-    begin_row(rows, in, out, 2 * num_pairs, traffic);
-    if (!overlaps && can_stream(out, 2 * num_pairs, traffic)) {
-      row.template rotate<true>(in, out, num_pairs);
-    } else {
-      row.template rotate<false>(in, out, num_pairs);
-    }
-  };
-  if (rows.angles_stride == 0) {
-    const Row row = Row::load(rows.cos, rows.sin);
-    for (std::int64_t r = 0; r < rows.count; ++r) {
-      rotate_row(row, r);
-    }
-  } else {
-    for (std::int64_t r = 0; r < rows.count; ++r) {
-      const std::int64_t angles = r * rows.angles_stride;
-      rotate_row(Row::load(rows.cos + angles, rows.sin + angles), r);
-    }
+  using Angles = RowOfSteps<scalar_t, interleaved, overlaps, step...>;
+  for (std::int64_t token = 0; token < rows.num_tokens; ++token) {
+    const std::int64_t place = token * rows.angles_stride;
+    const Angles angles = Angles::load(rows.cos + place, rows.sin + place);
+    rows.for_each_of(token, [&](const Row<scalar_t>& row) __attribute__((always_inline)) {
+      begin_row<copies>(rows, row, 2 * num_pairs, traffic);
+      if (!overlaps && can_stream(row.out, 2 * num_pairs, traffic)) {
+        angles.template rotate<true>(row.in, row.out, num_pairs);
+      } else {
+        angles.template rotate<false>(row.in, row.out, num_pairs);
+      }
+    });
   }
 }
 
-// Rows of any size.
-template <typename scalar_t, bool interleaved>
-ROPE_LOOP void rotate_slices_of_any_size(const Rows<scalar_t>& rows, std::int64_t num_pairs,
-                                         Traffic traffic) {
+// One row of any size.
+template <typename scalar_t, bool interleaved, typename Real>
+ROPE_INLINE void rotate_slice(const scalar_t* in, scalar_t* out, const Real* cos, const Real* sin,
+                              std::int64_t num_pairs, Traffic traffic) {
   using Turn = rope::cpu::Turn<scalar_t, interleaved>;
   constexpr std::int64_t kPairs = kPairsPerStep<scalar_t, interleaved>;
   const std::int64_t whole = num_pairs / kPairs * kPairs;
   const bool is_short = 0 < num_pairs && num_pairs < kPairs;
   const bool overlaps = !is_short && whole < num_pairs;  // See NOTE [ Last step of a row ]
-  for (std::int64_t r = 0; r < rows.count; ++r) {
-    const scalar_t* in = rows.in_row(r);
-    scalar_t* out = rows.out_row(r);
-    const auto* cos = rows.cos + r * rows.angles_stride;
-    const auto* sin = rows.sin + r * rows.angles_stride;
-    begin_row(rows, in, out, 2 * num_pairs, traffic);
-    const bool streams = whole == num_pairs && can_stream(out, 2 * num_pairs, traffic);
-    const std::int64_t last = overlaps ? num_pairs - kPairs : 0;
-    Turn last_turn;
-    if (overlaps || is_short) {
-      last_turn = Turn::load(in, last, num_pairs, is_short ? num_pairs : kPairs);
-    }
-    for (std::int64_t n = 0; n < whole; n += kPairs) {
-      Turn turn = Turn::load(in, n, num_pairs, kPairs);
-      turn.turn(Turn::TurnAngles::load(cos + n, sin + n));
-      turn.store(out, n, num_pairs, kPairs, streams);
-    }
-    if (overlaps || is_short) {
-      last_turn.turn(Turn::TurnAngles::load(cos + whole, sin + whole));
-      last_turn.store(out, last, num_pairs, is_short ? num_pairs : kPairs, /*streams=*/false);
-    }
+  const bool streams = whole == num_pairs && can_stream(out, 2 * num_pairs, traffic);
+  const std::int64_t last = overlaps ? num_pairs - kPairs : 0;
+  Turn last_turn;
+  if (overlaps || is_short) {
+    last_turn = Turn::load(in, last, num_pairs, is_short ? num_pairs : kPairs);
+  }
+  for (std::int64_t n = 0; n < whole; n += kPairs) {
+    Turn turn = Turn::load(in, n, num_pairs, kPairs);
+    turn.turn(Turn::TurnAngles::load(cos + n, sin + n));
+    turn.store(out, n, num_pairs, kPairs, streams);
+  }
+  if (overlaps || is_short) {
+    last_turn.turn(Turn::TurnAngles::load(cos + whole, sin + whole));
+    last_turn.store(out, last, num_pairs, is_short ? num_pairs : kPairs, /*streams=*/false);
   }
 }
 
+template <typename scalar_t, bool interleaved, bool copies>
+ROPE_LOOP void rotate_slices_of_any_size(const Rows<scalar_t>& rows, std::int64_t num_pairs,
+                                         Traffic traffic) {
+  rows.for_each([&](const Row<scalar_t>& row, std::int64_t token) __attribute__((always_inline)) {
+    const std::int64_t place = token * rows.angles_stride;
+    begin_row<copies>(rows, row, 2 * num_pairs, traffic);
+    rotate_slice<scalar_t, interleaved>(row.in, row.out, rows.cos + place, rows.sin + place,
+                                        num_pairs, traffic);
+  });
+}
+
 // Rows of at least `count` steps.
-template <typename scalar_t, bool interleaved, std::int64_t count = 1>
+template <typename scalar_t, bool interleaved, bool copies, std::int64_t count = 1>
 ROPE_INLINE void rotate_slices(const Rows<scalar_t>& rows, std::int64_t num_pairs,
                                Traffic traffic) {
   // Loops of their own for rows of so few vectors of cosines; float64 is not worth its own.
@@ -549,14 +569,15 @@ ROPE_INLINE void rotate_slices(const Rows<scalar_t>& rows, std::int64_t num_pair
   if constexpr (count * kVectors <= kMostVectors) {
     constexpr std::make_integer_sequence<std::int64_t, count> kSteps;
     if (num_pairs == count * kPairs) {
-      rotate_slices_of_steps<scalar_t, interleaved, false>(rows, num_pairs, traffic, kSteps);
+      rotate_slices_of_steps<scalar_t, interleaved, copies, false>(rows, num_pairs, traffic,
+                                                                   kSteps);
     } else if (count > 1 && (count - 1) * kPairs < num_pairs && num_pairs < count * kPairs) {
-      rotate_slices_of_steps<scalar_t, interleaved, true>(rows, num_pairs, traffic, kSteps);
+      rotate_slices_of_steps<scalar_t, interleaved, copies, true>(rows, num_pairs, traffic, kSteps);
     } else {
-      rotate_slices<scalar_t, interleaved, count + 1>(rows, num_pairs, traffic);
+      rotate_slices<scalar_t, interleaved, copies, count + 1>(rows, num_pairs, traffic);
     }
   } else {
-    rotate_slices_of_any_size<scalar_t, interleaved>(rows, num_pairs, traffic);
+    rotate_slices_of_any_size<scalar_t, interleaved, copies>(rows, num_pairs, traffic);
   }
 }
 
@@ -698,62 +719,47 @@ ROPE_INLINE void rotations_of_token(const Launch& launch, const Workspace& works
 // -------------------------------------------------------------------------------------------------
 // Rows
 
-// Copies the elements outside the rotated slice of rows whose elements have gaps between them.
-template <typename scalar_t>
-ROPE_LOOP void copy_outside(const Launch& launch, const Operand& operand,
-                            const Rows<scalar_t>& rows) {
+// Rows whose elements have gaps between them: the slice is rotated in a contiguous copy.
+template <typename scalar_t, bool interleaved>
+ROPE_LOOP void rotate_rows_with_gaps(const Launch& launch, const Operand& operand,
+                                     const Workspace& workspace, const Rows<scalar_t>& rows) {
+  auto* slice = static_cast<scalar_t*>(workspace.row);
   const std::int64_t begin = launch.rotary_offset;
   const std::int64_t end = begin + 2 * launch.num_pairs;
-  for (std::int64_t r = 0; r < rows.count; ++r) {
-    const scalar_t* in = rows.in_row(r);
-    scalar_t* out = rows.out_row(r);
-    for (std::int64_t d = begin > 0 ? 0 : end; d < operand.axis_size;
-         d = d + 1 == begin ? end : d + 1) {
-      out[d * operand.out_axis_stride] = in[d * operand.in_axis_stride];
+  rows.for_each([&](const Row<scalar_t>& row, std::int64_t token) __attribute__((always_inline)) {
+    for (std::int64_t d = 0; d < operand.axis_size; ++d) {
+      const scalar_t element = row.in[d * operand.in_axis_stride];
+      if (begin <= d && d < end) {
+        slice[d - begin] = element;
+      } else if (operand.in != operand.out) {
+        row.out[d * operand.out_axis_stride] = element;
+      }
     }
-  }
-}
-
-// Slices with gaps between their elements are rotated in a contiguous copy.
-template <typename scalar_t, bool interleaved>
-ROPE_INLINE void rotate_slices_with_gaps(const Launch& launch, const Operand& operand,
-                                         const Workspace& workspace, const Rows<scalar_t>& rows) {
-  constexpr std::int64_t kNoOffsets[2] = {0, 0};
-  auto* copy = static_cast<scalar_t*>(workspace.row);
-  const std::int64_t size = 2 * launch.num_pairs;
-  for (std::int64_t r = 0; r < rows.count; ++r) {
-    for (std::int64_t d = 0; d < size; ++d) {
-      copy[d] = rows.in_row(r)[d * operand.in_axis_stride];
+    const std::int64_t place = token * rows.angles_stride;
+    rotate_slice<scalar_t, interleaved>(slice, slice, rows.cos + place, rows.sin + place,
+                                        launch.num_pairs, Traffic::kNear);
+    for (std::int64_t d = begin; d < end; ++d) {
+      row.out[d * operand.out_axis_stride] = slice[d - begin];
     }
-    const std::int64_t angles = r * rows.angles_stride;
-    rotate_slices<scalar_t, interleaved>(
-        {copy, copy, kNoOffsets, 0, 1, rows.cos + angles, rows.sin + angles, 0}, launch.num_pairs,
-        Traffic::kNear);
-    for (std::int64_t d = 0; d < size; ++d) {
-      rows.out_row(r)[d * operand.out_axis_stride] = copy[d];
-    }
-  }
+  });
 }
 
 // Rows of the embedding axis, wherever their elements lie.
 template <typename scalar_t, bool interleaved>
 ROPE_INLINE void rotate_rows(const Launch& launch, const Operand& operand,
                              const Workspace& workspace, Rows<scalar_t> rows) {
-  const bool is_contiguous = operand.in_axis_stride == 1 && operand.out_axis_stride == 1;
-  const bool copies = operand.in != operand.out;
-  if (copies && !is_contiguous) {
-    copy_outside(launch, operand, rows);
+  if (operand.in_axis_stride != 1 || operand.out_axis_stride != 1) {
+    rotate_rows_with_gaps<scalar_t, interleaved>(launch, operand, workspace, rows);
+    return;
   }
-  rows.in += launch.rotary_offset * operand.in_axis_stride;
-  rows.out += launch.rotary_offset * operand.out_axis_stride;
-  if (is_contiguous) {
-    if (copies) {
-      rows.before = launch.rotary_offset;
-      rows.behind = operand.axis_size - launch.rotary_offset - 2 * launch.num_pairs;
-    }
-    rotate_slices<scalar_t, interleaved>(rows, launch.num_pairs, workspace.traffic);
-  } else if (launch.num_pairs > 0) {
-    rotate_slices_with_gaps<scalar_t, interleaved>(launch, operand, workspace, rows);
+  rows.first.in += launch.rotary_offset;
+  rows.first.out += launch.rotary_offset;
+  rows.before = launch.rotary_offset;
+  rows.behind = operand.axis_size - launch.rotary_offset - 2 * launch.num_pairs;
+  if (operand.in != operand.out && rows.before + rows.behind > 0) {
+    rotate_slices<scalar_t, interleaved, true>(rows, launch.num_pairs, workspace.traffic);
+  } else {
+    rotate_slices<scalar_t, interleaved, false>(rows, launch.num_pairs, workspace.traffic);
   }
 }
 
@@ -763,49 +769,36 @@ ROPE_INLINE void rotate_operand(const Launch& launch, int index, const Workspace
                                 const Block& block) {
   using Real = at::opmath_type<scalar_t>;
   const Operand& operand = launch.operands[index];
-  const std::int64_t length = padded(launch.num_pairs);
-  const std::int64_t num_tokens = block.token_end - block.token_begin;
   const std::int64_t num_shared = operand.shared.count();
   const std::int64_t shared_begin = num_shared * block.part / block.num_parts;
   const std::int64_t shared_end = num_shared * (block.part + 1) / block.num_parts;
-  const auto* in = static_cast<const scalar_t*>(operand.in);
-  auto* out = static_cast<scalar_t*>(operand.out);
 
-  const auto* cos = static_cast<const Real*>(workspace.cos);
-  const auto* sin = static_cast<const Real*>(workspace.sin);
-  const std::int64_t* token_offsets = workspace.token_offsets + kIn + 2 * index;
-
+  // Where the tokens of a head lie side by side, few heads are walked at a time.
   const int last_token = launch.tokens.num_dims - 1;
   const int last_shared = operand.shared.num_dims - 1;
   const bool tokens_inside =
-      num_shared == 1 || (last_token >= 0 && last_shared >= 0 &&
-                          launch.tokens.strides[kOut + 2 * index][last_token] <
-                              operand.shared.strides[1][last_shared]);
-  for (std::int64_t chunk = shared_begin; chunk < shared_end; chunk += kSharedChunk) {
+      last_token >= 0 && last_shared >= 0 &&
+      launch.tokens.strides[kOut + 2 * index][last_token] < operand.shared.strides[1][last_shared];
+  const std::int64_t chunk_size = tokens_inside ? kHeadsAtATime : kSharedChunk;
+  for (std::int64_t chunk = shared_begin; chunk < shared_end; chunk += chunk_size) {
     const std::int64_t num_chunk =
-        shared_end - chunk < kSharedChunk ? shared_end - chunk : kSharedChunk;
+        shared_end - chunk < chunk_size ? shared_end - chunk : chunk_size;
     for (std::int64_t s = 0; s < num_chunk; ++s) {
       std::int64_t offsets[2];
       operand.shared.offsets(chunk + s, offsets);
       workspace.shared_offsets[2 * s] = offsets[0];
       workspace.shared_offsets[2 * s + 1] = offsets[1];
     }
-    if (tokens_inside) {
-      for (std::int64_t s = 0; s < num_chunk; ++s) {
-        const std::int64_t* shared = workspace.shared_offsets + 2 * s;
-        rotate_rows<scalar_t, interleaved>(launch, operand, workspace,
-                                           {in + shared[0], out + shared[1], token_offsets,
-                                            kTokenArrays, num_tokens, cos, sin, length});
-      }
-    } else {
-      for (std::int64_t token = 0; token < num_tokens; ++token) {
-        const std::int64_t* offsets = token_offsets + token * kTokenArrays;
-        rotate_rows<scalar_t, interleaved>(
-            launch, operand, workspace,
-            {in + offsets[0], out + offsets[1], workspace.shared_offsets, 2, num_chunk,
-             cos + token * length, sin + token * length, 0});
-      }
-    }
+    rotate_rows<scalar_t, interleaved>(
+        launch, operand, workspace,
+        {{static_cast<const scalar_t*>(operand.in), static_cast<scalar_t*>(operand.out)},
+         workspace.token_offsets + kIn + 2 * index,
+         block.token_end - block.token_begin,
+         workspace.shared_offsets,
+         num_chunk,
+         static_cast<const Real*>(workspace.cos),
+         static_cast<const Real*>(workspace.sin),
+         padded(launch.num_pairs)});
   }
 }
 
