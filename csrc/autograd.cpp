@@ -293,6 +293,17 @@ bool is_transformed() {
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
 }
 
+// What bump_version would say, before anything is written.
+void check_may_change(const Call& call) {
+  const auto may_change = [](const at::Tensor& tensor) {
+    return !tensor.defined() || !tensor.is_inference() || c10::InferenceMode::is_enabled();
+  };
+  TORCH_CHECK(
+      may_change(call.q) && may_change(call.k),
+      "Inplace update to inference tensor outside InferenceMode is not allowed. You can make "
+      "a clone to get a normal tensor before doing inplace update.");
+}
+
 Outputs rotate_with_autograd(const Call& call) {
   const bool tangent = has_tangent(call);
   const bool angles = angles_require_grad(call);
@@ -306,6 +317,7 @@ Outputs rotate_with_autograd(const Call& call) {
   if (call.in_place) {
     // Before anything is written: what follows may be more than one call.
     check(call);
+    check_may_change(call);
     torch::autograd::check_inplace(call.q, records);
     if (call.is_pair) {
       torch::autograd::check_inplace(call.k, records);
@@ -336,20 +348,9 @@ Outputs rotate_with_autograd(const Call& call) {
   return {outputs[0], call.is_pair ? outputs[1] : at::Tensor()};
 }
 
-// What bump_version would say, before anything is written.
-void check_may_change(const at::Tensor& tensor) {
-  TORCH_CHECK(
-      !tensor.is_inference() || c10::InferenceMode::is_enabled(),
-      "Inplace update to inference tensor outside InferenceMode is not allowed. You can make "
-      "a clone to get a normal tensor before doing inplace update.");
-}
-
 // Lets autograd know that the tensors changed.
 Outputs rotate_and_bump_version(const Call& call) {
-  check_may_change(call.q);
-  if (call.is_pair) {
-    check_may_change(call.k);
-  }
+  check_may_change(call);
   Outputs outputs;
   {
     const at::AutoDispatchBelowADInplaceOrView guard;

@@ -96,15 +96,20 @@ Outputs rotate_composed(const Call& call) {
   return {rotate_one(on(call, call.q)), call.is_pair ? rotate_one(on(call, call.k)) : at::Tensor()};
 }
 
-Outputs rotate_and_copy(const Call& call) {
-  const Outputs outputs = call.is_pair ? dispatch(on(call, call.q.clone(), call.k.clone()))
-                                       : dispatch(on(call, call.q.clone()));
+Outputs rotate_copies(const Call& call) {
+  return dispatch(call.is_pair ? on(call, call.q.clone(), call.k.clone())
+                               : on(call, call.q.clone()));
+}
+
+Outputs copy_back(const Call& call, const Outputs& outputs) {
   call.q.copy_(outputs.q);
   if (call.is_pair) {
     call.k.copy_(outputs.k);
   }
   return {call.q, call.k};
 }
+
+Outputs rotate_and_copy(const Call& call) { return copy_back(call, rotate_copies(call)); }
 
 }  // namespace rope
 

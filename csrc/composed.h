@@ -16,6 +16,10 @@ Outputs rotate_composed(const Call& call);
 // the output, which must both outlive the change.
 Outputs rotate_and_copy(const Call& call);
 
+// The two steps of that: the first writes nothing, the second what the first returned.
+Outputs rotate_copies(const Call& call);
+Outputs copy_back(const Call& call, const Outputs& outputs);
+
 // Radians per unit of position, (N) or (A, N): inv_freq, or what max_wavelength and scale_factor
 // stand for, in float64.
 at::Tensor frequencies(const Call& call);

@@ -15,11 +15,21 @@ namespace rope {
 
 namespace {
 
+// Has every level of torch.func say whether x may become y, by writing to x what it holds.
+void check_can_become(const at::Tensor& x, const at::Tensor& y) {
+  const at::Tensor never = x.new_zeros({}, at::kBool);
+  x.copy_(y.where(never, x));
+}
+
 // Before any level of torch.func sees the call: copy_ knows at each what may be changed, such as no
 // tensor that a function to be differentiated captures.
 Outputs rotate_in_place_under_transforms(const Call& call) {
   check(call);
-  return rotate_and_copy(call);
+  const Outputs outputs = rotate_copies(call);
+  if (call.is_pair) {
+    check_can_become(call.k, outputs.k);  // before q is written
+  }
+  return copy_back(call, outputs);
 }
 
 // For torch.compile and torch.export, whose graphs change nothing in place. The wrapper that
@@ -27,12 +37,7 @@ Outputs rotate_in_place_under_transforms(const Call& call) {
 // into views and arguments, but TorchInductor forgets where a view begins when that is a symbol.
 Outputs rotate_functionally(const Call& call) {
   check(call);
-  const Outputs outputs = dispatch(call.is_pair ? on(call, call.q, call.k) : on(call, call.q));
-  call.q.copy_(outputs.q);
-  if (call.is_pair) {
-    call.k.copy_(outputs.k);
-  }
-  return {call.q, call.k};
+  return copy_back(call, dispatch(call.is_pair ? on(call, call.q, call.k) : on(call, call.q)));
 }
 
 bool is_batched(const at::Tensor& tensor) {

@@ -530,6 +530,23 @@ def test_a_leaf_in_a_pair_is_refused_in_place_and_neither_is_written(
         assert_same_bits(x, copy)
 
 
+@pytest.mark.parametrize("asking", ["q", "frequencies", "nothing"])
+@pytest.mark.parametrize("refused", [0, 1])
+def test_an_inference_tensor_in_a_pair_is_refused_in_place_and_neither_is_written(
+    device: str, refused: int, asking: str
+) -> None:
+    with torch.inference_mode():
+        inference = random_values((3, 6), torch.float64, device)
+    other = doubles(3, 6, device=device, seed=1) * 1 if asking == "q" else inference.clone()
+    inv_freq = frequencies(3, device=device) if asking == "frequencies" else None
+    before = inference.clone(), other.detach().clone()
+    pair = (other, inference) if refused else (inference, other)
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        torch_rope.apply_(pair, torch.arange(3, device=device), inv_freq)
+    assert_same_bits(inference, before[0])
+    assert_same_bits(other, before[1])
+
+
 def test_a_leaf_is_refused_by_tables_in_place(device: str) -> None:
     x, table = doubles(3, 6, device=device), random_values((3, 3), device=device)
     before = x.detach().clone()
@@ -576,6 +593,18 @@ def test_overwriting_the_frequencies_before_the_backward_is_an_error(device: str
     inv_freq.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         rotated.sum().backward()
+
+
+def test_what_another_backward_needs_can_be_rotated_in_place_where_pytorch_keeps_copies(
+    device: str,
+) -> None:
+    x, positions = doubles(3, 6, device=device), torch.arange(3, device=device)
+    expected = torch.autograd.grad(torch_rope.apply(x.exp(), positions).sin().sum(), x)
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        exponential = x.exp()
+        torch_rope.apply_(exponential, positions)
+        actual = torch.autograd.grad(exponential.sin().sum(), x)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_views_of_a_packed_tensor_rotated_in_place_have_the_right_gradient(device: str) -> None:

@@ -442,6 +442,55 @@ def test_a_map_over_the_backward_is_one_call(device: str, case: str) -> None:
         assert_close(one, torch.autograd.grad(rotated, leaf, gradient, retain_graph=True)[0])
 
 
+def test_a_map_of_a_function_that_goes_backward_is_one_call(device: str) -> None:
+    x = doubles(3, 6, device=device).requires_grad_()
+    rotated = torch_rope.apply(x, torch.arange(3, device=device))
+    gradients = doubles(5, 3, 6, device=device, seed=1)
+
+    def backward(gradient: Tensor) -> Tensor:
+        return torch.autograd.grad(rotated, x, gradient, retain_graph=True)[0]
+
+    with OperatorsSeen() as seen:
+        actual = torch.vmap(backward)(gradients)
+    assert seen.names == ["apply"]
+    for one, gradient in zip(actual, gradients, strict=True):
+        assert_same_bits(one, backward(gradient))
+
+
+def test_autograd_around_a_map_keeps_the_kernel_both_ways(device: str) -> None:
+    q, k = (doubles(4, 3, 6, device=device, seed=seed).requires_grad_() for seed in range(2))
+    positions = random_positions((4, 3), device=device)
+    with OperatorsSeen() as seen:
+        rotated = torch.vmap(lambda *pair: torch_rope.apply(pair[:2], pair[2]))(q, k, positions)
+        torch.autograd.grad(sum(one.sum() for one in rotated), (q, k))
+    assert seen.names == ["apply_qk", "apply_qk"]
+
+
+def test_a_map_in_chunks_rotates_all(device: str) -> None:
+    x, positions = doubles(5, 3, 6, device=device), torch.arange(3, device=device)
+    with OperatorsSeen() as seen:
+        actual = torch.vmap(lambda x: torch_rope.apply(x, positions), chunk_size=2)(x)
+    assert seen.names == ["apply"] * 3
+    assert_same_bits(actual, torch_rope.apply(x, positions))
+
+
+def test_a_map_of_nothing_gives_nothing(device: str) -> None:
+    x, positions = doubles(0, 3, 6, device=device), torch.empty(0, 3, device=device)
+    assert torch.vmap(torch_rope.apply)(x, positions).shape == (0, 3, 6)
+
+
+def test_a_linearized_function_has_the_directional_derivative(device: str) -> None:
+    x, direction = (doubles(3, 6, device=device, seed=seed) for seed in range(2))
+    positions = torch.arange(3, device=device)
+
+    def function(x: Tensor) -> Tensor:
+        return torch_rope.apply(x.sin(), positions)
+
+    value, linear = torch.func.linearize(function, x)
+    expected = torch.func.jvp(function, (x,), (direction,))
+    assert_close((value, linear(direction)), expected)
+
+
 @every_form
 @every_case
 def test_a_map_over_the_backward_of_everything(device: str, case: str, form: str) -> None:
@@ -500,6 +549,41 @@ def test_a_captured_tensor_cannot_be_rotated_in_place(
     with pytest.raises(RuntimeError, match="would mutate a captured Tensor"):
         TRANSFORMS[transform](loss, small_positions(3, device=device))
     assert_same_bits(outside, before)
+
+
+@pytest.mark.parametrize("refused", [0, 1])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_neither_of_a_pair_is_written_where_one_is_captured(
+    device: str, transform: str, refused: int
+) -> None:
+    outside, unchanged = doubles(3, 6, device=device), []
+
+    def loss(x: Tensor) -> Tensor:
+        inside = x * 1
+        pair = (inside, outside) if refused else (outside, inside)
+        with pytest.raises(RuntimeError, match="would mutate a captured Tensor"):
+            torch_rope.apply_(pair, torch.arange(3, device=device))
+        unchanged.append(bool((inside == x).all()))
+        return inside.sum()
+
+    before = outside.clone()
+    TRANSFORMS[transform](loss, doubles(3, 6, device=device, seed=1))
+    assert unchanged == [True]
+    assert_same_bits(outside, before)
+
+
+@pytest.mark.parametrize("refused", [0, 1])
+def test_neither_of_a_pair_is_written_where_one_is_not_mapped(device: str, refused: int) -> None:
+    mapped, alone = doubles(4, 3, 6, device=device), doubles(3, 6, device=device, seed=1)
+    before = mapped.clone(), alone.clone()
+
+    def rotate(x: Tensor, positions: Tensor) -> None:
+        torch_rope.apply_((x, alone) if refused else (alone, x), positions)
+
+    with pytest.raises(RuntimeError, match="vmap: inplace arithmetic"):
+        torch.vmap(rotate, out_dims=None)(mapped, random_positions((4, 3), device=device))
+    assert_same_bits(mapped, before[0])
+    assert_same_bits(alone, before[1])
 
 
 def test_the_argument_of_a_differentiated_function_cannot_be_rotated_in_place(device: str) -> None:
