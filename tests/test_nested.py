@@ -219,6 +219,63 @@ def test_in_place_gives_the_bits_of_the_functional_form(
         assert_same_bits(q.values(), single.values())
 
 
+def assert_refused_and_left_alone(q: Tensor, k: Tensor, positions: Tensor, error: Any) -> None:
+    """Asserts that neither of a pair is written where the pair is refused."""
+    memory = [x.values() if x.is_nested else x for x in (q, k)]
+    before = [x.clone() for x in memory]
+    with error:
+        torch_rope.apply_((q, k), positions)
+    for x, copy in zip(memory, before, strict=True):
+        assert_same_bits(x, copy)
+
+
+MODES = (torch.enable_grad, torch.no_grad, torch.inference_mode)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (4, 4, 1, 0)], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_pair_of_one_memory_is_refused_in_place(
+    device: str, mode: Callable[[], Any], lengths: tuple[int, ...]
+) -> None:
+    with mode():
+        values = heads(device).requires_grad_() * 1
+        q = nested_tensor_from_jagged(values, offsets_of(LENGTHS, device))
+        k = nested_tensor_from_jagged(values, offsets_of(lengths, device))
+        error = pytest.raises(ValueError, match="expected q and k to share no element")
+        assert_refused_and_left_alone(q, k, torch.tensor(3, device=device), error)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_pair_is_left_alone_in_place_where_the_second_does_not_fit(
+    device: str, mode: Callable[[], Any]
+) -> None:
+    positions = random_positions((len(LENGTHS), 1, 1), device=device)
+    with mode():
+        q = nested_tensor_from_jagged(heads(device), offsets_of(LENGTHS, device))
+        for k in (
+            random_values((3, 7, 2, 8), device=device),  # another batch
+            random_values((4, 7, 2, 5), device=device),  # an odd axis
+            nested_tensor_from_jagged(heads(device, seed=1), offsets_of((4, 5), device)),
+        ):
+            error = pytest.raises(ValueError, match="expected")
+            assert_refused_and_left_alone(q, k, positions, error)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_pair_of_different_sequences_is_rotated_in_place(device: str, grad: bool) -> None:
+    leaf = heads(device).requires_grad_(grad)
+    q = nested_tensor_from_jagged(leaf * 1, offsets_of(LENGTHS, device))
+    k = nested_tensor_from_jagged(heads(device, seed=1), offsets_of((4, 4, 1, 0), device))
+    positions = random_positions((4, 1, 1), device=device)
+    expected = torch_rope.apply((q, k), positions)
+    torch_rope.apply_((q, k), positions)
+    for actual, other in zip((q, k), expected, strict=True):
+        assert_same_bits(actual.values(), other.values())
+    if grad:
+        losses = [y.values().sin().sum() for y in (q, expected[0])]
+        assert_same_bits(*(torch.autograd.grad(x, leaf, retain_graph=True)[0] for x in losses))
+
+
 def functional(x: Any, positions: Tensor, inv_freq: Tensor) -> Any:
     """Rotates."""
     return torch_rope.apply(x, positions, inv_freq, attention_factor=1.5)

@@ -104,6 +104,11 @@ def _values(x: NestedTensor) -> Tensor:
     return values
 
 
+def _inner(x: Tensor) -> Tensor:
+    """Returns the values as they lie in memory; of a dense tensor, the tensor."""
+    return x._values if isinstance(x, NestedTensor) else x
+
+
 def _same_tokens(a: NestedTensor, b: NestedTensor) -> bool:
     """Whether the values of both hold the same tokens: they share offsets, and lengths if any."""
     if a._lengths is None and b._lengths is None:
@@ -156,21 +161,36 @@ def _rotate(operator: Any, *arguments: Any, **options: Any) -> Any:
         # Each by itself: the same positions are others for each, or do not fit both.
         for target in targets:
             _fit(target, angles)
-        single = getattr(torch.ops.rope, name.removeprefix("rope::").replace("_qk", "")).default
-        results = tuple(single(x, *angles, embedding_axis=axis, **options) for x in rotated)
-        return None if name.endswith("_") else results
+        single = name.removeprefix("rope::").removesuffix("_").removesuffix("_qk")
+        rotate = partial(getattr(torch.ops.rope, single).default, embedding_axis=axis, **options)
+        results = tuple(rotate(x, *angles) for x in rotated)
+        if not name.endswith("_"):
+            return results
+        # Only now that both fit is the first of them changed.
+        _check_memory(operator, rotated)
+        for x, result in zip(map(_inner, rotated), map(_inner, results), strict=True):
+            x.copy_(result)
+        return None
 
     # From the end, the axes of the values are those of x; from the front, one is missing.
     options["embedding_axis"] = axis if axis < 0 else axis - 1
     fitting = _fit(targets[0], angles)
     if name.endswith("_"):
         # What values() returns is a tensor of its own to a compiler, and would hide the change.
-        operator(*(x._values for x in rotated), *fitting, **options)
+        operator(*map(_inner, rotated), *fitting, **options)
         return None
     outputs = operator(*map(_values, rotated), *fitting, **options)
     if num_rotated == 1:
         return _nest(outputs, rotated[0])
     return tuple(map(_nest, outputs, rotated))
+
+
+def _check_memory(operator: Any, pair: Sequence[Tensor]) -> None:
+    """Has an operator in place say whether two tensors overlap: it rotates no column of them."""
+    q, k = (_inner(x).detach() for x in pair)
+    if type(q) is Tensor and type(k) is Tensor:  # not what a compiler traces
+        sizes = ((0,), (0,)) if "cos_sin" in operator._schema.name else ((), (0,))
+        operator(q, k, *(q.new_zeros(size, dtype=torch.float64) for size in sizes))
 
 
 def _check(name: str, rotated: Sequence[Tensor], angles: Sequence[Tensor | None]) -> None:
@@ -220,13 +240,24 @@ def _above_autograd(operator: Any, *arguments: Any, **options: Any) -> Any:
         return operator(*arguments, **options)
 
 
+def _pair_in_place_above_autograd(operator: Any, *arguments: Any, **options: Any) -> None:
+    """Refuses what overlaps; autograd takes the pair apart."""
+    _check(operator._schema.name, arguments[:2], arguments[2:])
+    _check_memory(operator, arguments[:2])
+    with torch._C._ExcludeDispatchKeyGuard(_ABOVE_AUTOGRAD):
+        operator(*arguments, **options)
+
+
 _ABOVE_AUTOGRAD = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradNestedTensor)
 
 _library = Library("rope", "IMPL")  # type: ignore[no-untyped-call]
 for _family in ("apply", "apply_cos_sin"):
     for _suffix in ("", "_qk", "_", "_qk_"):
         register_torch_dispatch(f"rope::{_family}{_suffix}", NestedTensor, _dispatch)
-    for _suffix in ("", "_qk"):
-        _operator = getattr(torch.ops.rope, _family + _suffix).default
-        _function = partial(_above_autograd, _operator)
+    for _suffix, _above in (
+        ("", _above_autograd),
+        ("_qk", _above_autograd),
+        ("_qk_", _pair_in_place_above_autograd),
+    ):
+        _function = partial(_above, getattr(torch.ops.rope, _family + _suffix).default)
         _library.impl(_family + _suffix, _function, "AutogradNestedTensor")  # type: ignore[no-untyped-call]
