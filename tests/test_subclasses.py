@@ -9,6 +9,7 @@ import torch_rope
 from observe import OperatorsSeen
 from reference import assert_same_bits, random_positions, random_values
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 
@@ -179,6 +180,30 @@ def test_a_mode_sees_the_operator(device: str, name: str, grad: bool) -> None:
         CALLS[name](q, k, angles_for(name, device))
     whole = [name] if not (grad and name.endswith("qk_")) else 2 * [name.replace("_qk", "")]
     assert seen.names == whole
+
+
+class FunctionsSeen(TorchFunctionMode):
+    """Notes the operators of the library that Python calls."""
+
+    def __init__(self) -> None:
+        """Starts with none."""
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        """Notes the operator and calls it."""
+        if getattr(function, "namespace", None) == "rope":
+            self.names.append(function._schema.name.removeprefix("rope::"))
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_function_mode_sees_the_operator(device: str, name: str) -> None:
+    with FunctionsSeen() as seen:
+        CALLS[name](*pair(device), angles_for(name, device))
+    assert seen.names == [name]
 
 
 class Tagged(Tensor):
