@@ -14,7 +14,7 @@ from torch._dynamo.decorators import mark_dynamic, mark_static, mark_unbacked
 from torch._dynamo.utils import counters
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.utils import fresh_cache, run_and_get_code
-from torch.func import grad, jacrev, jvp, vmap
+from torch.func import grad, hessian, jacrev, jvp, vmap
 from torch.fx import GraphModule
 
 LENGTHS = (7, 64, 301, 4097)
@@ -130,7 +130,7 @@ def pair_in_place(given: Inputs) -> tuple[Tensor, ...]:
 
 def one_by_rows_in_place(given: Inputs) -> tuple[Tensor, ...]:
     """Rotates one tensor by rows of tables where it is."""
-    x = given.packed[:, :, 0].contiguous()
+    x = given.packed[:, :, 0].clone(memory_format=torch.contiguous_format)
     torch_rope.apply_cos_sin_(x, given.cos_rows, given.sin_rows, given.positions)
     return (x,)
 
@@ -218,6 +218,7 @@ def test_the_second_length_is_the_last_that_compiles(device: str) -> None:
         given = Inputs.random(tokens, device)
         with recompiling_is_an_error:
             assert_all_same(compiled(given), pair(given))
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 def test_other_positions_compile_nothing_anew(device: str) -> None:
@@ -237,6 +238,19 @@ def test_generated_code_has_the_results_and_gradients_of_eager(device: str) -> N
     expected = every_form(given)
     assert_all_close(actual, expected)
     assert_all_close(given.gradients(actual), given.gradients(expected))
+
+
+def test_generated_code_serves_every_length(device: str) -> None:
+    compiled = compile_whole(pair, dynamic=True, backend="inductor")
+    for tokens in (5, *LENGTHS):
+        given = Inputs.random(tokens, device)
+        given = given._replace(packed=given.packed.requires_grad_())
+        # Sums over tokens, as gradients of frequencies are, TorchInductor compiles anew by itself.
+        with torch._dynamo.config.patch(error_on_recompile=tokens != 5):
+            actual = compiled(given)
+        expected = pair(given)
+        assert_all_close(actual, expected)
+        assert_all_close(given.gradients(actual), given.gradients(expected))
 
 
 class Recorder:
@@ -312,6 +326,23 @@ def test_reduce_overhead_is_not_refused(device: str) -> None:
         assert_all_close(compiled(given), program(given))
     # Without CUDA there is nothing to record, which is no refusal of these programs.
     assert counters["inductor"]["cudagraph_skips"] <= (0 if device == "cuda" else 1)
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_few_tokens_or_none(device: str, tokens: int) -> None:
+    given = Inputs.random(tokens, device).with_grad()
+    actual, expected = compile_whole(every_form)(given), every_form(given)
+    assert_all_same(actual, expected)
+    assert_all_close(given.gradients(actual), given.gradients(expected))
+
+
+def test_one_position_for_all(device: str) -> None:
+    compiled = compile_whole(torch_rope.apply)
+    x = random_values((9, 8), device=device)
+    compiled(x, torch.tensor(3, device=device))
+    position = torch.tensor(4, device=device)
+    with recompiling_is_an_error:
+        assert_same_bits(compiled(x, position), torch_rope.apply(x, position))
 
 
 # -----------------------------------------------------------------------------
@@ -418,6 +449,22 @@ def test_tables_of_any_length_rotate_a_tensor_of_one_shape_in_place(device: str)
         mark_static(given.packed)
         mark_static(given.positions)
         assert_all_same(compiled(given), one_by_rows_in_place(given))
+
+
+def test_a_leaf_that_asks_for_a_gradient_is_refused_in_place(device: str) -> None:
+    x, positions = random_values((9, 8), device=device).requires_grad_(), torch.arange(9)
+    before = x.detach().clone()
+    with pytest.raises(Exception, match="leaf Variable"):
+        compile_whole(torch_rope.apply_)(x, positions.to(device))
+    assert_same_bits(x, before)
+
+
+def test_rotating_in_place_what_another_backward_needs_is_an_error(device: str) -> None:
+    x, positions = random_values((9, 8), device=device).requires_grad_(), torch.arange(9)
+    exponential = x.exp()
+    compile_whole(torch_rope.apply_)(exponential, positions.to(device))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(exponential.sum(), x)
 
 
 EXPANDED = "expanded", lambda x: x[:1].expand(2, -1, -1, -1, -1)[:, :, :, 0]
@@ -596,6 +643,26 @@ def jacobian(given: Inputs) -> Any:
     )
 
 
+def second_derivative(given: Inputs) -> Any:
+    """Takes second derivatives with respect to frequencies."""
+
+    def loss(inv_freq: Tensor) -> Tensor:
+        return one_by_inv_freq(given._replace(inv_freq=inv_freq))[0].sin().sum()
+
+    return hessian(loss)(given.inv_freq)
+
+
+def gradient_in_place(given: Inputs) -> Any:
+    """Differentiates a pair that is rotated where it is."""
+    return grad(lambda packed: pair_in_place(given._replace(packed=packed))[1].sum())(given.packed)
+
+
+def tangent_in_place(given: Inputs) -> Any:
+    """Differentiates the same forward."""
+    function = lambda packed: pair_in_place(given._replace(packed=packed))  # noqa: E731
+    return jvp(function, (given.packed,), (given.packed,))
+
+
 @pytest.mark.parametrize(
     "transformed",
     [
@@ -606,6 +673,9 @@ def jacobian(given: Inputs) -> Any:
         tangent,
         mapped_gradient,
         jacobian,
+        second_derivative,
+        gradient_in_place,
+        tangent_in_place,
     ],
 )
 def test_transforms_inside_a_compiled_function(device: str, transformed: Any) -> None:
@@ -695,3 +765,6 @@ def test_generated_code_in_a_cache_is_that_of_the_form(device: str) -> None:
                 with torch_rope.composed(enabled):
                     _, (code,) = run_and_get_code(compiled, given)
                 assert ("torch.ops.rope.apply_qk" in code) is not enabled
+        # Each form found its own in the cache.
+        assert counters["inductor"]["fxgraph_cache_miss"] == 2
+        assert counters["inductor"]["fxgraph_cache_hit"] == 2
