@@ -22,6 +22,7 @@ from strategies import FLOAT_DTYPES
 from torch import Tensor
 from torch._dynamo import compiled_autograd
 from torch.autograd import gradcheck, gradgradcheck
+from torch.multiprocessing.reductions import StorageWeakRef
 
 OPTION_SETS: list[dict[str, Any]] = [
     {},
@@ -440,6 +441,17 @@ def test_no_activation_is_saved_for_the_gradients_of_a_pair_in_place(
     q, k = (random_values((2, 64, 8, 128), device=device).requires_grad_() + 0 for _ in range(2))
     rotate = operator_for(kind, in_place=True)
     assert_same_memory(saved_by(lambda: rotate((q, k), *angles)), 2 * angles)
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_what_is_rotated_can_be_freed_before_its_gradient_is_taken(device: str, kind: str) -> None:
+    leaf = random_values((2, 64, 8, 128), device=device).requires_grad_()
+    x = leaf * 1
+    memory = StorageWeakRef(x.untyped_storage())
+    rotated = operator_for(kind, in_place=False)(x, *KEPT[kind](device))
+    del x
+    assert memory.expired()
+    torch.autograd.grad(rotated.sum(), leaf)
 
 
 def test_learned_positions_keep_the_output_and_no_more(device: str) -> None:

@@ -683,6 +683,17 @@ def test_transforms_inside_a_compiled_function(device: str, transformed: Any) ->
     assert_all_close(compile_whole(transformed)(given), transformed(given))
 
 
+@pytest.mark.parametrize("is_composed", [False, True])
+def test_autocast_casts_nothing(device: str, is_composed: bool) -> None:
+    given = Inputs.random(9, device)
+    compiled = compile_whole(every_form)
+    with torch.autocast(device, dtype=torch.bfloat16), torch_rope.composed(is_composed):
+        actual = compiled(given)
+    expected = every_form(given)
+    assert [y.dtype for y in actual] == [torch.float32] * len(actual)
+    assert_all_close(actual, expected)
+
+
 # -----------------------------------------------------------------------------
 # The composed form
 
@@ -765,6 +776,6 @@ def test_generated_code_in_a_cache_is_that_of_the_form(device: str) -> None:
                 with torch_rope.composed(enabled):
                     _, (code,) = run_and_get_code(compiled, given)
                 assert ("torch.ops.rope.apply_qk" in code) is not enabled
-        # Each form found its own in the cache.
-        assert counters["inductor"]["fxgraph_cache_miss"] == 2
-        assert counters["inductor"]["fxgraph_cache_hit"] == 2
+        # The second time each found its own there, of whichever cache.
+        hits = counters["aot_autograd"]["autograd_cache_hit"]
+        assert max(hits, counters["inductor"]["fxgraph_cache_hit"]) == 2

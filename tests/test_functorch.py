@@ -217,6 +217,34 @@ def test_a_pair_is_mapped_with_tables_in_one_call(device: str, dims: Dims) -> No
             assert_same_bits(one[index], expected)
 
 
+@pytest.mark.parametrize("axes", [None, 3])
+@pytest.mark.parametrize("dims", [(None, None, None, 1), (0, 1, 0, 0), (2, None, 1, 1)], ids=str)
+def test_a_pair_is_mapped_over_frequencies_in_one_call(
+    device: str, dims: Dims, axes: int | None
+) -> None:
+    leading = () if axes is None else (axes,)
+    arguments = (
+        random_values((2, 6, 8), torch.float64, device),
+        random_values((6, 6), torch.float64, device, seed=1),
+        random_positions((*leading, 6), device=device, low=-9, high=9),
+        random_inv_freq((*leading, 3), device=device),
+    )
+    variations = zip(arguments, (scaled, scaled, shifted, scaled), strict=True)
+    varied = [
+        stacked(tensor, [(4, dims)], index, vary) for index, (tensor, vary) in enumerate(variations)
+    ]
+
+    def rotate(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor) -> Any:
+        return torch_rope.apply((q, k), positions, inv_freq, attention_factor=1.5)
+
+    with OperatorsSeen() as seen:
+        actual = torch.vmap(rotate, dims)(*varied)
+    assert seen.names == ["apply_cos_sin_qk"]
+    for index, call in enumerate(each(varied, [(4, dims)])):
+        for one, expected in zip(actual, rotate(*call), strict=True):
+            torch.testing.assert_close(one[index], expected, rtol=1e-10, atol=1e-10)
+
+
 def test_what_is_not_mapped_is_rotated_once(device: str) -> None:
     q, k = random_values((3, 5, 4, 6), device=device), random_values((5, 2, 6), device=device)
     positions = random_positions((5, 1), device=device)
