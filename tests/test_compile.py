@@ -16,6 +16,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.func import grad, hessian, jacrev, jvp, vmap
 from torch.fx import GraphModule
+from torch.utils.checkpoint import checkpoint
 
 LENGTHS = (7, 64, 301, 4097)
 
@@ -380,6 +381,25 @@ def test_gradients_of_angles_keep_one_activation(device: str) -> None:
     given = Inputs.random(9, device).with_grad()
     given.gradients(compile_whole(one_by_inv_freq, backend=recorder.backend)(given))
     assert sum(x.dim() >= 4 for x in saved_for_backward(recorder)) == 1
+
+
+def test_a_checkpoint_in_a_compiled_function_rotates_again(device: str) -> None:
+    def rotate(packed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, _ = packed.sin().unbind(2)
+        q, k = torch_rope.apply((q, k), positions)
+        return q.sin(), k.sin()
+
+    def checkpointed(packed: Tensor, positions: Tensor) -> Any:
+        return checkpoint(rotate, packed, positions, use_reentrant=False)
+
+    recorder = Recorder()
+    gradients = []
+    for function in (rotate, compile_whole(checkpointed, backend=recorder.backend)):
+        given = Inputs.random(9, device).with_grad()
+        gradients.append(given.gradients(function(given.packed, given.positions))[:1])
+    assert_all_close(gradients[1], gradients[0])
+    assert operators_of(recorder.forward[0]) == ["apply_qk.default"]
+    assert operators_of(recorder.backward[0]) == ["apply_qk.default"] * 2
 
 
 # -----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import reference
 import torch
 import torch_rope
+from attention import EMBEDDING, Attention
 from differentiable import CASES, FORMS, Dims, any_mapped, doubles, small_positions
 from hypothesis import given
 from hypothesis import strategies as st
@@ -542,6 +543,47 @@ def test_the_kernel_is_kept_where_nothing_is_differentiated(device: str) -> None
     with OperatorsSeen() as seen:
         torch.func.grad(loss)(doubles(6, device=device, seed=1))
     assert seen.names == ["apply"]
+
+
+def layers(device: str) -> list[Attention]:
+    """Returns layers of the same shape, with parameters of their own."""
+    made = [Attention(learned=True, device=device, dtype=torch.float64) for _ in range(3)]
+    for step, layer in enumerate(made):
+        for parameter in layer.parameters():
+            parameter.data.mul_(1 + step / 8)
+    return made
+
+
+def test_an_ensemble_of_layers_is_mapped_in_one_call(device: str) -> None:
+    ensemble = layers(device)
+    x = doubles(2, 5, EMBEDDING, device=device)
+    positions = torch.arange(5, device=device).unsqueeze(-1)
+
+    def call(*state: dict[str, Tensor]) -> Any:
+        return torch.func.functional_call(ensemble[0], state, (x, positions))
+
+    with OperatorsSeen() as seen:
+        actual = torch.vmap(call)(*torch.func.stack_module_state(ensemble))
+    assert seen.names == ["apply_cos_sin_qk"]
+    for one, layer in zip(actual, ensemble, strict=True):
+        assert_close(one, layer(x, positions))
+
+
+def test_gradients_of_each_sample_add_up_to_those_of_the_batch(device: str) -> None:
+    layer = layers(device)[0]
+    x = doubles(3, 5, EMBEDDING, device=device)
+    positions = torch.arange(5, device=device).unsqueeze(-1)
+
+    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+        y = torch.func.functional_call(layer, parameters, (sample.unsqueeze(0), positions))
+        return y.square().sum()
+
+    parameters = dict(layer.named_parameters())
+    of_each = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    layer(x, positions).square().sum().backward()
+    for name, parameter in parameters.items():
+        # The sums of float32 frequencies have another order.
+        torch.testing.assert_close(of_each[name].sum(0), parameter.grad)
 
 
 Transform = Callable[[Callable[[Tensor], Tensor], Tensor], Any]

@@ -382,6 +382,19 @@ def test_compiled_results_and_gradients_are_the_same(
             assert_same_bits(actual, expected)
 
 
+def test_a_compiled_pair_of_different_sequences_is_rotated_in_place(device: str) -> None:
+    def rotate(q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return torch_rope.apply_((q * 1, k * 1), positions)
+
+    q = nested_tensor_from_jagged(heads(device), offsets_of(LENGTHS, device))
+    k = nested_tensor_from_jagged(heads(device, seed=1), offsets_of((4, 4, 1, 0), device))
+    positions = random_positions((4, 1, 1), device=device)
+    compiled = torch.compile(rotate, fullgraph=True, backend="aot_eager")
+    results = zip(compiled(q, k, positions), rotate(q, k, positions), strict=True)
+    for actual, expected in results:
+        assert_same_bits(actual.values(), expected.values())
+
+
 def test_other_offsets_are_refused(device: str) -> None:
     x = nested_tensor_from_jagged(heads(device), offsets_of(LENGTHS, device))
     positions = nested_tensor_from_jagged(token_positions(device), offsets_of(LENGTHS, device))
