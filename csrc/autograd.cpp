@@ -152,17 +152,22 @@ struct Rotate : torch::autograd::Function<Rotate> {
   // gradients.
   enum Argument : std::size_t { kQ, kK, kPositions, kInvFreq, kCos, kSin, kNumArguments };
 
-  // The tensors are those of the call: autograd sees only arguments. Sets context to the node's.
+  // The tensors are those of the call: autograd sees only arguments. What is to be done is another
+  // call where one in place is recorded as two, and none where it was done before. Sets context to
+  // the node's.
   static variable_list forward(AutogradContext* ctx, const at::Tensor& q, const OptionalTensor& k,
                                const OptionalTensor& positions, const OptionalTensor& inv_freq,
                                const OptionalTensor& cos, const OptionalTensor& sin,
-                               const Call& call, AutogradContext** context) {
+                               const Call& call, const Call* to_do, AutogradContext** context) {
     *context = ctx;
     const at::AutoDispatchBelowADInplaceOrView guard;
     // Below autograd nothing is recorded whatever the mode, which PyTorch turned off: but a
     // compiler takes a change of an argument in that mode for one that has no gradient.
     const at::AutoGradMode mode(true);
-    const Outputs outputs = dispatch(call);
+    Outputs outputs = to_do == nullptr ? Outputs() : dispatch(*to_do);
+    if (call.in_place) {
+      outputs = {call.q, call.k};
+    }
     variable_list results{outputs.q};
     if (call.is_pair) {
       results.push_back(outputs.k);
@@ -213,7 +218,7 @@ struct Rotate : torch::autograd::Function<Rotate> {
       edge += given ? 1 : 0;
     }
 
-    variable_list results(kNumArguments + 2);  // none for the call and for the place of context
+    variable_list results(kNumArguments + 3);  // none for the calls and for the place of context
     const bool wants_q = grad_q.defined() && wants[kQ];
     const bool wants_k = grad_k.defined() && wants[kK];
     if (wants_q || wants_k) {
@@ -304,6 +309,18 @@ void check_may_change(const Call& call) {
       "a clone to get a normal tensor before doing inplace update.");
 }
 
+// Calls the autograd function, of which at least one tensor must require grad.
+Outputs record(const Call& call, const Call* to_do) {
+  AutogradContext* context = nullptr;
+  const variable_list outputs =
+      Rotate::apply(call.q, as_optional(call.k), as_optional(call.positions), call.options.inv_freq,
+                    as_optional(call.cos), as_optional(call.sin), call, to_do, &context);
+  // The node knows now what it changed. Compiled autograd takes only nodes that remember nothing of
+  // it.
+  context->mark_dirty({});
+  return {outputs[0], call.is_pair ? outputs[1] : at::Tensor()};
+}
+
 Outputs rotate_with_autograd(const Call& call) {
   const bool tangent = has_tangent(call);
   const bool angles = angles_require_grad(call);
@@ -329,23 +346,25 @@ Outputs rotate_with_autograd(const Call& call) {
   if (tangent || is_transformed()) {
     return rotate_composed(call);
   }
-  if (call.is_pair && !angles && (q != k || call.in_place)) {
-    // Where only one of the two has a gradient, the other's output must not come to require one;
-    // and autograd allows views, such as q and k of one packed buffer, to be changed by functions
-    // of one output only.
-    const auto one = [&](const at::Tensor& x) {
-      return dispatch(call.in_place ? in_place(on(call, x)) : on(call, x)).q;
-    };
-    return {one(call.q), one(call.k)};
+  if (call.is_pair && !angles && call.in_place) {
+    // Autograd allows views, such as q and k of one packed buffer, to be changed by functions of
+    // one output only: the first of two rotates both.
+    const Call* to_do = &call;
+    for (const at::Tensor& x : {call.q, call.k}) {
+      if (requires_grad(x)) {
+        record(in_place(on(call, x)), to_do);
+        to_do = nullptr;
+      } else {
+        torch::autograd::impl::bump_version(x);
+      }
+    }
+    return {call.q, call.k};
   }
-  AutogradContext* context = nullptr;
-  const variable_list outputs =
-      Rotate::apply(call.q, as_optional(call.k), as_optional(call.positions), call.options.inv_freq,
-                    as_optional(call.cos), as_optional(call.sin), call, &context);
-  // The node knows now what it changed. Compiled autograd takes only nodes that remember nothing of
-  // it.
-  context->mark_dirty({});
-  return {outputs[0], call.is_pair ? outputs[1] : at::Tensor()};
+  if (call.is_pair && !angles && q != k) {
+    // Where only one of the two has a gradient, the other's output must not come to require one.
+    return {dispatch(on(call, call.q)).q, dispatch(on(call, call.k)).q};
+  }
+  return record(call, &call);
 }
 
 // Lets autograd know that the tensors changed.

@@ -504,6 +504,23 @@ def test_only_the_one_of_a_pair_that_asks_has_a_gradient(
     assert not rotated[1 - asking].requires_grad
 
 
+@pytest.mark.parametrize("asking", [(0,), (1,), (0, 1)], ids=str)
+def test_a_pair_is_rotated_in_place_in_one_call_that_both_versions_count(
+    device: str, asking: tuple[int, ...]
+) -> None:
+    q, k = (random_values((9, 32), device=device, seed=seed) for seed in range(2))
+    pair = tuple(leaf(x) * 1 if i in asking else x for i, x in enumerate((q, k)))
+    before = [x._version for x in pair]
+    positions = torch.arange(9, device=device)
+    expected = torch_rope.apply((q, k), positions)
+    with OperatorsSeen() as seen:
+        torch_rope.apply_((pair[0], pair[1]), positions)
+    assert seen.names == ["apply_qk_"]
+    assert [x._version - version for x, version in zip(pair, before, strict=True)] == [1, 1]
+    for x, other in zip(pair, expected, strict=True):
+        assert_same_bits(x.detach(), other)
+
+
 @pytest.mark.parametrize("unused", [0, 1])
 def test_one_of_a_pair_can_be_left_out_of_the_loss(device: str, unused: int) -> None:
     pair = doubles(3, 6, device=device), doubles(3, 6, device=device, seed=1)

@@ -311,16 +311,18 @@ def check_in_place(name: str) -> None:
                 one.placements == other.placements
                 for one, other in zip(placed, results, strict=True)
             ]
-            if all(stays):
-                form.call_in_place(placed, angles)
-                values = expected
-            else:
-                with pytest.raises(NotImplementedError, match="a call in place moves no data"):
-                    form.call_in_place(placed, angles)
-                values = xs
-            for x, value, p in zip(placed, values, placements, strict=True):
-                assert x.placements == (p,) * mesh.ndim
-                assert_equal(x, value)
+            for grad in (False, True):
+                rotated = [x.detach().requires_grad_(grad).clone() for x in placed]
+                if all(stays):
+                    form.call_in_place(rotated, angles)
+                    values = expected
+                else:
+                    with pytest.raises(NotImplementedError, match="a call in place moves no data"):
+                        form.call_in_place(rotated, angles)
+                    values = xs
+                for x, value, p in zip(rotated, values, placements, strict=True):
+                    assert x.placements == (p,) * mesh.ndim
+                    assert_equal(x.detach(), value)
 
 
 @pytest.mark.parametrize(

@@ -240,24 +240,13 @@ def _above_autograd(operator: Any, *arguments: Any, **options: Any) -> Any:
         return operator(*arguments, **options)
 
 
-def _pair_in_place_above_autograd(operator: Any, *arguments: Any, **options: Any) -> None:
-    """Refuses what overlaps; autograd takes the pair apart."""
-    _check(operator._schema.name, arguments[:2], arguments[2:])
-    _check_memory(operator, arguments[:2])
-    with torch._C._ExcludeDispatchKeyGuard(_ABOVE_AUTOGRAD):
-        operator(*arguments, **options)
-
-
 _ABOVE_AUTOGRAD = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradNestedTensor)
 
 _library = Library("rope", "IMPL")  # type: ignore[no-untyped-call]
 for _family in ("apply", "apply_cos_sin"):
     for _suffix in ("", "_qk", "_", "_qk_"):
         register_torch_dispatch(f"rope::{_family}{_suffix}", NestedTensor, _dispatch)
-    for _suffix, _above in (
-        ("", _above_autograd),
-        ("_qk", _above_autograd),
-        ("_qk_", _pair_in_place_above_autograd),
-    ):
-        _function = partial(_above, getattr(torch.ops.rope, _family + _suffix).default)
+    for _suffix in ("", "_qk"):
+        _operator = getattr(torch.ops.rope, _family + _suffix).default
+        _function = partial(_above_autograd, _operator)
         _library.impl(_family + _suffix, _function, "AutogradNestedTensor")  # type: ignore[no-untyped-call]
