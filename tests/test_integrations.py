@@ -67,8 +67,11 @@ def test_flash_attn_rotates_by_offsets(
 
 
 @pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("offsets", [0, 3, "tensor"])
-def test_flash_attn_rotates_packed_sequences(device: str, offsets: Any, inplace: bool) -> None:
+def test_flash_attn_rotates_packed_sequences(
+    device: str, offsets: Any, interleaved: bool, inplace: bool
+) -> None:
     lengths = [4, 0, 1, 6]
     starts = [1, 2, 3, 4] if offsets == "tensor" else [offsets] * 4
     cu_seqlens = torch.tensor([0, 4, 4, 5, 11], dtype=torch.int32, device=device)
@@ -77,11 +80,13 @@ def test_flash_attn_rotates_packed_sequences(device: str, offsets: Any, inplace:
     rows = torch.cat(
         [torch.arange(length) + start for length, start in zip(lengths, starts, strict=True)]
     ).to(device)
-    expected = rotated(x, cos[rows].unsqueeze(1), sin[rows].unsqueeze(1), interleaved=False)
+    expected = rotated(x, cos[rows].unsqueeze(1), sin[rows].unsqueeze(1), interleaved)
+    before = x.clone()
     actual = flash_attn.apply_rotary_emb(
         x,
         cos,
         sin,
+        interleaved=interleaved,
         inplace=inplace,
         seqlen_offsets=torch.tensor(starts, device=device) if offsets == "tensor" else offsets,
         cu_seqlens=cu_seqlens,
@@ -89,26 +94,46 @@ def test_flash_attn_rotates_packed_sequences(device: str, offsets: Any, inplace:
     )
     torch.testing.assert_close(actual, expected, **TOLERANCE)
     assert (actual is x) == inplace
+    assert inplace or torch.equal(x, before)
 
 
-def test_flash_attn_has_gradients(device: str) -> None:
-    x = random_values((2, 5, 3, 16), device=device).requires_grad_()
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("offsets", [3, "tensor", "packed"])
+def test_flash_attn_has_gradients(device: str, offsets: Any, inplace: bool) -> None:
+    shape = (10, 3, 16) if offsets == "packed" else (2, 5, 3, 16)
+    x = random_values(shape, device=device).requires_grad_()
+    weights = random_values(shape, device=device, seed=1)
     cos, sin = tables(16, 8, device)
-    weights = random_values((2, 5, 3, 16), device=device, seed=1)
-    actual = flash_attn.apply_rotary_emb(
-        x, cos, sin, seqlen_offsets=torch.tensor([2, 11], device=device)
-    )
-    rows = torch.tensor([[2, 3, 4, 5, 6], [11, 12, 13, 14, 15]], device=device)
-    expected = rotated(x, cos[rows].unsqueeze(2), sin[rows].unsqueeze(2), interleaved=False)
+    starts = (3, 3) if offsets == 3 else (2, 11)
+    rows = torch.stack([torch.arange(start, start + 5) for start in starts]).to(device)
+    options: dict[str, Any] = {"seqlen_offsets": torch.tensor(starts, device=device)}
+    if offsets == 3:
+        options = {"seqlen_offsets": 3}
+    if offsets == "packed":
+        options |= {"cu_seqlens": torch.tensor([0, 5, 10], device=device), "max_seqlen": 5}
+        rows = rows.flatten()
+    actual = flash_attn.apply_rotary_emb(x.clone(), cos, sin, inplace=inplace, **options)
+    expected = rotated(x, cos[rows].unsqueeze(-2), sin[rows].unsqueeze(-2), interleaved=False)
     torch.testing.assert_close(
         torch.autograd.grad(actual, x, weights), torch.autograd.grad(expected, x, weights)
     )
 
 
-def test_flash_attn_refuses_tables_that_are_too_short(device: str) -> None:
-    cos, sin = tables(4, 8, device)
-    with pytest.raises(ValueError, match="expected cos"):
-        flash_attn.apply_rotary_emb(random_values((2, 5, 3, 16), device=device), cos, sin)
+@pytest.mark.parametrize(("rows", "offset"), [(4, 0), (4, 3), (1, 0), (8, -1)])
+def test_flash_attn_refuses_tables_without_a_row_for_each_token(
+    device: str, rows: int, offset: int
+) -> None:
+    cos, sin = tables(rows, 8, device)
+    x = random_values((2, 5, 3, 16), device=device)
+    with pytest.raises(ValueError, match=f"expected cos to have the rows from {offset} to"):
+        flash_attn.apply_rotary_emb(x, cos, sin, seqlen_offsets=offset)
+
+
+def test_flash_attn_refuses_positions_beyond_the_tables() -> None:
+    cos, sin = tables(8, 8, "cpu")
+    x = random_values((2, 5, 3, 16))
+    with pytest.raises(IndexError, match=r"expected positions .* but got 8"):
+        flash_attn.apply_rotary_emb(x, cos, sin, seqlen_offsets=torch.tensor([0, 4]))
 
 
 @pytest.mark.parametrize("positions_shape", [None, (1, 5), (2, 5)])
@@ -152,6 +177,16 @@ def test_torchtitan_rotates_by_a_cache_of_cosines_and_sines(
         for x in (q, k)
     )
     torch.testing.assert_close(actual, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_torchtitan_refuses_tables_without_a_row_for_each_token(rows: int) -> None:
+    q = random_values((2, 5, 4, 16))
+    cos, sin = tables(rows, 8, "cpu")
+    with pytest.raises(ValueError, match="expected a table of at least 5 rows"):
+        torchtitan.apply_rotary_emb_single_complex(q, torch.complex(cos, sin))
+    with pytest.raises(ValueError, match="expected a table of at least 5 rows"):
+        torchtitan.apply_rotary_emb_cos_sin(q, q, torch.cat((cos, cos, sin, sin), dim=-1))
 
 
 @pytest.fixture(scope="module")

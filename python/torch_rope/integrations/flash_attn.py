@@ -54,6 +54,11 @@ def apply_rotary_emb(
     rotate = apply_cos_sin_ if inplace else apply_cos_sin
     if cu_seqlens is None and isinstance(seqlen_offsets, int):
         end = seqlen_offsets + x.shape[1]
+        if seqlen_offsets < 0 or end > cos.shape[0]:  # A single row would broadcast.
+            raise ValueError(
+                "torch_rope.integrations.flash_attn.apply_rotary_emb(): expected cos to have the "
+                f"rows from {seqlen_offsets} to {end}, but got {cos.shape[0]} rows"
+            )
         cos, sin = (table[seqlen_offsets:end].unsqueeze(1) for table in (cos, sin))
         return rotate(x, cos, sin, interleaved=interleaved)
     if cu_seqlens is None:

@@ -94,4 +94,9 @@ def _rows(
     """Returns tables that broadcast with x of shape (B, S, H, D), or positions that do."""
     if positions is not None:
         return cos, sin, positions.unsqueeze(-1)
+    if cos.shape[0] < x.shape[1]:  # A single row would broadcast.
+        raise ValueError(
+            f"torch_rope.integrations.torchtitan: expected a table of at least {x.shape[1]} rows, "
+            f"one for each token, but got {cos.shape[0]}"
+        )
     return cos[: x.shape[1]].unsqueeze(1), sin[: x.shape[1]].unsqueeze(1), None
