@@ -1,0 +1,61 @@
+"""The Python examples of the README and of the pages in docs/ run, each page as one program."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# What a page's examples take for granted.
+GIVEN = {
+    "README.md": "",
+    "docs/integrations.md": """
+import torch
+import torch_rope
+
+class Rotate(torch.nn.Module):
+    def forward(self, x, positions):
+        return torch_rope.apply(x, positions)
+
+model, args = Rotate(), (torch.randn(2, 8, 5, 64), torch.arange(5))
+""",
+    "docs/transformers.md": """
+from transformers import LlamaConfig, LlamaModel
+
+model = LlamaModel(LlamaConfig(hidden_size=64, num_hidden_layers=1, intermediate_size=64))
+""",
+}
+
+# The packages that they import.
+NEEDS = {
+    "README.md": ["transformers"],
+    "docs/integrations.md": ["onnxscript"],
+    "docs/transformers.md": ["transformers", "kernels"],
+}
+
+
+def examples(page: str) -> list[str]:
+    """Returns the Python examples of a page."""
+    return re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE
+    )
+
+
+def test_every_page_with_examples_is_run() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    assert {str(page.relative_to(ROOT)) for page in pages if examples(str(page))} == set(GIVEN)
+
+
+@pytest.mark.parametrize("page", GIVEN)
+def test_the_examples_of_a_page_run(page: str, tmp_path: Path) -> None:
+    for package in NEEDS[page]:
+        pytest.importorskip(package)
+    program = tmp_path / "page.py"  # A file: torch.jit.script reads its source.
+    program.write_text("\n".join([GIVEN[page], *examples(page)]))
+    completed = subprocess.run(
+        [sys.executable, program], cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
+    assert completed.returncode == 0, completed.stderr
