@@ -366,10 +366,6 @@ at::Tensor mixed_frequencies(std::int64_t rotary_dim, const MixedOptions& option
 
 }  // namespace rope
 
-// So that scripted and compiled modules reach it. Not public.
-TORCH_LIBRARY_FRAGMENT(rope, library) {
-  library.def(
-      "_dynamic_frequencies(Tensor seq_len, int rotary_dim, float rope_theta, float factor, "
-      "int max_position_embeddings, ScalarType dtype) -> Tensor",
-      rope::dynamic_frequencies, {at::Tag::pt2_compliant_tag});
+TORCH_LIBRARY_IMPL(rope, CompositeImplicitAutograd, library) {
+  library.impl("_dynamic_frequencies", TORCH_FN(rope::dynamic_frequencies));
 }

@@ -20,23 +20,31 @@
 //
 // The forms in place return nothing: schemas that return a mutated argument are not supported by
 // torch.compile.
+//
+// The other begins with _ and is not public: scripted and compiled programs reach
+// rope::dynamic_frequencies through it.
+//
+// - seq_len: the length that frequencies are for, a tensor of no dimension.
+// - rope_theta, factor, max_position_embeddings: as Hugging Face's configurations have them.
+// - dtype: of the frequencies, float32 or float64.
 #include <torch/library.h>
 
 #include <string>
 
 namespace {
 
+void define(torch::Library& library, const std::string& schema) {
+  library.def(schema.c_str(), {at::Tag::pt2_compliant_tag});
+}
+
 void define_family(torch::Library& library, const std::string& name, const std::string& angles,
                    const std::string& options) {
-  const auto define = [&](const std::string& schema) {
-    library.def(schema.c_str(), {at::Tag::pt2_compliant_tag});
-  };
   const std::string rest = angles + ", *, " + options + ")";
-  define(name + "(Tensor x, " + rest + " -> Tensor");
-  define(name + "_qk(Tensor q, Tensor k, " + rest + " -> (Tensor, Tensor)");
-  define(name + "_(Tensor(a!) x, " + rest + " -> ()");
-  define(name + "_qk_(Tensor(a!) q, Tensor(b!) k, " + rest + " -> ()");
-  define(name + "_composed(Tensor x, " + rest + " -> Tensor");
+  define(library, name + "(Tensor x, " + rest + " -> Tensor");
+  define(library, name + "_qk(Tensor q, Tensor k, " + rest + " -> (Tensor, Tensor)");
+  define(library, name + "_(Tensor(a!) x, " + rest + " -> ()");
+  define(library, name + "_qk_(Tensor(a!) q, Tensor(b!) k, " + rest + " -> ()");
+  define(library, name + "_composed(Tensor x, " + rest + " -> Tensor");
 }
 
 }  // namespace
@@ -49,4 +57,8 @@ TORCH_LIBRARY(rope, library) {
   define_family(library, "apply_cos_sin", "Tensor cos, Tensor sin, Tensor? positions=None",
                 "int embedding_axis=-1, int rotary_offset=0, bool interleaved=False, "
                 "bool conjugate=False");
+
+  define(library,
+         "_dynamic_frequencies(Tensor seq_len, int rotary_dim, float rope_theta, float factor, "
+         "int max_position_embeddings, ScalarType dtype) -> Tensor");
 }
