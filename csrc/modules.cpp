@@ -23,6 +23,9 @@ RotaryEmbeddingImpl::RotaryEmbeddingImpl(std::int64_t rotary_dim, RotaryEmbeddin
     : options(std::move(given)) {
   FrequencyOptions& scheme = options.rope_parameters;
   TORCH_CHECK_VALUE(
+      !options.inv_freq.has_value() || scheme.rope_type == FrequencyOptions().rope_type,
+      "rope::RotaryEmbedding(): expected rope_parameters or inv_freq, but got both");
+  TORCH_CHECK_VALUE(
       options.max_wavelength == RotaryEmbeddingOptions().max_wavelength ||
           !(scheme.rope_theta.has_value() || options.inv_freq.has_value()),
       "rope::RotaryEmbedding(): expected max_wavelength to be left at its default together with ",

@@ -211,6 +211,9 @@ TEST(RotaryEmbedding, RefusesOptionsThatExcludeEachOther) {
   EXPECT_THROW_WITH(
       RotaryEmbedding(32, RotaryEmbeddingOptions{.rope_parameters = kDynamic, .learned = true}),
       c10::ValueError, "expected learned to be false");
+  EXPECT_THROW_WITH(RotaryEmbedding(32, RotaryEmbeddingOptions{.rope_parameters = kLinear,
+                                                               .inv_freq = random_inv_freq({16})}),
+                    c10::ValueError, "expected rope_parameters or inv_freq, but got both");
 }
 
 TEST(RotaryEmbedding, IsPrintedWithItsOptions) {
