@@ -21,12 +21,23 @@
 // The forms in place return nothing: schemas that return a mutated argument are not supported by
 // torch.compile.
 //
-// The other begins with _ and is not public: scripted and compiled programs reach
-// rope::dynamic_frequencies through it.
+// The others begin with _ and are not public: scripted and compiled programs reach the functions
+// of rope/frequencies.h, positions.h and weights.h through them.
 //
-// - seq_len: the length that frequencies are for, a tensor of no dimension.
+// - seq_len: the length that frequencies are for, a tensor of no dimension; or the number of tokens
+//   that ranks share.
 // - rope_theta, factor, max_position_embeddings: as Hugging Face's configurations have them.
 // - dtype: of the frequencies, float32 or float64.
+// - cu_seqlens: where packed sequences begin and the last one ends, int32 or int64 (B + 1).
+// - total_length: the number of tokens, those of padding at the end too.
+// - attention_mask: bool or integer (..., S), true where there is a token.
+// - rank, world_size: which of how many processes.
+// - zigzag: a rank holds a chunk from the front and one from the back.
+// - sizes: of a grid along each axis.
+// - device: that of the result.
+// - weight: the weight or bias of a projection, (num_heads * head_dim, ...); head_dim: the number
+// of
+//   elements of a head.
 #include <torch/library.h>
 
 #include <string>
@@ -61,4 +72,13 @@ TORCH_LIBRARY(rope, library) {
   define(library,
          "_dynamic_frequencies(Tensor seq_len, int rotary_dim, float rope_theta, float factor, "
          "int max_position_embeddings, ScalarType dtype) -> Tensor");
+  define(library, "_positions_from_cu_seqlens(Tensor cu_seqlens, SymInt total_length) -> Tensor");
+  define(library, "_positions_from_attention_mask(Tensor attention_mask) -> Tensor");
+  define(library,
+         "_context_parallel_positions(SymInt seq_len, int rank, int world_size, bool zigzag, "
+         "Device device) -> Tensor");
+  define(library, "_grid_positions(SymInt[] sizes, Device device) -> Tensor");
+  const std::string rest = "(Tensor weight, int head_dim, int? rotary_dim, int rotary_offset)";
+  define(library, "_permute_half_to_interleaved" + rest + " -> Tensor");
+  define(library, "_permute_interleaved_to_half" + rest + " -> Tensor");
 }

@@ -18,7 +18,7 @@ from torch.export import Dim, export
 SOURCES = Path(__file__).parent / "cpp"
 PROGRAMS = {
     "test_api": ("test_api.cpp",),
-    "test_modules": ("test_modules.cpp",),
+    "test_modules": ("test_modules.cpp", "test_positions.cpp"),
     "test_registration": ("test_registration.cpp",),
     "test_cuda": ("test_cuda_plan.cpp", "test_cuda_threads.cpp"),
 }

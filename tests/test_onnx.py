@@ -93,6 +93,17 @@ def check(calls: Sequence[Call], standard: bool) -> None:
         )
 
 
+SCHEMES: list[dict[str, Any]] = [
+    {"rope_type": "linear", "factor": 2.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 8,
+        "long_factor": [3.0] * 8,
+        "original_max_position_embeddings": 8,
+    },
+]
+
 # Shapes of x and of positions that all heads share.
 BY_HEADS = ((2, 4, 5, 16), (5,))
 BY_TOKENS = ((2, 5, 4, 16), (5, 1))
@@ -207,6 +218,46 @@ def test_batch_and_sequence_may_stay_open(layout: str) -> None:
     for given in (tensors(3, 7), tensors(1, 1)):
         (actual,) = run(session, given)
         torch.testing.assert_close(actual, torch_rope.apply(*given), rtol=1e-6, atol=1e-6)
+
+
+class Rotary(nn.Module):
+    """A layer of the package, with positions from a helper of the package."""
+
+    def __init__(self, scheme: dict[str, Any]) -> None:
+        super().__init__()
+        self.rotary = torch_rope.RotaryEmbedding(16, scheme, max_position_embeddings=8)
+
+    def forward(self, q: Tensor, k: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotates q and k, (B, H, S, D)."""
+        return self.rotary(q, k, torch_rope.positions_from_attention_mask(mask).unsqueeze(1))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme["rope_type"])
+def test_a_layer_is_exported_with_its_frequencies_and_positions(scheme: dict[str, Any]) -> None:
+    model = Rotary(scheme)
+    batch, tokens = Dim("batch", min=1, max=64), Dim("tokens", min=2, max=64)
+    sizes = {0: batch, 2: tokens}
+    dynamic_shapes = (sizes, sizes, {0: batch, 1: tokens})
+    program = torch.export.export(model, inputs_of(12), dynamic_shapes=dynamic_shapes)
+    exported = torch.onnx.export(
+        program.run_decompositions(decompositions()), dynamo=True, opset_version=23, verbose=False
+    )
+    proto = exported.model_proto
+    assert [node.op_type for node in proto.graph.node].count("RotaryEmbedding") == 2
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    for length in (7, 12, 20):  # Within the trained length, and beyond it.
+        given = inputs_of(length)
+        for actual, expected in zip(run(session, given), model(*given), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+def inputs_of(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws q, k, and a mask that begins with padding."""
+    mask = torch.ones(2, tokens, dtype=torch.int64)
+    mask[0, :3] = 0
+    return random_values((2, 4, tokens, 16)), random_values((2, 2, tokens, 16), seed=1), mask
 
 
 def test_the_example_of_the_docstring_runs() -> None:

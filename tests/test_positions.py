@@ -1,6 +1,7 @@
 """Positions of packed, padded, shared and gridded tokens; weights between the pair conventions."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,6 +9,9 @@ import torch
 import torch_rope
 from reference import assert_same_bits, random_values
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
+from torch.fx import GraphModule
+from torch.library import opcheck
 
 # ---- Packed sequences ----
 
@@ -94,7 +98,7 @@ def test_a_rank_holds_a_chunk_or_one_from_the_front_and_one_from_the_back() -> N
     [
         ((16, 4, 4), r"expected rank to be in \[0, 4\), but got 4"),
         ((16, -1, 4), r"expected rank to be in \[0, 4\), but got -1"),
-        ((12, 0, 4), "expected seq_len to be a multiple of 8, but got 12"),
+        ((12, 0, 4), "expected seq_len to be at least 0 and a multiple of 8, but got 12"),
     ],
 )
 def test_ranks_that_cannot_share_are_refused(arguments: tuple[int, int, int], message: str) -> None:
@@ -154,19 +158,54 @@ def test_helpers_do_not_wait_for_the_device(device: str) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_helpers_compile(device: str) -> None:
+def test_helpers_compile_to_one_graph_for_every_length(device: str) -> None:
     def run(cu_seqlens: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        tokens = mask.shape[-1]
         return (
-            torch_rope.positions_from_cu_seqlens(cu_seqlens, 5),
+            torch_rope.positions_from_cu_seqlens(cu_seqlens, tokens),
             torch_rope.positions_from_attention_mask(mask),
-            torch_rope.context_parallel_positions(8, 1, 2, zigzag=True, device=device),
-            torch_rope.grid_positions((2, 3), device=device),
+            torch_rope.context_parallel_positions(2 * tokens, 1, 2, device=device),
+            torch_rope.context_parallel_positions(4 * tokens, 1, 2, zigzag=True),
+            torch_rope.grid_positions((tokens, 3), device=device),
+            torch_rope.grid_positions((2, tokens)),
         )
 
-    arguments = torch.tensor([0, 2, 5], device=device), torch.ones(2, 3, device=device).long()
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    for actual, expected in zip(compiled(*arguments), run(*arguments), strict=True):
-        assert torch.equal(actual, expected)
+    graphs = []
+
+    def keep(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=keep)
+    for tokens in (5, 7, 12):
+        arguments = torch.tensor([0, 2, 5], device=device), torch.ones(2, tokens, device=device)
+        for actual, expected in zip(compiled(*arguments), run(*arguments), strict=True):
+            assert torch.equal(actual, expected)
+    assert len(graphs) == 1
+
+
+def test_helpers_take_the_default_device_of_pytorch() -> None:
+    with torch.device("meta"):
+        assert torch_rope.grid_positions((2, 3)).is_meta
+        assert torch_rope.context_parallel_positions(8, 1, 2).is_meta
+
+
+def test_the_operators_behind_the_helpers_pass_opcheck(device: str) -> None:
+    ops = torch.ops.rope
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]], device=device)
+    place = torch.device(device)
+    weight = random_values((16, 3), device=device).requires_grad_()
+    opcheck(ops._positions_from_cu_seqlens.default, (torch.tensor([0, 2, 5], device=device), 6))
+    opcheck(ops._positions_from_attention_mask.default, (mask,))
+    opcheck(ops._context_parallel_positions.default, (8, 1, 2, True, place))
+    opcheck(ops._grid_positions.default, ((2, 3), place))
+    opcheck(ops._permute_half_to_interleaved.default, (weight, 8, 4, 2))
+    opcheck(ops._permute_interleaved_to_half.default, (weight, 8, None, 0))
+
+
+def test_a_grid_without_axes_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected sizes to have an element for each axis"):
+        torch_rope.grid_positions(())
 
 
 # ---- Weights ----
@@ -221,12 +260,16 @@ def test_a_permutation_is_a_copy_and_differentiable() -> None:
 @pytest.mark.parametrize(
     ("head_dim", "options", "message"),
     [
-        (7, {}, "expected weight to have a multiple of head_dim = 7 rows, but got 24"),
-        (0, {}, "expected weight to have a multiple of head_dim = 0 rows, but got 24"),
+        (7, {}, "expected weight to have a multiple of head_dim = 7 rows, but got shape .24, 10."),
+        (0, {}, "expected weight to have a multiple of head_dim = 0 rows, but got shape .24, 10."),
         (8, {"rotary_dim": 3}, "expected rotary_dim to be even and at most 8 - rotary_offset"),
         (8, {"rotary_dim": 10}, "expected rotary_dim to be even and at most 8 - rotary_offset"),
-        (8, {"rotary_dim": 8, "rotary_offset": 2}, "but got rotary_dim = 8 and rotary_offset = 2"),
-        (8, {"rotary_offset": -2}, "but got rotary_dim = 10 and rotary_offset = -2"),
+        (
+            8,
+            {"rotary_dim": 8, "rotary_offset": 2},
+            ".*but got rotary_dim = 8 and rotary_offset = 2",
+        ),
+        (8, {"rotary_offset": -2}, ".*but got rotary_dim = 10 and rotary_offset = -2"),
     ],
 )
 @pytest.mark.parametrize(
@@ -235,5 +278,5 @@ def test_a_permutation_is_a_copy_and_differentiable() -> None:
 def test_sizes_that_do_not_fit_are_refused(
     permute: Any, head_dim: int, options: dict[str, int], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"torch_rope.{permute.__name__}.*{message}"):
+    with pytest.raises(ValueError, match=rf"rope::{permute.__name__}\(\): {message}"):
         permute(torch.zeros(24, 10), head_dim, **options)

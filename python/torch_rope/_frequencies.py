@@ -90,7 +90,7 @@ def frequencies(
             max_position_embeddings,
             seq_len,
             dtype,
-            _device(device),
+            default_device(device),
         )
     )
 
@@ -130,7 +130,7 @@ def axial_frequencies(
         >>> torch_rope.apply(patches, positions.unsqueeze(-1), inv_freq).shape
         torch.Size([2, 14, 14, 6, 64])
     """
-    return _C.axial_frequencies(tuple(rotary_dims), max_wavelength, dtype, _device(device))
+    return _C.axial_frequencies(tuple(rotary_dims), max_wavelength, dtype, default_device(device))
 
 
 def mrope_frequencies(
@@ -212,10 +212,11 @@ def mixed_frequencies(
         torch.Size([2, 196, 6, 64])
     """
     return _C.mixed_frequencies(
-        rotary_dim, num_heads, max_wavelength, generator, dtype, _device(device)
+        rotary_dim, num_heads, max_wavelength, generator, dtype, default_device(device)
     )
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def default_device(device: torch.device | str | None) -> torch.device:
     """Returns the device that a factory function of PyTorch would use."""
-    return torch.get_default_device() if device is None else torch.device(device)
+    # Not torch.get_default_device(), which torch.compile cannot trace.
+    return torch.empty(0).device if device is None else torch.device(device)

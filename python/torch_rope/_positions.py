@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torch_rope._frequencies import default_device
+
 
 def positions_from_cu_seqlens(cu_seqlens: Tensor, total_length: int) -> Tensor:
     """Numbers the tokens of packed sequences, each sequence from 0.
@@ -23,9 +25,8 @@ def positions_from_cu_seqlens(cu_seqlens: Tensor, total_length: int) -> Tensor:
         >>> torch_rope.positions_from_cu_seqlens(torch.tensor([0, 3, 5]), 5)
         tensor([0, 1, 2, 0, 1])
     """
-    tokens = torch.arange(total_length, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    sequences = torch.searchsorted(cu_seqlens, tokens, right=True) - 1
-    return tokens - cu_seqlens[sequences]
+    positions: Tensor = torch.ops.rope._positions_from_cu_seqlens(cu_seqlens, total_length)
+    return positions
 
 
 def positions_from_attention_mask(attention_mask: Tensor) -> Tensor:
@@ -45,7 +46,8 @@ def positions_from_attention_mask(attention_mask: Tensor) -> Tensor:
         tensor([[0, 0, 0, 1],
                 [0, 1, 2, 3]])
     """
-    return (attention_mask.cumsum(dim=-1, dtype=torch.int64) - 1).clamp_min(0)
+    positions: Tensor = torch.ops.rope._positions_from_attention_mask(attention_mask)
+    return positions
 
 
 def context_parallel_positions(
@@ -81,19 +83,10 @@ def context_parallel_positions(
         >>> torch_rope.context_parallel_positions(8, 1, 2, zigzag=True)
         tensor([2, 3, 4, 5])
     """
-    name = "torch_rope.context_parallel_positions()"
-    if not 0 <= rank < world_size:
-        raise ValueError(f"{name}: expected rank to be in [0, {world_size}), but got {rank}")
-    num_chunks = 2 * world_size if zigzag else world_size
-    if seq_len % num_chunks != 0:
-        raise ValueError(
-            f"{name}: expected seq_len to be a multiple of {num_chunks}, but got {seq_len}"
-        )
-    size = seq_len // num_chunks
-    chunks = (rank, num_chunks - 1 - rank) if zigzag else (rank,)
-    return torch.cat(
-        [torch.arange(chunk * size, (chunk + 1) * size, device=device) for chunk in chunks]
+    positions: Tensor = torch.ops.rope._context_parallel_positions(
+        seq_len, rank, world_size, zigzag, default_device(device)
     )
+    return positions
 
 
 def grid_positions(sizes: Sequence[int], *, device: torch.device | str | None = None) -> Tensor:
@@ -109,11 +102,14 @@ def grid_positions(sizes: Sequence[int], *, device: torch.device | str | None = 
         :func:`apply` with ``inv_freq`` of shape ``(A, N)``. Where tokens are in one dimension, row
         after row, take ``.flatten(1)``.
 
+    Raises:
+        ValueError: If there is no axis.
+
     Example:
         >>> import torch, torch_rope
         >>> torch_rope.grid_positions((2, 3)).flatten(1)
         tensor([[0, 0, 0, 1, 1, 1],
                 [0, 1, 2, 0, 1, 2]])
     """
-    axes = [torch.arange(size, device=device) for size in sizes]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"))
+    positions: Tensor = torch.ops.rope._grid_positions(sizes, default_device(device))
+    return positions

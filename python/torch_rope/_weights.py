@@ -1,5 +1,6 @@
 """Weights of projections, between the two conventions of which elements form a pair."""
 
+import torch
 from torch import Tensor
 
 
@@ -30,9 +31,10 @@ def permute_half_to_interleaved(
         >>> torch_rope.permute_half_to_interleaved(torch.arange(8), 8)
         tensor([0, 4, 1, 5, 2, 6, 3, 7])
     """
-    return _permute(
-        "permute_half_to_interleaved", weight, head_dim, rotary_dim, rotary_offset, True
+    permuted: Tensor = torch.ops.rope._permute_half_to_interleaved(
+        weight, head_dim, rotary_dim, rotary_offset
     )
+    return permuted
 
 
 def permute_interleaved_to_half(
@@ -61,36 +63,7 @@ def permute_interleaved_to_half(
         >>> torch_rope.permute_interleaved_to_half(torch.arange(8), 8)
         tensor([0, 2, 4, 6, 1, 3, 5, 7])
     """
-    return _permute(
-        "permute_interleaved_to_half", weight, head_dim, rotary_dim, rotary_offset, False
+    permuted: Tensor = torch.ops.rope._permute_interleaved_to_half(
+        weight, head_dim, rotary_dim, rotary_offset
     )
-
-
-def _permute(
-    name: str,
-    weight: Tensor,
-    head_dim: int,
-    rotary_dim: int | None,
-    rotary_offset: int,
-    interleave: bool,
-) -> Tensor:
-    """Transposes the rotated rows of each head: 2 rows of N, or where they are pairs, N of 2."""
-    if head_dim <= 0 or weight.shape[0] % head_dim != 0:
-        raise ValueError(
-            f"torch_rope.{name}(): expected weight to have a multiple of head_dim = {head_dim} "
-            f"rows, but got {weight.shape[0]}"
-        )
-    if rotary_dim is None:
-        rotary_dim = head_dim - rotary_offset
-    if rotary_offset < 0 or rotary_dim % 2 or not 0 <= rotary_dim <= head_dim - rotary_offset:
-        raise ValueError(
-            f"torch_rope.{name}(): expected rotary_dim to be even and at most {head_dim} - "
-            f"rotary_offset, but got rotary_dim = {rotary_dim} and rotary_offset = {rotary_offset}"
-        )
-    num_pairs = rotary_dim // 2
-    permuted = weight.reshape(-1, head_dim, *weight.shape[1:]).clone()
-    rotated = permuted[:, rotary_offset : rotary_offset + rotary_dim]
-    matrix = (2, num_pairs) if interleave else (num_pairs, 2)
-    source = rotated.reshape(-1, *matrix, *weight.shape[1:]).transpose(1, 2)
-    rotated.copy_(source.reshape(rotated.shape).clone())
-    return permuted.flatten(0, 1)
+    return permuted

@@ -1,0 +1,72 @@
+#include "rope/weights.h"
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <array>
+#include <vector>
+
+namespace rope {
+
+namespace {
+
+void check(const char* function, const at::Tensor& weight, std::int64_t head_dim,
+           std::int64_t rotary_dim, std::int64_t rotary_offset) {
+  TORCH_CHECK_VALUE(weight.dim() > 0 && head_dim > 0 && weight.sym_size(0) % head_dim == 0,
+                    "rope::", function,
+                    "(): expected weight to have a multiple of head_dim = ", head_dim,
+                    " rows, but got shape ", weight.sym_sizes());
+  TORCH_CHECK_VALUE(rotary_offset >= 0 && rotary_dim >= 0 && rotary_dim % 2 == 0 &&
+                        rotary_dim <= head_dim - rotary_offset,
+                    "rope::", function, "(): expected rotary_dim to be even and at most ", head_dim,
+                    " - rotary_offset, but got rotary_dim = ", rotary_dim,
+                    " and rotary_offset = ", rotary_offset);
+}
+
+// Transposes the rotated rows of each head: 2 rows of N, or where they are pairs, N of 2.
+at::Tensor permute(const char* function, const at::Tensor& weight, std::int64_t head_dim,
+                   const PermuteOptions& options, bool interleave) {
+  const std::int64_t offset = options.rotary_offset;
+  const std::int64_t rotary_dim = options.rotary_dim.value_or(head_dim - offset);
+  check(function, weight, head_dim, rotary_dim, offset);
+
+  const std::int64_t num_pairs = rotary_dim / 2;
+  const std::int64_t end = offset + rotary_dim;
+  const at::Tensor heads =
+      weight.unflatten_symint(0, std::vector<c10::SymInt>{weight.sym_size(0) / head_dim, head_dim});
+  const std::array<std::int64_t, 2> matrix = {interleave ? 2 : num_pairs,
+                                              interleave ? num_pairs : 2};
+  const at::Tensor matrices = heads.slice(1, offset, end).unflatten(1, matrix);
+  const at::Tensor permuted = matrices.transpose(1, 2).flatten(1, 2);
+  return at::cat({heads.slice(1, 0, offset), permuted, heads.slice(1, end)}, 1).flatten(0, 1);
+}
+
+// The operators, which have options one by one.
+at::Tensor to_interleaved(const at::Tensor& weight, std::int64_t head_dim,
+                          std::optional<std::int64_t> rotary_dim, std::int64_t rotary_offset) {
+  return permute_half_to_interleaved(weight, head_dim, {rotary_dim, rotary_offset});
+}
+
+at::Tensor to_half(const at::Tensor& weight, std::int64_t head_dim,
+                   std::optional<std::int64_t> rotary_dim, std::int64_t rotary_offset) {
+  return permute_interleaved_to_half(weight, head_dim, {rotary_dim, rotary_offset});
+}
+
+}  // namespace
+
+at::Tensor permute_half_to_interleaved(const at::Tensor& weight, std::int64_t head_dim,
+                                       const PermuteOptions& options) {
+  return permute("permute_half_to_interleaved", weight, head_dim, options, true);
+}
+
+at::Tensor permute_interleaved_to_half(const at::Tensor& weight, std::int64_t head_dim,
+                                       const PermuteOptions& options) {
+  return permute("permute_interleaved_to_half", weight, head_dim, options, false);
+}
+
+}  // namespace rope
+
+TORCH_LIBRARY_IMPL(rope, CompositeImplicitAutograd, library) {
+  library.impl("_permute_half_to_interleaved", TORCH_FN(rope::to_interleaved));
+  library.impl("_permute_interleaved_to_half", TORCH_FN(rope::to_half));
+}

@@ -1,0 +1,48 @@
+// Positions and weights as a C++ program makes them. That they are right is for
+// tests/test_positions.py: Python calls the same functions.
+#include <gtest/gtest.h>
+
+#include "reference.h"
+#include "rope/positions.h"
+#include "rope/weights.h"
+
+namespace {
+
+using reference::random_values;
+using reference::same_bits;
+
+TEST(Positions, OfPackedSequencesBeginAtZeroInEach) {
+  const at::Tensor cu_seqlens = at::tensor({0, 3, 5}, at::kInt);
+  EXPECT_TRUE(same_bits(rope::positions_from_cu_seqlens(cu_seqlens, 6),
+                        at::tensor({0, 1, 2, 0, 1, 0}, at::kInt)));
+}
+
+TEST(Positions, OfPaddedSequencesBeginAtTheirFirstToken) {
+  EXPECT_TRUE(same_bits(rope::positions_from_attention_mask(at::tensor({0, 0, 1, 1})),
+                        at::tensor({0, 0, 0, 1}, at::kLong)));
+}
+
+TEST(Positions, OfARankAreAChunkOrTwo) {
+  EXPECT_TRUE(same_bits(rope::context_parallel_positions(8, 1, 2), at::arange(4, 8)));
+  EXPECT_TRUE(same_bits(rope::context_parallel_positions(8, 0, 2, {.zigzag = true}),
+                        at::tensor({0, 1, 6, 7}, at::kLong)));
+  EXPECT_THROW(rope::context_parallel_positions(8, 2, 2), c10::ValueError);
+}
+
+TEST(Positions, OfAGridAreItsCoordinates) {
+  EXPECT_TRUE(same_bits(rope::grid_positions({2, 3}).flatten(1),
+                        at::tensor({0, 0, 0, 1, 1, 1, 0, 1, 2, 0, 1, 2}, at::kLong).view({2, 6})));
+}
+
+TEST(Weights, ArePermutedToInterleavedPairsAndBack) {
+  EXPECT_TRUE(same_bits(rope::permute_half_to_interleaved(at::arange(8), 8),
+                        at::tensor({0, 4, 1, 5, 2, 6, 3, 7}, at::kLong)));
+  const at::Tensor weight = random_values({16, 5});
+  const rope::PermuteOptions options = {.rotary_dim = 4, .rotary_offset = 2};
+  const at::Tensor permuted = rope::permute_half_to_interleaved(weight, 8, options);
+  EXPECT_FALSE(at::equal(permuted, weight));
+  EXPECT_TRUE(same_bits(rope::permute_interleaved_to_half(permuted, 8, options), weight));
+  EXPECT_THROW(rope::permute_half_to_interleaved(weight, 7), c10::ValueError);
+}
+
+}  // namespace
