@@ -92,8 +92,15 @@ NEEDED: dict[str, dict[str, Any]] = {
             for kind in ("sliding_attention", "full_attention")
         }
     },
+    "DbrxAttentionConfig": {"rope_theta": 10000.0, "clip_qkv": 8.0, "kv_n_heads": 2},
     "DeepseekOcr2TextConfig": {"mlp_layer_types": ["dense", "sparse"]},
+    "DiffusionGemmaTextConfig": {
+        "num_experts": 4,
+        "top_k_experts": 4,
+        "moe_intermediate_size": 32,
+    },
     "Dots1Config": {"n_shared_experts": 1},
+    "Dots3NoteVisionConfig": {"adapter_in_dim": 64},
     "Ernie4_5_VLMoeTextConfig": {
         "hidden_size": 512,
         "head_dim": 128,  # The sections of its M-RoPE are fixed.
@@ -103,6 +110,11 @@ NEEDED: dict[str, dict[str, Any]] = {
     "EsmConfig": {"position_embedding_type": "rotary"},
     "FalconH1Config": {"mamba_d_ssm": 128},
     "GPTJConfig": {"rotary_dim": 8},
+    "Gemma3nTextConfig": {
+        "num_kv_shared_layers": 0,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 16,
+    },
     "Gemma4TextConfig": {
         "vocab_size_per_layer_input": VOCABULARY,
         "hidden_size_per_layer_input": 16,
@@ -120,8 +132,16 @@ NEEDED: dict[str, dict[str, Any]] = {
     "HunYuanVLTextConfig": {"rope_parameters": SECTIONS},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
     "LongcatFlashConfig": {"expert_ffn_hidden_size": 32, "zero_expert_num": 2},
+    "MoonshineStreamingConfig": {"num_key_value_heads": 4},
     "MuseGlimmerConfig": {"projector_hidden_size": 64},
     "PaddleOCRTextConfig": {"rope_parameters": SECTIONS},
+    "Qwen4ExpTextConfig": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 4,
+    },
     "Qwen2VLTextConfig": {"rope_parameters": SECTIONS},
     "Qwen2_5OmniTextConfig": {"rope_parameters": SECTIONS},
     "Qwen2_5_VLTextConfig": {"rope_parameters": SECTIONS},
@@ -211,14 +231,24 @@ def inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     grid = next((name for name in ("grid_thw", "image_grid_thw") if name in names), None)
     if grid is not None and "input_ids" not in names:
         patches = "hidden_states" if "hidden_states" in names else "pixel_values"
-        times = getattr(config, "temporal_patch_size", 1)
+        times = next(
+            (
+                getattr(config, name)
+                for name in ("temporal_patch_size", "patch_temporal")
+                if hasattr(config, name)
+            ),
+            1,
+        )
         size = config.patch_size
         merged = {"merge_sizes": torch.tensor([2, 2])} if "merge_sizes" in names else {}
         grids = {grid: torch.tensor([[1, 4, 4], [1, 4, 4]])} | merged
         yield {patches: noise(32, channels * times * size**2)} | grids
         yield {patches: noise(32, channels, size, size)} | grids
+        yield {patches: noise(1, 32, channels, size, size)} | grids
     elif "input_ids" in names:
         yield {"input_ids": tokens} | decoder
+        if hasattr(config, "num_codebooks"):  # A token of text, and one of each codebook.
+            yield {"input_ids": tokens[..., None].repeat(1, 1, config.num_codebooks + 1)}
         if "image_attention_mask" in names:
             yield {
                 "input_ids": tokens,
