@@ -35,9 +35,8 @@
 // - zigzag: a rank holds a chunk from the front and one from the back.
 // - sizes: of a grid along each axis.
 // - device: that of the result.
-// - weight: the weight or bias of a projection, (num_heads * head_dim, ...); head_dim: the number
-// of
-//   elements of a head.
+// - weight: the weight or bias of a projection, (num_heads * head_dim, ...).
+// - head_dim: the number of elements of a head.
 #include <torch/library.h>
 
 #include <string>
