@@ -659,15 +659,29 @@ ROPE_INLINE void rotations_of_position(const Launch& launch, const Workspace& wo
     const auto position = static_cast<double>(load(axis));
     largest += (position < 0 ? -position : position) * workspace.frequency_sums[axis];
   }
-  if (source.num_axes == 1 && source.scale_factor == 1.0) {
-    const Frequency position = load(0);
+  const auto rotate_by_axes = [&](auto num_axes) __attribute__((always_inline)) {
+    Frequency positions[num_axes];
+    for (int axis = 0; axis < num_axes; ++axis) {
+      positions[axis] = load(axis);
+    }
     rotations_of_angles<Real>(
         launch, largest,
         [&](std::int64_t n) __attribute__((always_inline)) {
-          return static_cast<double>(position * frequencies[n]);
+          return form_angle<Frequency>(
+              num_axes, [&](int axis) { return positions[axis]; },
+              [&](int axis) { return frequencies[axis * length + n]; }, 1.0);
         },
         cos, sin);
-    return;
+  };
+  if (source.scale_factor == 1.0) {
+    switch (source.num_axes) {  // Loops that compilers turn into vector code.
+      case 1:
+        return rotate_by_axes(std::integral_constant<int, 1>{});
+      case 2:
+        return rotate_by_axes(std::integral_constant<int, 2>{});
+      case 3:
+        return rotate_by_axes(std::integral_constant<int, 3>{});
+    }
   }
   double* angles = workspace.angles;
   for (std::int64_t n = 0; n < length; ++n) {
