@@ -659,38 +659,42 @@ ROPE_INLINE void rotations_of_position(const Launch& launch, const Workspace& wo
     const auto position = static_cast<double>(load(axis));
     largest += (position < 0 ? -position : position) * workspace.frequency_sums[axis];
   }
-  const auto rotate_by_axes = [&](auto num_axes) __attribute__((always_inline)) {
+  // Loops that compilers turn into vector code.
+  const auto rotate_by_axes = [&](auto num_axes,
+                                  double scale_factor) __attribute__((always_inline)) {
     Frequency positions[num_axes];
     for (int axis = 0; axis < num_axes; ++axis) {
       positions[axis] = load(axis);
     }
     rotations_of_angles<Real>(
-        launch, largest,
+        launch, largest / scale_factor,
         [&](std::int64_t n) __attribute__((always_inline)) {
           return form_angle<Frequency>(
               num_axes, [&](int axis) { return positions[axis]; },
-              [&](int axis) { return frequencies[axis * length + n]; }, 1.0);
+              [&](int axis) { return frequencies[axis * length + n]; }, scale_factor);
         },
         cos, sin);
   };
-  if (source.scale_factor == 1.0) {
-    switch (source.num_axes) {  // Loops that compilers turn into vector code.
-      case 1:
-        return rotate_by_axes(std::integral_constant<int, 1>{});
-      case 2:
-        return rotate_by_axes(std::integral_constant<int, 2>{});
-      case 3:
-        return rotate_by_axes(std::integral_constant<int, 3>{});
-    }
+  // Several axes have frequencies of their own, which go without a scale_factor.
+  switch (source.num_axes) {
+    case 1:
+      if (source.scale_factor == 1.0) {  // known to the compiler, so that nothing is divided
+        return rotate_by_axes(std::integral_constant<int, 1>{}, 1.0);
+      }
+      return rotate_by_axes(std::integral_constant<int, 1>{}, source.scale_factor);
+    case 2:
+      return rotate_by_axes(std::integral_constant<int, 2>{}, 1.0);
+    case 3:
+      return rotate_by_axes(std::integral_constant<int, 3>{}, 1.0);
   }
   double* angles = workspace.angles;
   for (std::int64_t n = 0; n < length; ++n) {
     const auto inv_freq = [&](int axis) { return frequencies[axis * length + n]; };
-    angles[n] = form_angle<Frequency>(source.num_axes, load, inv_freq, source.scale_factor);
+    angles[n] = form_angle<Frequency>(source.num_axes, load, inv_freq, 1.0);
   }
   rotations_of_angles<Real>(
-      launch, largest / source.scale_factor,
-      [&](std::int64_t n) __attribute__((always_inline)) { return angles[n]; }, cos, sin);
+      launch, largest, [&](std::int64_t n) __attribute__((always_inline)) { return angles[n]; },
+      cos, sin);
 }
 
 template <typename scalar_t, bool interleaved, typename Table, typename Real>
