@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -31,6 +32,26 @@ class OperatorsSeen(TorchDispatchMode):
             self.names.append(name.removeprefix("rope::"))
         else:
             self.others.append(name)
+        return function(*arguments, **(options or {}))
+
+
+class FunctionsSeen(TorchFunctionMode):
+    """Notes the functions of PyTorch and of the library that Python calls, in their order.
+
+    Attributes:
+        seen: All of them.
+    """
+
+    def __init__(self) -> None:
+        """Starts with none."""
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        """Notes the function and calls it."""
+        self.seen.append(function)
         return function(*arguments, **(options or {}))
 
 

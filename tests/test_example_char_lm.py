@@ -1,6 +1,6 @@
 """The example examples/train_char_lm.py: it trains, draws, writes, and tells whether it learned."""
 
-import importlib.util
+import importlib
 import re
 import subprocess
 import sys
@@ -21,12 +21,9 @@ pytest.importorskip("tqdm")
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
     """Imports the program."""
-    spec = importlib.util.spec_from_file_location("train_char_lm", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
+        return importlib.import_module(SCRIPT.stem)
 
 
 def test_a_short_run_trains_draws_and_writes(tmp_path: Path, example: ModuleType) -> None:

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch_rope
+from observe import FunctionsSeen
 from reference import assert_same_bits, random_values
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 FUNCTIONS = (
     torch_rope.apply,
@@ -203,27 +203,11 @@ def test_positions_of_a_subclass_see_the_operator(device: str) -> None:
     )
 
 
-class Watching(TorchFunctionMode):
-    """Notes every function that is called."""
-
-    def __init__(self) -> None:
-        """Starts with none."""
-        super().__init__()
-        self.seen: list[Any] = []
-
-    def __torch_function__(
-        self, function: Any, types: Any, arguments: Any = (), options: Any = None
-    ) -> Any:
-        """Notes the function and calls it."""
-        self.seen.append(function)
-        return function(*arguments, **(options or {}))
-
-
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_a_function_mode_sees_the_operator(device: str, function: Function) -> None:
     x = random_values((9, 32), device=device)
     arguments = angle_arguments(function, device)
-    with Watching() as mode:
+    with FunctionsSeen() as mode:
         function(x, *arguments)
     operator = getattr(torch.ops.rope, function.__name__)
     assert any(seen in (operator, operator.default) for seen in mode.seen)
