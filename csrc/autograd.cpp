@@ -1,20 +1,17 @@
 // Derivatives. Rotation is linear in x, so that its backward is the same operator with conjugate
 // flipped, and saves no activation. The gradients of what makes the angles (positions, inv_freq,
-// cos, sin) are in ATen operators, computed only when asked for.
+// cos, sin) are computed only when asked for (gradients.h).
 #include <ATen/ATen.h>
-#include <ATen/OpMathType.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/util/irange.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <numeric>
-#include <vector>
-
 #include "call.h"
 #include "checks.h"
 #include "composed.h"
+#include "gradients.h"
 
 namespace rope {
 
@@ -22,87 +19,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-// -------------------------------------------------------------------------------------------------
-// Gradients of what makes the angles
-
-// The shape of what the pairs' gradients are summed to: one row of pairs for each position, or for
-// each row of tables that move along with x.
-c10::SymDimVector token_sizes(const Call& call) {
-  c10::SymIntArrayRef sizes;
-  if (call.positions.defined()) {
-    const auto& inv_freq = call.options.inv_freq;
-    sizes = call.positions.sym_sizes().slice(inv_freq.has_value() && inv_freq->dim() == 2 ? 1 : 0);
-  } else {
-    sizes = call.cos.sym_sizes().slice(0, call.cos.dim() - 1);
-  }
-  c10::SymDimVector result(sizes.begin(), sizes.end());
-  result.push_back(rotary_dim(call, call.q) / 2);
-  return result;
-}
-
-at::Tensor sum_to_tokens(const Call& call, const at::Tensor& gradient) {
-  return gradient.sum_to_size_symint(token_sizes(call));
-}
-
-Pair<at::Tensor> real_pairs(const Call& call, const at::Tensor& x) {
-  const at::ScalarType real = at::toOpMathType(x.scalar_type());
-  const Pair<at::Tensor> views = pairs(call, x);
-  return {views.a.to(real), views.b.to(real)};
-}
-
-// The gradient with respect to the angle of each pair, summed over what shares the angle. With y =
-// R(t) x the derivative dy/dt is y turned by a right angle, so that the output is all it takes.
-at::Tensor angle_gradient(const Call& call, const at::Tensor& grad, const at::Tensor& y) {
-  const Pair<at::Tensor> g = real_pairs(call, grad);
-  const Pair<at::Tensor> turned = real_pairs(call, y);
-  const at::Tensor gradient = g.b * turned.a - g.a * turned.b;
-  return sum_to_tokens(call, call.options.conjugate ? -gradient : gradient);
-}
-
-// The gradients with respect to the cosine and the sine of each pair, summed likewise.
-Rotation<at::Tensor> table_gradient(const Call& call, const at::Tensor& grad, const at::Tensor& x) {
-  const Pair<at::Tensor> g = real_pairs(call, grad);
-  const Pair<at::Tensor> pair = real_pairs(call, x);
-  const at::Tensor sin = g.b * pair.a - g.a * pair.b;
-  return {sum_to_tokens(call, g.a * pair.a + g.b * pair.b),
-          sum_to_tokens(call, call.options.conjugate ? -sin : sin)};
-}
-
-at::Tensor positions_gradient(const Call& call, const at::Tensor& angle) {
-  const at::Tensor frequency = frequencies(call);
-  const at::Tensor scaled = (angle / call.options.scale_factor).to(frequency.scalar_type());
-  // No product of matrices, which would flatten the tokens: DTensor cannot where they are sharded.
-  const at::Tensor gradient = frequency.dim() == 1
-                                  ? (scaled * frequency).sum(-1)
-                                  : (scaled.unsqueeze(-2) * frequency).sum(-1).movedim(-1, 0);
-  return gradient.to(call.positions.scalar_type());
-}
-
-at::Tensor inv_freq_gradient(const Call& call, const at::Tensor& angle) {
-  const at::Tensor& inv_freq = *call.options.inv_freq;
-  const at::Tensor scaled = angle.to(inv_freq.scalar_type());
-  const at::Tensor positions = call.positions.to(inv_freq.scalar_type()).unsqueeze(-1);
-  if (inv_freq.dim() == 1) {
-    return (scaled * positions).sum_to_size_symint(inv_freq.sym_sizes());
-  }
-  const at::Tensor products = scaled * positions;  // (A, tokens..., N)
-  std::vector<std::int64_t> tokens(products.dim() - 2);
-  std::iota(tokens.begin(), tokens.end(), 1);
-  return tokens.empty() ? products : products.sum(tokens);
-}
-
-// Rows of a table gather the gradients of all positions that used them, in a fixed order on every
-// device.
-at::Tensor table_rows_gradient(const Call& call, const at::Tensor& table,
-                               const at::Tensor& gradient) {
-  if (!call.positions.defined()) {
-    return gradient.to(table.scalar_type());
-  }
-  return gradient.new_zeros_symint(table.sym_sizes())
-      .index_put({call.positions.to(at::kLong)}, gradient, /*accumulate=*/true)
-      .to(table.scalar_type());
-}
 
 // -------------------------------------------------------------------------------------------------
 // The autograd function
@@ -235,48 +151,16 @@ struct Rotate : torch::autograd::Function<Rotate> {
       }
     }
 
-    if (call.uses_tables) {
-      if (wants[kCos] || wants[kSin]) {
-        Rotation<at::Tensor> total;
-        for (const auto& [grad, x] : {std::pair(&grad_q, &saved[kQ]), {&grad_k, &saved[kK]}}) {
-          if (grad->defined()) {
-            const Rotation<at::Tensor> one = table_gradient(on(call, *x), *grad, *x);
-            total = {add(total.cos, one.cos), add(total.sin, one.sin)};
-          }
-        }
-        if (total.cos.defined() && wants[kCos]) {
-          results[kCos] = table_rows_gradient(call, call.cos, total.cos);
-        }
-        if (total.sin.defined() && wants[kSin]) {
-          results[kSin] = table_rows_gradient(call, call.sin, total.sin);
-        }
-      }
-      return results;
-    }
-
-    if (wants[kPositions] || wants[kInvFreq]) {
-      // Tensors of different rotary_dim have angles of their own, so that each adds to the
-      // gradients by itself.
-      for (const auto& [grad, y] : {std::pair(&grad_q, &saved[kQ]), {&grad_k, &saved[kK]}}) {
-        if (!grad->defined()) {
-          continue;
-        }
-        const Call one = on(call, *y);
-        const at::Tensor angle = angle_gradient(one, *grad, *y);
-        if (wants[kPositions]) {
-          results[kPositions] = add(results[kPositions], positions_gradient(one, angle));
-        }
-        if (wants[kInvFreq]) {
-          results[kInvFreq] = add(results[kInvFreq], inv_freq_gradient(one, angle));
-        }
-      }
+    if (wants[kPositions] || wants[kInvFreq] || wants[kCos] || wants[kSin]) {
+      const at::TensorList kept = at::TensorList(saved).slice(kQ, grads.size());
+      const AngleGradients gradients = angle_gradients(
+          call, grads, kept, {wants[kPositions], wants[kInvFreq], wants[kCos], wants[kSin]});
+      results[kPositions] = gradients.positions;
+      results[kInvFreq] = gradients.inv_freq;
+      results[kCos] = gradients.cos;
+      results[kSin] = gradients.sin;
     }
     return results;
-  }
-
- private:
-  static at::Tensor add(const at::Tensor& sum, const at::Tensor& term) {
-    return sum.defined() ? sum + term : term;
   }
 };
 

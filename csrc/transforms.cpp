@@ -1,8 +1,8 @@
 // The transforms of torch.func, the older vmap by which torch.autograd.grad maps a backward pass
 // over many gradients (is_grads_batched), and what compilers make of calls in place.
 //
-// What differentiates is in autograd.cpp. In Python, torch_rope/_vmap.py replaces the rule for
-// torch.vmap by one that keeps the kernel.
+// What differentiates is in autograd.cpp and gradients.cpp. In Python, torch_rope/_vmap.py replaces
+// the rule for torch.vmap by one that keeps the kernel.
 #include <ATen/LegacyVmapTransforms.h>
 
 #include <vector>
