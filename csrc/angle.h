@@ -28,7 +28,7 @@ C10_HOST_DEVICE inline Number load_position(const void* positions, c10::ScalarTy
 
 // The angle of one pair, in radians: products of positions and frequencies over the axes, and their
 // sum from left to right, each rounded to Frequency. position(axis) and inv_freq(axis) give the
-// factors. For the host; a thread of a device forms those of several pairs (cuda/thread.h).
+// factors. For the host; a thread of a device forms those of several pairs (cuda/rotate_thread.h).
 template <typename Frequency, typename Position, typename InvFreq>
 inline double form_angle(int num_axes, const Position& position, const InvFreq& inv_freq,
                          double scale_factor) {

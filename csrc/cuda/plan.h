@@ -9,17 +9,20 @@
 #include <limits>
 #include <type_traits>
 
-#include "cuda/thread.h"
+#include "cuda/rotate_thread.h"
 #include "rotate.h"
 
 namespace rope::cuda {
 
 struct Plan {
   Work work;
-  Frequencies frequencies;
   bool uses_words;  // 16 bytes at a time, instead of single elements
   bool index_is_64bit;
   std::int64_t blocks;
+};
+
+struct RotatePlan : Plan {
+  Frequencies frequencies;
 };
 
 // Elements of a 16-byte word.
@@ -85,48 +88,74 @@ std::int64_t extent(const Nest<kArrays>& nest) {
   return farthest;
 }
 
+// The farthest that an element of the launch is from where its array begins, in elements.
+inline std::int64_t farthest_element(const Launch& launch) {
+  std::int64_t farthest = 0;
+  for (int i = 0; i < launch.num_operands; ++i) {
+    const Operand& x = launch.operands[i];
+    farthest = std::max({farthest, extent(launch.tokens) + extent(x.shared), x.axis_size});
+  }
+  return farthest;
+}
+
+// What every plan begins with: words or single elements, and the rows.
+inline void describe_rows(const Launch& launch, Plan& plan) {
+  plan.uses_words = can_use_words(launch);
+  plan.work.q_rows = launch.operands[0].shared.count();
+  for (int i = 0; i < launch.num_operands; ++i) {
+    plan.work.shared_rows += launch.operands[i].shared.count();
+  }
+}
+
+inline std::int64_t pairs_per_chunk(const Launch& launch, const Plan& plan) {
+  return plan.uses_words ? word_elements(launch.dtype) : 1;
+}
+
+// Groups the rows, and spreads groups and chunks over blocks.
+inline void spread(const Launch& launch, std::int64_t rows_per_thread, Plan& plan) {
+  constexpr std::int64_t kLittleWork = std::int64_t{1} << 14;
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max() - kThreads;
+  Work& work = plan.work;
+  work.rows_per_thread = rows_per_thread;
+  work.row_groups = ceil_div(work.shared_rows, rows_per_thread);
+  work.items = launch.tokens.count() * (work.rotate_chunks + work.copy_chunks) * work.row_groups;
+  work.threads = work.items <= kLittleWork ? kFewThreads : kThreads;
+  plan.blocks = ceil_div(work.items, work.threads);
+  plan.index_is_64bit = farthest_element(launch) > std::numeric_limits<std::int32_t>::max() ||
+                        work.items > kMost || work.row_groups * rows_per_thread > kMost;
+}
+
 // The plan for the pairs [first_pair, last_pair) of a launch; the elements around them are copied
 // with the first.
-inline Plan make_plan(const Launch& launch, std::int64_t first_pair, std::int64_t last_pair) {
+inline RotatePlan make_rotate_plan(const Launch& launch, std::int64_t first_pair,
+                                   std::int64_t last_pair) {
   // Enough threads to fill the largest devices; beyond that, a thread takes more rows for the
   // angles it has found.
   constexpr std::int64_t kEnoughThreads = std::int64_t{1} << 18;
-  constexpr std::int64_t kLittleWork = std::int64_t{1} << 14;
   constexpr std::int64_t kMaxRowsPerThread = 4 * kRowsInFlight;
 
-  Plan plan{};
-  plan.uses_words = can_use_words(launch);
-  const std::int64_t pairs_per_chunk = plan.uses_words ? word_elements(launch.dtype) : 1;
+  RotatePlan plan{};
+  describe_rows(launch, plan);
   std::int64_t most_outside = 0;
-  std::int64_t farthest = extent(launch.tokens);
-  Work& work = plan.work;
   for (int i = 0; i < launch.num_operands; ++i) {
     const Operand& x = launch.operands[i];
-    work.shared_rows += x.shared.count();
     // In place, what is around the slice is there already.
     if (x.in != x.out && first_pair == 0) {
       most_outside = std::max(most_outside, x.axis_size - 2 * launch.num_pairs);
     }
-    farthest = std::max({farthest, extent(launch.tokens) + extent(x.shared), x.axis_size});
   }
-  work.q_rows = launch.operands[0].shared.count();
+  Work& work = plan.work;
   work.tables_have_words = plan.uses_words && tables_have_words(launch);
   work.first_pair = first_pair;
   work.last_pair = last_pair;
-  work.rotate_chunks = ceil_div(last_pair - first_pair, pairs_per_chunk);
-  work.copy_chunks = ceil_div(most_outside, 2 * pairs_per_chunk);
-  const std::int64_t tokens = launch.tokens.count();
+  work.rotate_chunks = ceil_div(last_pair - first_pair, pairs_per_chunk(launch, plan));
+  work.copy_chunks = ceil_div(most_outside, 2 * pairs_per_chunk(launch, plan));
   const std::int64_t chunks = work.rotate_chunks + work.copy_chunks;
-  work.rows_per_thread = std::clamp<std::int64_t>(
-      tokens * chunks * work.shared_rows / kEnoughThreads, 1, kMaxRowsPerThread);
-  work.row_groups = ceil_div(work.shared_rows, work.rows_per_thread);
-  work.items = tokens * chunks * work.row_groups;
-  work.threads = work.items <= kLittleWork ? kFewThreads : kThreads;
-  plan.blocks = ceil_div(work.items, work.threads);
-
-  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
-  plan.index_is_64bit =
-      farthest > kMost || work.items > kMost - kThreads || work.shared_rows > kMost - kThreads;
+  spread(
+      launch,
+      std::clamp<std::int64_t>(launch.tokens.count() * chunks * work.shared_rows / kEnoughThreads,
+                               1, kMaxRowsPerThread),
+      plan);
 
   if (!launch.uses_tables && launch.by_position.wavelength_frequencies != nullptr) {
     std::copy(launch.by_position.wavelength_frequencies + first_pair,
@@ -135,7 +164,7 @@ inline Plan make_plan(const Launch& launch, std::int64_t first_pair, std::int64_
   return plan;
 }
 
-// Calls run with each plan that the launch needs, one after the other.
+// Calls run with each plan that a rotation needs, one after the other.
 template <typename Run>
 void for_each_plan(const Launch& launch, const Run& run) {
   const bool limited = !launch.uses_tables && launch.by_position.wavelength_frequencies != nullptr;
@@ -143,7 +172,8 @@ void for_each_plan(const Launch& launch, const Run& run) {
       limited ? std::int64_t{kMaxFrequencies} : std::max<std::int64_t>(launch.num_pairs, 1);
   std::int64_t first_pair = 0;
   do {
-    const Plan plan = make_plan(launch, first_pair, std::min(first_pair + step, launch.num_pairs));
+    const RotatePlan plan =
+        make_rotate_plan(launch, first_pair, std::min(first_pair + step, launch.num_pairs));
     if (plan.work.items > 0) {
       run(plan);
     }
@@ -151,9 +181,9 @@ void for_each_plan(const Launch& launch, const Run& run) {
   } while (first_pair < launch.num_pairs);
 }
 
-// Calls run(thread) with the type of thread that the plan is for: on the host and on the device the
+// Calls run(thread) with the kind of thread that the plan is for: on the host and on the device the
 // same.
-template <typename scalar_t, typename Run>
+template <template <typename, int, bool, typename> typename Kind, typename scalar_t, typename Run>
 void with_thread_of(const Launch& launch, const Plan& plan, const Run& run) {
   const auto choose = [](bool value, const auto& then) {
     value ? then(std::true_type{}) : then(std::false_type{});
@@ -161,27 +191,27 @@ void with_thread_of(const Launch& launch, const Plan& plan, const Run& run) {
   choose(plan.index_is_64bit, [&](auto index_is_64bit) {
     using Index = std::conditional_t<index_is_64bit, std::int64_t, std::int32_t>;
     if (!plan.uses_words) {
-      run(std::type_identity<Thread<scalar_t, 1, false, Index>>{});
+      run(std::type_identity<Kind<scalar_t, 1, false, Index>>{});
       return;
     }
     choose(launch.interleaved, [&](auto interleaved) {
       constexpr int kPairs = 16 / sizeof(scalar_t);
-      run(std::type_identity<Thread<scalar_t, kPairs, interleaved, Index>>{});
+      run(std::type_identity<Kind<scalar_t, kPairs, interleaved, Index>>{});
     });
   });
 }
 
-template <typename Run>
+template <template <typename, int, bool, typename> typename Kind, typename Run>
 void with_thread(const Launch& launch, const Plan& plan, const Run& run) {
   switch (launch.dtype) {
     case c10::ScalarType::Double:
-      return with_thread_of<double>(launch, plan, run);
+      return with_thread_of<Kind, double>(launch, plan, run);
     case c10::ScalarType::Float:
-      return with_thread_of<float>(launch, plan, run);
+      return with_thread_of<Kind, float>(launch, plan, run);
     case c10::ScalarType::Half:
-      return with_thread_of<c10::Half>(launch, plan, run);
+      return with_thread_of<Kind, c10::Half>(launch, plan, run);
     default:
-      return with_thread_of<c10::BFloat16>(launch, plan, run);
+      return with_thread_of<Kind, c10::BFloat16>(launch, plan, run);
   }
 }
 

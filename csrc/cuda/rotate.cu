@@ -1,20 +1,15 @@
-// The CUDA kernel: a thin shell around what a thread does (cuda/thread.h).
+// The CUDA kernel: a thin shell around what a thread does (cuda/rotate_thread.h).
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include "cuda/launch.h"
 #include "cuda/plan.h"
-#include "cuda/thread.h"
+#include "cuda/rotate_thread.h"
 
 namespace rope::cuda {
 
 namespace {
-
-// Registers for so many blocks at a time: 512 threads with 64 bytes each on their way are 32 KiB,
-// about three times what a processor of an H200 needs to keep its share of the memory busy
-// (docs/cuda.md).
-constexpr int kBlocksPerProcessor = 4;
 
 template <typename Thread>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
@@ -33,8 +28,8 @@ bool has_kernels() { return true; }
 void launch(const Launch& launch, int device) {
   const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  for_each_plan(launch, [&](const Plan& plan) {
-    with_thread(launch, plan, [&](auto thread) {
+  for_each_plan(launch, [&](const RotatePlan& plan) {
+    with_thread<RotateThread>(launch, plan, [&](auto thread) {
       using Thread = typename decltype(thread)::type;
       rotate_kernel<Thread><<<static_cast<unsigned>(plan.blocks), plan.work.threads, 0, stream>>>(
           launch, plan.work, plan.frequencies);

@@ -57,21 +57,24 @@ inline Call apply_cos_sin(const at::Tensor& cos, const at::Tensor& sin,
   return call;
 }
 
-using VisitPlan = std::function<void(const rope::Launch&, const rope::cuda::Plan&)>;
+using VisitPlan = std::function<void(const rope::Launch&, const rope::cuda::RotatePlan&)>;
 
 // Visits each kernel that the call would start, in order.
 inline void for_each_plan(const rope::Call& call, const rope::Outputs& outputs,
                           const VisitPlan& visit) {
   rope::check(call);
   rope::for_each_launch(call, outputs, [&](const rope::Launch& launch) {
-    rope::cuda::for_each_plan(launch, [&](const rope::cuda::Plan& plan) { visit(launch, plan); });
+    rope::cuda::for_each_plan(launch,
+                              [&](const rope::cuda::RotatePlan& plan) { visit(launch, plan); });
   });
 }
 
-inline std::vector<rope::cuda::Plan> plans(const rope::Call& call, const rope::Outputs& outputs) {
-  std::vector<rope::cuda::Plan> result;
-  for_each_plan(call, outputs,
-                [&](const rope::Launch&, const rope::cuda::Plan& plan) { result.push_back(plan); });
+inline std::vector<rope::cuda::RotatePlan> plans(const rope::Call& call,
+                                                 const rope::Outputs& outputs) {
+  std::vector<rope::cuda::RotatePlan> result;
+  for_each_plan(call, outputs, [&](const rope::Launch&, const rope::cuda::RotatePlan& plan) {
+    result.push_back(plan);
+  });
   return result;
 }
 

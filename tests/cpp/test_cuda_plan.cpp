@@ -9,7 +9,7 @@ namespace {
 
 using host::Call;
 using rope::Outputs;
-using rope::cuda::Plan;
+using rope::cuda::RotatePlan;
 
 constexpr std::int64_t kMostBlocks = (std::int64_t{1} << 31) - 1;  // of a grid's first dimension
 constexpr std::int64_t kGiga = std::int64_t{1} << 30;
@@ -35,7 +35,7 @@ at::Tensor fake(at::IntArrayRef sizes, at::ScalarType dtype = at::kBFloat16,
 }
 
 // The plans of a call whose outputs are aligned.
-std::vector<Plan> plans(const Call& call) {
+std::vector<RotatePlan> plans(const Call& call) {
   if (call.in_place) {
     return host::plans(call, {call.q, call.k});
   }
@@ -45,8 +45,8 @@ std::vector<Plan> plans(const Call& call) {
   return host::plans(call, {output(call.q), output(call.k)});
 }
 
-Plan plan(const Call& call) {
-  const std::vector<Plan> all = plans(call);
+RotatePlan plan(const Call& call) {
+  const std::vector<RotatePlan> all = plans(call);
   EXPECT_EQ(all.size(), 1);
   return all.at(0);
 }
@@ -61,7 +61,7 @@ TEST(CudaPlan, ParametersOfTheKernelFitInto4KiB) {
 }
 
 TEST(CudaPlan, IsOneLaunchForAPairOfDifferentHeads) {
-  const Plan one = plan(by_tokens(1).on(fake({1, 1, 32, 128}), fake({1, 1, 8, 128})));
+  const RotatePlan one = plan(by_tokens(1).on(fake({1, 1, 32, 128}), fake({1, 1, 8, 128})));
   EXPECT_TRUE(one.uses_words);
   EXPECT_FALSE(one.index_is_64bit);
   EXPECT_EQ(one.work.shared_rows, 40);
@@ -135,10 +135,10 @@ TEST(CudaPlan, CarriesEveryFrequencyOfTheWavelengthOnce) {
   for (const std::int64_t pairs : {1, 64, 255, 256, 257, 512, 513, 1000}) {
     SCOPED_TRACE(c10::str("pairs = ", pairs));
     const Call call = by_tokens(5, {.rotary_dim = 2 * pairs, .max_wavelength = 5e5});
-    const std::vector<Plan> all = plans(call.on(fake({5, 3, 2 * pairs + 16})));
+    const std::vector<RotatePlan> all = plans(call.on(fake({5, 3, 2 * pairs + 16})));
     EXPECT_EQ(std::ssize(all), (pairs + 255) / 256);
     std::int64_t next = 0;
-    for (const Plan& some : all) {
+    for (const RotatePlan& some : all) {
       EXPECT_EQ(some.work.first_pair, next);
       EXPECT_EQ(some.work.copy_chunks > 0, next == 0);
       for (std::int64_t n = next; n < some.work.last_pair; ++n) {
@@ -162,7 +162,8 @@ TEST(CudaPlan, IsOneLaunchForAnyNumberOfGivenFrequenciesOrColumns) {
 TEST(CudaPlan, GivesLargeLaunchesMoreRowsPerThread) {
   std::int64_t last = 1;
   for (std::int64_t tokens = 1; tokens <= std::int64_t{1} << 20; tokens *= 4) {
-    const Plan some = plan(by_tokens(tokens).on(fake({tokens, 32, 128}), fake({tokens, 8, 128})));
+    const RotatePlan some =
+        plan(by_tokens(tokens).on(fake({tokens, 32, 128}), fake({tokens, 8, 128})));
     EXPECT_GE(some.work.rows_per_thread, last);
     last = some.work.rows_per_thread;
   }
@@ -181,7 +182,7 @@ TEST(CudaPlan, StaysWithinTheGridUpTo2To33Elements) {
               continue;
             }
             const at::Tensor x = fake({tokens, heads, size}, dtype, kInput + offset);
-            for (const Plan& some : plans(by_tokens(tokens).on(x))) {
+            for (const RotatePlan& some : plans(by_tokens(tokens).on(x))) {
               EXPECT_GE(some.blocks, 1);
               EXPECT_LE(some.blocks, kMostBlocks);
               EXPECT_GE(some.blocks * some.work.threads, some.work.items);
@@ -263,7 +264,7 @@ TEST(CudaPlan, ReadsTablesInWordsWhereEveryRowIsAligned) {
 }
 
 // The bytes that the threads of a plan load, and store again, by its own count.
-std::int64_t bytes_of(const Plan& plan, std::int64_t tokens, at::ScalarType dtype) {
+std::int64_t bytes_of(const RotatePlan& plan, std::int64_t tokens, at::ScalarType dtype) {
   const std::int64_t pairs = plan.uses_words ? rope::cuda::word_elements(dtype) : 1;
   const std::int64_t chunks = plan.work.rotate_chunks + plan.work.copy_chunks;
   return tokens * plan.work.shared_rows * chunks * 2 * pairs *
@@ -290,7 +291,7 @@ TEST(CudaPlan, MovesEachElementOnceWithinTheLimitsOfACard) {
       for (const bool in_place : {false, true}) {
         Call both = k_heads > 0 ? call.on(q, k) : call.on(q);
         both.in_place = in_place;
-        const Plan some = plan(both);
+        const RotatePlan some = plan(both);
         const std::int64_t elements = tokens * (q_heads + k_heads) * (in_place ? rotary_dim : size);
         EXPECT_EQ(bytes_of(some, tokens, dtype),
                   elements * static_cast<std::int64_t>(c10::elementSize(dtype)));

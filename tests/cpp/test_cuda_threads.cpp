@@ -9,13 +9,20 @@
 #include <memory>
 #include <string>
 
-#include "cuda/thread.h"
+#include "cuda/rotate_thread.h"
 #include "host_launch.h"
+#include "host_threads.h"
 #include "reference.h"
 
 namespace {
 
 using host::Call;
+using host::for_each_dtype;
+using host::kGuard;
+using host::Running;
+using host::storage_of;
+using host::strided_values;
+using host::with_storage;
 using reference::kFloatDtypes;
 using reference::kPositionDtypes;
 using reference::random_inv_freq;
@@ -24,43 +31,22 @@ using reference::random_values;
 using reference::same_bits;
 using rope::Launch;
 using rope::Outputs;
-using rope::cuda::Plan;
+using rope::cuda::RotatePlan;
 
-// Elements around a tensor that nothing may write.
-constexpr std::int64_t kGuard = 64;
-
-// How the threads of a launch are run; all ways must give the same bits.
-struct Running {
-  bool last_thread_first = false;
-  bool index_is_64bit = false;  // also where 32 bits are enough
-};
-
-void run_threads(const Launch& launch, const Plan& plan, std::int64_t first_block,
+void run_threads(const Launch& launch, const RotatePlan& plan, std::int64_t first_block,
                  std::int64_t last_block, const Running& running) {
-  rope::cuda::with_thread(launch, plan, [&](auto type) {
+  rope::cuda::with_thread<rope::cuda::RotateThread>(launch, plan, [&](auto type) {
     using Thread = typename decltype(type)::type;
     const Thread threads(launch, plan.work, plan.frequencies);
-    const std::int64_t begin = first_block * plan.work.threads;
-    const std::int64_t end = last_block * plan.work.threads;
-    for (std::int64_t i = begin; i < end; ++i) {
-      const std::int64_t turn = running.last_thread_first ? end - 1 - (i - begin) : i;
-      threads.run(turn / plan.work.threads, static_cast<int>(turn % plan.work.threads));
-    }
+    host::run_blocks(threads, plan.work, first_block, last_block, running);
   });
 }
 
 void run(const Call& call, const Outputs& outputs, const Running& running = {}) {
-  host::for_each_plan(call, outputs, [&](const Launch& launch, Plan plan) {
+  host::for_each_plan(call, outputs, [&](const Launch& launch, RotatePlan plan) {
     plan.index_is_64bit = plan.index_is_64bit || running.index_is_64bit;
     run_threads(launch, plan, 0, plan.blocks, running);
   });
-}
-
-// All that is in the storage of x.
-at::Tensor storage_of(const at::Tensor& x) { return at::empty({0}, x.options()).set_(x.storage()); }
-
-at::Tensor with_storage(const at::Tensor& flat, const at::Tensor& like) {
-  return flat.as_strided(like.sizes(), like.strides(), like.storage_offset());
 }
 
 at::Tensor copy_with_layout(const at::Tensor& x) {
@@ -189,16 +175,6 @@ void expect_right(const Call& call) {
   }
 }
 
-// A view of the given strides into a larger buffer of random numbers.
-at::Tensor strided_values(at::IntArrayRef sizes, at::IntArrayRef strides, std::int64_t offset = 0,
-                          at::ScalarType dtype = at::kFloat) {
-  std::int64_t reach = offset + 1;
-  for (std::size_t d = 0; d < sizes.size(); ++d) {
-    reach += (sizes[d] - 1) * strides[d];
-  }
-  return random_values({reach + 2 * kGuard}, dtype).as_strided(sizes, strides, kGuard + offset);
-}
-
 // The two orders of pairs and the two directions.
 template <typename Run>
 void for_each_form(const Run& run) {
@@ -207,14 +183,6 @@ void for_each_form(const Run& run) {
       SCOPED_TRACE(c10::str("interleaved = ", interleaved, ", conjugate = ", conjugate));
       run(interleaved, conjugate);
     }
-  }
-}
-
-template <typename Run>
-void for_each_dtype(const Run& run) {
-  for (const at::ScalarType dtype : kFloatDtypes) {
-    SCOPED_TRACE(c10::str("dtype = ", dtype));
-    run(dtype);
   }
 }
 
@@ -615,7 +583,7 @@ TEST(CudaThreads, RotateManyRowsWithTheAnglesOfOne) {
                           .on(random_values({tokens, 38, 6}, at::kHalf),
                               random_values({tokens, 7, 6}, at::kHalf, 1));
     const Outputs outputs = poisoned_outputs(call);
-    const std::vector<Plan> plans = host::plans(call, outputs);
+    const std::vector<RotatePlan> plans = host::plans(call, outputs);
     ASSERT_EQ(plans.size(), 1);
     // The last thread of each token has fewer rows than the others.
     const rope::cuda::Work& work = plans[0].work;
@@ -686,7 +654,7 @@ TEST(CudaThreads, ReachTheEndsOfTensorsOf2To33Elements) {
       x[kBatch - 1][kTokens - 1].copy_(last);
       Call call = host::apply(positions, {.rotary_dim = rotary_dim}).on(x);
       call.in_place = in_place;
-      host::for_each_plan(call, {y, {}}, [&](const Launch& launch, const Plan& plan) {
+      host::for_each_plan(call, {y, {}}, [&](const Launch& launch, const RotatePlan& plan) {
         EXPECT_TRUE(plan.index_is_64bit);
         EXPECT_EQ(plan.uses_words, rotary_dim == kSize);
         run_threads(launch, plan, 0, 1, {});
