@@ -1,6 +1,8 @@
 // Derivatives. Rotation is linear in x, so that its backward is the same operator with conjugate
 // flipped, and saves no activation. The gradients of what makes the angles (positions, inv_freq,
 // cos, sin) are computed only when asked for (gradients.h).
+#include "autograd.h"
+
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/util/irange.h>
@@ -51,8 +53,6 @@ ApplyOptions load_options(AutogradContext* ctx) {
 }
 
 using OptionalTensor = std::optional<at::Tensor>;
-
-bool requires_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
 
 at::Tensor inv_freq_of(const Call& call) { return call.options.inv_freq.value_or(at::Tensor()); }
 
@@ -167,19 +167,9 @@ struct Rotate : torch::autograd::Function<Rotate> {
 // -------------------------------------------------------------------------------------------------
 // The kernels of the Autograd and ADInplaceOrView keys
 
-bool has_tangent(const at::Tensor& tensor) {
-  return tensor.defined() && tensor._fw_grad(/*level=*/0).defined();
-}
-
-bool has_tangent(const Call& call) {
+bool any_has_tangent(const Call& call) {
   return has_tangent(call.q) || has_tangent(call.k) || has_tangent(call.positions) ||
          has_tangent(inv_freq_of(call)) || has_tangent(call.cos) || has_tangent(call.sin);
-}
-
-// C++ autograd functions know neither forward-mode derivatives nor the levels of torch.func: ATen
-// operators do. (Levels of vmap are gone when this is asked.)
-bool is_transformed() {
-  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
 }
 
 // What bump_version would say, before anything is written.
@@ -206,7 +196,7 @@ Outputs record(const Call& call, const Call* to_do) {
 }
 
 Outputs rotate_with_autograd(const Call& call) {
-  const bool tangent = has_tangent(call);
+  const bool tangent = any_has_tangent(call);
   const bool angles = angles_require_grad(call);
   const bool q = requires_grad(call.q);
   const bool k = requires_grad(call.k);
@@ -228,6 +218,7 @@ Outputs rotate_with_autograd(const Call& call) {
     }
   }
   if (tangent || is_transformed()) {
+    // C++ autograd functions know neither: ATen operators do.
     return rotate_composed(call);
   }
   if (call.is_pair && !angles && call.in_place) {
@@ -267,6 +258,16 @@ Outputs rotate_and_bump_version(const Call& call) {
 }
 
 }  // namespace
+
+bool requires_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
+
+bool has_tangent(const at::Tensor& tensor) {
+  return tensor.defined() && tensor._fw_grad(/*level=*/0).defined();
+}
+
+bool is_transformed() {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
+}
 
 }  // namespace rope
 

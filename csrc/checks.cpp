@@ -8,6 +8,7 @@
 #include <cmath>
 #include <string>
 
+#include "gradients.h"
 #include "overlap.h"
 
 namespace rope {
@@ -15,8 +16,16 @@ namespace rope {
 namespace {
 
 // Every message begins so: rope::apply(): expected <argument> to <rule>, but got <value>
+std::string expected(const std::string& operator_name, const char* argument) {
+  return c10::str("rope::", operator_name, "(): expected ", argument, " to ");
+}
+
 std::string expected(const Call& call, const char* argument) {
-  return c10::str("rope::", call.name(), "(): expected ", argument, " to ");
+  return expected(call.name(), argument);
+}
+
+std::string expected(const SumCall& call, const char* argument) {
+  return expected(call.operator_name, argument);
 }
 
 std::string name_of(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
@@ -39,6 +48,14 @@ std::optional<c10::SymInt> num_columns(const Call& call) {
 
 // True, and remembered as a fact, for sizes that are symbols.
 bool holds(const c10::SymBool& condition) { return condition.expect_true(__FILE__, __LINE__); }
+
+bool have_same_shape(const at::Tensor& x, const at::Tensor& y) {
+  bool same_shape = x.dim() == y.dim();
+  for (std::int64_t d = 0; same_shape && d < x.dim(); ++d) {
+    same_shape = holds(x.sym_size(d).sym_eq(y.sym_size(d)));
+  }
+  return same_shape;
+}
 
 // The sizes of x without the embedding axis. Only after the axis was checked.
 c10::SymDimVector batch_sizes(const at::Tensor& x, std::int64_t embedding_axis) {
@@ -193,12 +210,9 @@ void check_tables(const Call& call) {
   TORCH_CHECK_TYPE(call.cos.scalar_type() == call.sin.scalar_type(), expected(call, "sin"),
                    "have the dtype of cos, ", name_of(call.cos.scalar_type()), ", but got ",
                    name_of(call.sin.scalar_type()));
-  bool same_shape = call.cos.dim() == call.sin.dim();
-  for (std::int64_t d = 0; same_shape && d < call.cos.dim(); ++d) {
-    same_shape = holds(call.cos.sym_size(d).sym_eq(call.sin.sym_size(d)));
-  }
-  TORCH_CHECK_VALUE(same_shape, expected(call, "sin"), "have the shape of cos, ",
-                    call.cos.sym_sizes(), ", but got ", call.sin.sym_sizes());
+  TORCH_CHECK_VALUE(have_same_shape(call.cos, call.sin), expected(call, "sin"),
+                    "have the shape of cos, ", call.cos.sym_sizes(), ", but got ",
+                    call.sin.sym_sizes());
   TORCH_CHECK_VALUE(!call.positions.defined() || call.cos.dim() == 2, expected(call, "cos"),
                     "have shape (P, N) together with positions, but got ", call.cos.sym_sizes());
 }
@@ -298,6 +312,33 @@ void check(const Call& call) {
                         "share no element, but got overlapping views of one memory");
     }
   }
+}
+
+void check(const SumCall& call) {
+  const auto& [axis, offset] = std::pair(call.options.embedding_axis, call.options.rotary_offset);
+  const at::Tensor& x = call.x;
+  const at::Tensor& grad = call.grad;
+  TORCH_CHECK_TYPE(is_supported_float(x.scalar_type()), expected(call, call.x_name),
+                   "be float64, float32, float16 or bfloat16, but got ", name_of(x.scalar_type()));
+  TORCH_CHECK_TYPE(grad.scalar_type() == x.scalar_type() && grad.device() == x.device(),
+                   expected(call, "grad"), "be ", name_of(x.scalar_type()), " on ", x.device(),
+                   ", as ", call.x_name, " is, but got ", name_of(grad.scalar_type()), " on ",
+                   grad.device());
+  TORCH_CHECK_VALUE(have_same_shape(grad, x), expected(call, "grad"), "have the shape of ",
+                    call.x_name, ", ", x.sym_sizes(), ", but got ", grad.sym_sizes());
+  TORCH_CHECK_INDEX(-x.dim() <= axis && axis < x.dim(), expected(call, "embedding_axis"),
+                    "be a dimension of ", call.x_name, ", which has ", x.dim(), ", but got ", axis);
+  const c10::SymIntArrayRef sizes = call.sizes;
+  TORCH_CHECK_VALUE(!sizes.empty() && offset >= 0 && holds(sizes.back().sym_ge(0)) &&
+                        holds((sizes.back() * 2 + offset).sym_le(x.sym_size(axis))),
+                    expected(call, "sizes"), "end in the number of pairs that ", call.x_name,
+                    " has in its ", x.sym_size(axis), " elements from rotary_offset ", offset,
+                    " on, but got ", sizes);
+  const c10::SymDimVector target = batch_sizes(x, axis);
+  TORCH_CHECK_VALUE(broadcasts_to(sizes.slice(0, sizes.size() - 1), target),
+                    expected(call, "sizes"), "be broadcastable, without the last, with ",
+                    c10::SymIntArrayRef(target), ", the shape of ", call.x_name,
+                    " without embedding_axis, but got ", sizes);
 }
 
 void check_rows_exist(const Call& call) {

@@ -8,8 +8,13 @@
 
 namespace rope {
 
+struct SumCall;
+
 // Throws where the arguments of the call do not fit. Sizes may be symbolic.
 void check(const Call& call);
+
+// Likewise of the operators of gradients.h.
+void check(const SumCall& call);
 
 // The rest of the checks where values can be read without waiting for a device: every row of a
 // table that positions ask for exists. The kernels rely on it for not reading past the tables.

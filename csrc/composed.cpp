@@ -49,7 +49,8 @@ at::Tensor rotate_one(const Call& call) {
   if (options.conjugate) {
     angle.sin = -angle.sin;
   }
-  const Pair<at::Tensor> pair = pairs(call, x);
+  const c10::SymInt dim = rotary_dim(call, x);
+  const Pair<at::Tensor> pair = pairs(options, dim, x);
   const at::Tensor a = pair.a.to(real);
   const at::Tensor b = pair.b.to(real);
   const at::Tensor turned_a = (a * angle.cos - b * angle.sin).to(x.scalar_type());
@@ -58,7 +59,7 @@ at::Tensor rotate_one(const Call& call) {
                                                 : at::cat({turned_a, turned_b}, -1);
 
   const at::Tensor last = x.movedim(options.embedding_axis, -1);
-  const c10::SymInt end = rotary_dim(call, x) + options.rotary_offset;
+  const c10::SymInt end = dim + options.rotary_offset;
   const at::Tensor before = last.narrow_symint(-1, 0, options.rotary_offset);
   const at::Tensor after = last.narrow_symint(-1, end, last.sym_size(-1) - end);
   return at::cat({before, turned, after}, -1).movedim(-1, options.embedding_axis);
@@ -78,16 +79,15 @@ at::Tensor frequencies(const Call& call) {
   return at::pow(options.max_wavelength, -two_n / dim);
 }
 
-Pair<at::Tensor> pairs(const Call& call, const at::Tensor& x) {
-  const ApplyOptions& options = call.options;
-  const c10::SymInt dim = rotary_dim(call, x);
+Pair<at::Tensor> pairs(const ApplyOptions& options, const c10::SymInt& rotary_dim,
+                       const at::Tensor& x) {
   const c10::SymInt begin = options.rotary_offset;
-  const c10::SymInt end = begin + dim;
+  const c10::SymInt end = begin + rotary_dim;
   const at::Tensor last = x.movedim(options.embedding_axis, -1);
   if (options.interleaved) {
     return {last.slice_symint(-1, begin, end, 2), last.slice_symint(-1, begin + 1, end, 2)};
   }
-  const c10::SymInt half = begin + dim / 2;
+  const c10::SymInt half = begin + rotary_dim / 2;
   return {last.slice_symint(-1, begin, half), last.slice_symint(-1, half, end)};
 }
 

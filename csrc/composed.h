@@ -24,7 +24,9 @@ Outputs copy_back(const Call& call, const Outputs& outputs);
 // stand for, in float64.
 at::Tensor frequencies(const Call& call);
 
-// The two elements of each pair of x, as views of shape (..., N): the embedding axis comes last.
-Pair<at::Tensor> pairs(const Call& call, const at::Tensor& x);
+// The two elements of each pair of x, as views of shape (..., N): the embedding axis comes last. Of
+// the options, those that tell where pairs are count, but for rotary_dim.
+Pair<at::Tensor> pairs(const ApplyOptions& options, const c10::SymInt& rotary_dim,
+                       const at::Tensor& x);
 
 }  // namespace rope

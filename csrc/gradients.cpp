@@ -2,60 +2,179 @@
 
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/irange.h>
+#include <torch/library.h>
 
 #include <numeric>
+#include <tuple>
+#include <utility>
 #include <vector>
 
+#include "autograd.h"
 #include "checks.h"
 #include "composed.h"
+#include "cuda/launch.h"
+#include "describe.h"
 
 namespace rope {
 
 namespace {
 
-// The shape of what the pairs' gradients are summed to: one row of pairs for each position, or for
-// each row of tables that move along with x.
-c10::SymDimVector token_sizes(const Call& call) {
-  c10::SymIntArrayRef sizes;
-  if (call.positions.defined()) {
-    const auto& inv_freq = call.options.inv_freq;
-    sizes = call.positions.sym_sizes().slice(inv_freq.has_value() && inv_freq->dim() == 2 ? 1 : 0);
-  } else {
-    sizes = call.cos.sym_sizes().slice(0, call.cos.dim() - 1);
-  }
-  c10::SymDimVector result(sizes.begin(), sizes.end());
-  result.push_back(rotary_dim(call, call.q) / 2);
-  return result;
-}
+// -------------------------------------------------------------------------------------------------
+// The sums
 
-at::Tensor sum_to_tokens(const Call& call, const at::Tensor& gradient) {
-  return gradient.sum_to_size_symint(token_sizes(call));
-}
-
-Pair<at::Tensor> real_pairs(const Call& call, const at::Tensor& x) {
+Pair<at::Tensor> real_pairs(const SumCall& call, const at::Tensor& x) {
   const at::ScalarType real = at::toOpMathType(x.scalar_type());
-  const Pair<at::Tensor> views = pairs(call, x);
+  const Pair<at::Tensor> views = pairs(call.options, call.sizes.back() * 2, x);
   return {views.a.to(real), views.b.to(real)};
 }
 
-// The gradient with respect to the angle of each pair, summed over what shares the angle. With y =
-// R(t) x the derivative dy/dt is y turned by a right angle, so that the output is all it takes.
-at::Tensor angle_gradient(const Call& call, const at::Tensor& grad, const at::Tensor& y) {
-  const Pair<at::Tensor> g = real_pairs(call, grad);
-  const Pair<at::Tensor> turned = real_pairs(call, y);
-  const at::Tensor gradient = g.b * turned.a - g.a * turned.b;
-  return sum_to_tokens(call, call.options.conjugate ? -gradient : gradient);
+Rotation<at::Tensor> sum_composed(const SumCall& call) {
+  check(call);
+  const auto summed = [&](const at::Tensor& products) {
+    return products.sum_to_size_symint(call.sizes);
+  };
+  const Pair<at::Tensor> g = real_pairs(call, call.grad);
+  const Pair<at::Tensor> x = real_pairs(call, call.x);
+  const at::Tensor sin = g.b * x.a - g.a * x.b;
+  return {call.wants_cos ? summed(g.a * x.a + g.b * x.b) : at::Tensor(),
+          summed(call.options.conjugate ? -sin : sin)};
 }
 
-// The gradients with respect to the cosine and the sine of each pair, summed likewise.
-Rotation<at::Tensor> cos_sin_gradient(const Call& call, const at::Tensor& grad,
-                                      const at::Tensor& x) {
-  const Pair<at::Tensor> g = real_pairs(call, grad);
-  const Pair<at::Tensor> pair = real_pairs(call, x);
-  const at::Tensor sin = g.b * pair.a - g.a * pair.b;
-  return {sum_to_tokens(call, g.a * pair.a + g.b * pair.b),
-          sum_to_tokens(call, call.options.conjugate ? -sin : sin)};
+// The launch of tables that look like the sums: NOTE [ Sums ] in cuda/sum_thread.h.
+void for_each_sum_launch(const SumCall& call, const at::Tensor& like_sums,
+                         c10::function_ref<void(const Launch&)> launch) {
+  const ApplyOptions& options = call.options;
+  const Call tables = make_call(like_sums, like_sums, std::nullopt, options.embedding_axis,
+                                options.rotary_offset, options.interleaved, options.conjugate);
+  for_each_launch(on(tables, call.grad), {call.x, {}}, launch);
+}
+
+Rotation<at::Tensor> sum_on_cuda(const SumCall& call) {
+  // With so many dimensions a launch may be split, and the parts have sums in common.
+  if (!cuda::has_kernels() || call.x.dim() > kMaxDims) {
+    return sum_composed(call);
+  }
+  check(call);
+  const at::IntArrayRef sizes = C10_AS_INTARRAYREF_SLOW(call.sizes);
+  const std::int64_t numel = c10::multiply_integers(sizes);
+  const at::TensorOptions options = call.x.options().dtype(at::toOpMathType(call.x.scalar_type()));
+  const auto only_wanted = [&](const auto& make) {
+    return Rotation<at::Tensor>{call.wants_cos ? make() : at::Tensor(), make()};
+  };
+  if (call.x.numel() == 0 || numel == 0) {
+    return only_wanted([&] { return at::zeros(sizes, options); });
+  }
+  Rotation<at::Tensor> sums;
+  for_each_sum_launch(call, at::empty(sizes, options.device(at::kMeta)), [&](const Launch& launch) {
+    const std::int64_t groups = cuda::sum_groups(launch);
+    at::DimVector sizes_of_all(sizes.begin(), sizes.end());
+    if (groups > 1) {
+      sizes_of_all.insert(sizes_of_all.begin(), groups);
+    }
+    sums = only_wanted([&] { return at::empty(sizes_of_all, options); });
+    cuda::sum(launch,
+              {call.wants_cos ? sums.cos.mutable_data_ptr() : nullptr, sums.sin.mutable_data_ptr(),
+               numel},
+              call.x.get_device());
+    if (groups > 1) {
+      sums = {call.wants_cos ? sums.cos.sum(0) : at::Tensor(), sums.sin.sum(0)};
+    }
+  });
+  return sums;
+}
+
+// The operators that one function over calls makes, with the signatures of the schemas.
+template <Rotation<at::Tensor> (*sum)(const SumCall&)>
+struct SumOperators {
+  static at::Tensor angle(const at::Tensor& grad, const at::Tensor& y, c10::SymIntArrayRef sizes,
+                          std::int64_t embedding_axis, std::int64_t rotary_offset, bool interleaved,
+                          bool conjugate) {
+    return sum({"_angle_gradient", "y", grad, y, sizes,
+                slice(embedding_axis, rotary_offset, interleaved, conjugate), false})
+        .sin;
+  }
+  static std::tuple<at::Tensor, at::Tensor> cos_sin(const at::Tensor& grad, const at::Tensor& x,
+                                                    c10::SymIntArrayRef sizes,
+                                                    std::int64_t embedding_axis,
+                                                    std::int64_t rotary_offset, bool interleaved,
+                                                    bool conjugate) {
+    Rotation<at::Tensor> sums =
+        sum({"_cos_sin_gradient", "x", grad, x, sizes,
+             slice(embedding_axis, rotary_offset, interleaved, conjugate), true});
+    return {std::move(sums.cos), std::move(sums.sin)};
+  }
+  static void register_all(torch::Library& library) {
+    library.impl("_angle_gradient", TORCH_FN(angle));
+    library.impl("_cos_sin_gradient", TORCH_FN(cos_sin));
+  }
+
+ private:
+  static ApplyOptions slice(std::int64_t embedding_axis, std::int64_t rotary_offset,
+                            bool interleaved, bool conjugate) {
+    return {.embedding_axis = embedding_axis,
+            .rotary_offset = rotary_offset,
+            .interleaved = interleaved,
+            .conjugate = conjugate};
+  }
+};
+
+// Calls the operator through the dispatcher.
+Rotation<at::Tensor> dispatch(const SumCall& call) {
+  using Composed = SumOperators<sum_composed>;
+  const auto find = [](const char* name) {
+    return c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
+  };
+  const auto send = [&](const auto& handle) {
+    const ApplyOptions& options = call.options;
+    return handle.call(call.grad, call.x, call.sizes, options.embedding_axis, options.rotary_offset,
+                       options.interleaved, options.conjugate);
+  };
+  if (call.wants_cos) {
+    static const auto cos_sin =
+        find("rope::_cos_sin_gradient").typed<decltype(Composed::cos_sin)>();
+    auto [cos, sin] = send(cos_sin);
+    return {std::move(cos), std::move(sin)};
+  }
+  static const auto angle = find("rope::_angle_gradient").typed<decltype(Composed::angle)>();
+  return {at::Tensor(), send(angle)};
+}
+
+// For a device with a kernel of its own, which ends what PyTorch does for composite operators by
+// itself. Subclasses, such as the tensors of compilers, see ATen operators, as elsewhere.
+Rotation<at::Tensor> sum_with_autograd(const SumCall& call) {
+  bool is_plain = !is_transformed();
+  for (const at::Tensor* tensor : {&call.grad, &call.x}) {
+    is_plain = is_plain && !tensor->unsafeGetTensorImpl()->is_python_dispatch() &&
+               !has_tangent(*tensor) && !(at::GradMode::is_enabled() && requires_grad(*tensor));
+  }
+  if (!is_plain) {
+    return sum_composed(call);
+  }
+  const at::AutoDispatchBelowAutograd guard;
+  return dispatch(call);
+}
+
+// -------------------------------------------------------------------------------------------------
+// The gradients
+
+// The sums of one tensor of the call.
+Rotation<at::Tensor> sum_to_tokens(const Call& call, const at::Tensor& grad, const at::Tensor& x) {
+  c10::SymIntArrayRef tokens;
+  if (call.positions.defined()) {
+    const auto& inv_freq = call.options.inv_freq;
+    tokens = call.positions.sym_sizes().slice(inv_freq.has_value() && inv_freq->dim() == 2 ? 1 : 0);
+  } else {
+    tokens = call.cos.sym_sizes().slice(0, call.cos.dim() - 1);
+  }
+  c10::SymDimVector sizes(tokens.begin(), tokens.end());
+  sizes.push_back(rotary_dim(call, x) / 2);
+  return dispatch({.grad = grad,
+                   .x = x,
+                   .sizes = sizes,
+                   .options = call.options,
+                   .wants_cos = call.uses_tables});
 }
 
 at::Tensor positions_gradient(const Call& call, const at::Tensor& angle) {
@@ -100,7 +219,7 @@ AngleGradients gradients_of_tables(const Call& call, at::TensorList grads, at::T
   Rotation<at::Tensor> total;
   for (const auto i : c10::irange(grads.size())) {
     if (grads[i].defined()) {
-      const Rotation<at::Tensor> one = cos_sin_gradient(on(call, inputs[i]), grads[i], inputs[i]);
+      const Rotation<at::Tensor> one = sum_to_tokens(call, grads[i], inputs[i]);
       add(total.cos, one.cos);
       add(total.sin, one.sin);
     }
@@ -125,7 +244,9 @@ AngleGradients gradients_of_positions(const Call& call, at::TensorList grads,
       continue;
     }
     const Call one = on(call, outputs[i]);
-    const at::Tensor angle = angle_gradient(one, grads[i], outputs[i]);
+    // With y = R(t) x the derivative dy/dt is y turned by a right angle: the output is all it
+    // takes.
+    const at::Tensor angle = sum_to_tokens(one, grads[i], outputs[i]).sin;
     if (wanted.positions) {
       add(result.positions, positions_gradient(one, angle));
     }
@@ -145,3 +266,24 @@ AngleGradients angle_gradients(const Call& call, at::TensorList grads, at::Tenso
 }
 
 }  // namespace rope
+
+TORCH_LIBRARY_IMPL(rope, CompositeImplicitAutograd, library) {
+  rope::SumOperators<rope::sum_composed>::register_all(library);
+}
+
+TORCH_LIBRARY_IMPL(rope, CUDA, library) {
+  rope::SumOperators<rope::sum_on_cuda>::register_all(library);
+}
+
+TORCH_LIBRARY_IMPL(rope, AutogradCUDA, library) {
+  rope::SumOperators<rope::sum_with_autograd>::register_all(library);
+}
+
+// vmap, and the older vmap of torch.autograd.grad(is_grads_batched=True).
+TORCH_LIBRARY_IMPL(rope, FuncTorchBatchedDecomposition, library) {
+  rope::SumOperators<rope::sum_composed>::register_all(library);
+}
+
+TORCH_LIBRARY_IMPL(rope, Batched, library) {
+  rope::SumOperators<rope::sum_composed>::register_all(library);
+}

@@ -1,4 +1,8 @@
 // Gradients of what makes the angles: positions, inv_freq, cos and sin.
+//
+// The heavy part is common to all: sums over the rows (heads, say) that share an angle, for each
+// token and pair. Two private operators form them, _angle_gradient and _cos_sin_gradient: on CUDA
+// by a kernel of ours, elsewhere in ATen operators. What then is left is small.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -26,5 +30,20 @@ struct AngleGradients {
 // kept of the forward pass: the output, or the input where the call uses tables.
 AngleGradients angle_gradients(const Call& call, at::TensorList grads, at::TensorList kept,
                                const WantedGradients& wanted);
+
+// One call of either operator. With g the gradient of what came out of a rotation of x, they are
+//   cos: sum(g.a * x.a + g.b * x.b)    sin: sum(g.b * x.a - g.a * x.b)
+// over the pairs (a, b) that share an angle, in the type in which x is computed with. They are the
+// gradients of cos t and sin t; where x is what came out, the sine's is that of the angle t.
+struct SumCall {
+  const char* operator_name = "";
+  const char* x_name = "";
+  at::Tensor grad;
+  at::Tensor x;
+  c10::SymIntArrayRef
+      sizes;             // of a sum: (tokens..., N), where tokens broadcast with x as tables do
+  ApplyOptions options;  // embedding_axis, rotary_offset, interleaved, conjugate
+  bool wants_cos = false;
+};
 
 }  // namespace rope

@@ -21,8 +21,14 @@
 // The forms in place return nothing: schemas that return a mutated argument are not supported by
 // torch.compile.
 //
-// The others begin with _ and are not public: scripted and compiled programs reach the functions
-// of rope/frequencies.h, positions.h and weights.h through them.
+// The others begin with _ and are not public. Scripted and compiled programs reach the functions of
+// rope/frequencies.h, positions.h and weights.h through most of them.
+//
+// Two of them are the heavy part of gradients, and no more than that: csrc/gradients.h.
+//
+// - grad: the gradient of what came out of a rotation of x, or of y, which came out.
+// - sizes: those of the sums, (tokens..., N): as tables without positions have them.
+// - embedding_axis, rotary_offset, interleaved, conjugate: as above.
 //
 // - seq_len: the length that frequencies are for, a tensor of no dimension; or the number of tokens
 //   that ranks share.
@@ -80,4 +86,9 @@ TORCH_LIBRARY(rope, library) {
   const std::string rest = "(Tensor weight, int head_dim, int? rotary_dim, int rotary_offset)";
   define(library, "_permute_half_to_interleaved" + rest + " -> Tensor");
   define(library, "_permute_interleaved_to_half" + rest + " -> Tensor");
+
+  const std::string sums =
+      "SymInt[] sizes, int embedding_axis, int rotary_offset, bool interleaved, bool conjugate)";
+  define(library, "_angle_gradient(Tensor grad, Tensor y, " + sums + " -> Tensor");
+  define(library, "_cos_sin_gradient(Tensor grad, Tensor x, " + sums + " -> (Tensor, Tensor)");
 }

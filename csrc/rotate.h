@@ -110,4 +110,12 @@ struct Launch {
   TableAngles by_table;
 };
 
+// Where sums over the rows of a launch go, instead of rotated elements: to tables like those of the
+// launch, in the type that is computed with. See NOTE [ Sums ] in cuda/sum_thread.h.
+struct Sums {
+  void* cos;  // null: not asked for
+  void* sin;
+  std::int64_t group_stride;  // from the tables of one group of rows to the next one's, in elements
+};
+
 }  // namespace rope

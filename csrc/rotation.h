@@ -37,6 +37,14 @@ C10_HOST_DEVICE inline Pair<Real> rotate(const Pair<Real>& x, const Rotation<Rea
   return {fmsub(x.a, angle.cos, x.b * angle.sin), fmadd(x.b, angle.cos, x.a * angle.sin)};
 }
 
+// Adds the derivatives with respect to cos t and sin t, where g is the gradient of the rotated x.
+// (That with respect to sin t is also the one with respect to t, where x is what came out.)
+template <typename Real>
+C10_HOST_DEVICE inline Rotation<Real> add_gradient(const Pair<Real>& g, const Pair<Real>& x,
+                                                   const Rotation<Real>& sum) {
+  return {fmadd(g.b, x.b, fmadd(g.a, x.a, sum.cos)), fmadd(-g.a, x.b, fmadd(g.b, x.a, sum.sin))};
+}
+
 // The transpose of a rotation turns the other way; attention_factor scales it.
 template <typename Real>
 C10_HOST_DEVICE inline Rotation<Real> scale(const Rotation<Real>& angle, Real attention_factor,

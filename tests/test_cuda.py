@@ -1,6 +1,7 @@
 """What only a CUDA device has: graphs, streams, more than one device, sizes beyond 32 bits."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -169,3 +170,152 @@ def test_sanitizer_sees_words_single_elements_and_a_slice(
             actual = torch_rope.apply(view, positions, rotary_dim=24, interleaved=interleaved)
             expected = apply(view.cpu(), positions.cpu(), rotary_dim=24, interleaved=interleaved)
             assert_rotated(actual.cpu(), expected)
+
+
+# What makes the angles of a call, by what it is, for a q of shape (B, 33, H, 64).
+ANGLES: dict[str, Callable[[str], dict[str, Tensor]]] = {
+    "positions and inv_freq": lambda device: {
+        "positions": random_positions((33, 1), torch.float32, device, low=0, high=99),
+        "inv_freq": random_values((32,), torch.float32, device, seed=3),
+    },
+    "positions of axes and inv_freq": lambda device: {
+        "positions": random_positions((2, 33, 1), torch.float32, device, low=0, high=99),
+        "inv_freq": random_values((2, 24), torch.float32, device, seed=3),
+    },
+    "tables": lambda device: {
+        "cos": random_values((33, 1, 32), torch.float32, device, seed=3),
+        "sin": random_values((33, 1, 32), torch.float32, device, seed=4),
+    },
+    "tables of one head": lambda device: {
+        "cos": random_values((33, 8, 31), torch.bfloat16, device, seed=3),
+        "sin": random_values((33, 8, 31), torch.bfloat16, device, seed=4),
+    },
+}
+
+
+def gradients_of_angles(q: Tensor, angles: dict[str, Tensor], **options: Any) -> tuple[Tensor, ...]:
+    """Returns the gradients of what makes the angles, for a gradient that is the same each time."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in angles.items()}
+    operator = torch_rope.apply_cos_sin if "cos" in leaves else torch_rope.apply
+    output = operator(q, **leaves, **options)
+    gradient = random_values(tuple(q.shape), torch.float64, "cpu", seed=9).to(q)
+    return torch.autograd.grad(output, tuple(leaves.values()), gradient)
+
+
+@pytest.mark.parametrize("batch", [2, 300])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("angles", ANGLES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_gradients_of_angles_are_those_of_float64(
+    cuda: str, dtype: torch.dtype, angles: str, interleaved: bool, batch: int
+) -> None:
+    q = random_values((batch, 33, 8, 64), dtype, cuda)
+    made = ANGLES[angles](cuda)
+    exact = {
+        name: tensor.cpu() if name == "inv_freq" else tensor.cpu().double()
+        for name, tensor in made.items()
+    }
+    actual = gradients_of_angles(q, made, interleaved=interleaved)
+    expected = gradients_of_angles(q.cpu().double(), exact, interleaved=interleaved)
+    for one, other in zip(actual, expected, strict=True):
+        # The output, which gradients of angles are formed from, and the gradient were rounded.
+        scale = other.abs().max().item()
+        limit = 4 * max(torch.finfo(dtype).eps, torch.finfo(one.dtype).eps)
+        assert (one.cpu().double() - other.double()).abs().max().item() <= limit * scale
+
+
+@pytest.mark.parametrize("angles", ANGLES)
+def test_gradients_of_angles_have_the_same_bits_every_time(cuda: str, angles: str) -> None:
+    for batch in (2, 300):
+        q = random_values((batch, 33, 8, 64), torch.bfloat16, cuda)
+        made = ANGLES[angles](cuda)
+        first = gradients_of_angles(q, made)
+        for _ in range(3):
+            for one, other in zip(gradients_of_angles(q, made), first, strict=True):
+                assert_same_bits(one, other)
+
+
+def kernels_of(call: Callable[[], Any]) -> list[str]:
+    """Returns the names of the kernels that a call starts."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events()]
+
+
+@pytest.mark.parametrize("angles", ANGLES)
+def test_the_gradients_of_angles_are_one_kernel_and_what_is_small(cuda: str, angles: str) -> None:
+    q = random_values((2, 33, 8, 64), torch.bfloat16, cuda)
+    made = ANGLES[angles](cuda)
+    names = kernels_of(lambda: gradients_of_angles(q, made))
+    assert sum("sum_kernel" in name for name in names) == 1
+
+
+def test_a_gradient_that_is_to_be_differentiated_is_in_aten_operators(cuda: str) -> None:
+    q = random_values((2, 3, 2, 8), torch.float64, cuda, seed=1)
+    positions = random_positions((3, 1), torch.float64, cuda, low=0, high=9).requires_grad_()
+    inv_freq = random_values((4,), torch.float64, cuda, seed=2).requires_grad_()
+    rotate = torch_rope.apply
+    assert torch.autograd.gradgradcheck(rotate, (q.requires_grad_(), positions, inv_freq))
+    cos, sin = (
+        random_values((3, 1, 4), torch.float64, cuda, seed=seed).requires_grad_() for seed in (3, 4)
+    )
+    assert torch.autograd.gradgradcheck(torch_rope.apply_cos_sin, (q, cos, sin))
+
+
+def test_many_gradients_at_once_are_those_one_by_one(cuda: str) -> None:
+    q = random_values((2, 33, 8, 64), torch.float32, cuda)
+    made = ANGLES["positions and inv_freq"](cuda)
+    leaves = {name: tensor.requires_grad_() for name, tensor in made.items()}
+    output = torch_rope.apply(q, **leaves)
+    many = random_values((3, *q.shape), torch.float32, cuda, seed=5)
+
+    def gradients(gradient: Tensor, batched: bool) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            output, tuple(leaves.values()), gradient, retain_graph=True, is_grads_batched=batched
+        )
+
+    for i, together in enumerate(zip(*gradients(many, batched=True), strict=True)):
+        for one, other in zip(together, gradients(many[i], batched=False), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
+
+
+@pytest.mark.parametrize("angles", ANGLES)
+def test_gradients_of_angles_are_captured_and_replayed(cuda: str, angles: str) -> None:
+    q = random_values((300, 33, 8, 64), torch.bfloat16, cuda)
+    made = ANGLES[angles](cuda)
+    leaves = {name: tensor.requires_grad_() for name, tensor in made.items()}
+    operator = torch_rope.apply_cos_sin if "cos" in leaves else torch_rope.apply
+    gradient = random_values(tuple(q.shape), q.dtype, cuda, seed=5)
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(operator(q, **leaves), tuple(leaves.values()), gradient)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        gradients()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients()
+    gradient.copy_(random_values(tuple(q.shape), q.dtype, cuda, seed=6))
+    graph.replay()
+    for one, other in zip(captured, gradients(), strict=True):
+        assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("size", [64, 30])
+def test_sanitizer_sees_gradients_of_words_and_of_single_elements(cuda: str, size: int) -> None:
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        x = random_values((3, 5, 7, size + 3), dtype, cuda)
+        table = random_values((5, 1, 12), torch.float32, cuda, seed=1)
+        for view in (x[..., :size], x[..., 1:], x.clone()):
+            for interleaved in (False, True):
+                cos, sin = gradients_of_angles(
+                    view, {"cos": table, "sin": table}, interleaved=interleaved
+                )
+                assert cos.isfinite().all()
+                assert sin.isfinite().all()

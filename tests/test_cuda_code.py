@@ -6,18 +6,40 @@ import subprocess
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch_rope
 
-# Elements of 16 bytes, and pairs that a thread of each kernel turns at a time.
+# Elements of 16 bytes, and pairs that a thread of each kernel has at a time.
 PAIRS_OF_A_WORD = {"c10::BFloat16": 8, "c10::Half": 8, "float": 4, "double": 2}
 
-# csrc/cuda/rotate.cu plans for four blocks of 128 threads; processors have 65,536 registers.
+# csrc/cuda/thread.h plans for four blocks of 128 threads; processors have 65,536 registers.
 MOST_REGISTERS = 65536 // (4 * 128)
 ROWS_IN_FLIGHT = 2
 
-Kernel = tuple[str, int, bool, int]  # dtype, pairs, interleaved, bits of an index
+# Words of a row that are on their way: of x, and for sums of its gradient too.
+WORDS_OF_A_ROW = {"rotate": 2, "sum": 4}
+
+
+class Kernel(NamedTuple):
+    """What tells a kernel from the others."""
+
+    work: str  # "rotate" or "sum"
+    dtype: str
+    pairs: int
+    interleaved: bool
+    index_bits: int
+
+    @property
+    def has_words(self) -> bool:
+        """Whether it loads and stores 16 bytes at a time."""
+        return self.pairs == PAIRS_OF_A_WORD[self.dtype]
+
+    @property
+    def words_in_flight(self) -> int:
+        """How many words of rows a thread asks for before it uses the first."""
+        return WORDS_OF_A_ROW[self.work] * ROWS_IN_FLIGHT
 
 
 @cache
@@ -48,18 +70,18 @@ def architectures() -> tuple[str, ...]:
 
 def kernel_of(name: str) -> Kernel:
     """Returns which kernel a mangled name is."""
-    found = re.search(r"rotate_kernelI.*?Thread(?:I)(.*?)Li(\d+)ELb([01])E([il])E", name)
+    found = re.search(r"(rotate|sum)_kernelI.*?ThreadI(.*?)Li(\d+)ELb([01])E([il])E", name)
     assert found is not None, name
     dtypes = {"N3c108BFloat16E": "c10::BFloat16", "N3c104HalfE": "c10::Half", "f": "float"}
-    dtype = dtypes.get(found[1], "double")
-    return dtype, int(found[2]), found[3] == "1", 32 if found[4] == "i" else 64
+    dtype = dtypes.get(found[2], "double")
+    return Kernel(found[1], dtype, int(found[3]), found[4] == "1", 32 if found[5] == "i" else 64)
 
 
 @cache
 def resources(architecture: str) -> dict[Kernel, dict[str, int]]:
     """Returns registers, stack and local memory of each kernel."""
     text = cuobjdump("-arch", architecture, "-res-usage")
-    pairs = re.findall(r"Function (\S*rotate_kernel\S*):\s*\n(.*)", text)
+    pairs = re.findall(r"Function (\S*_kernel\S*):\s*\n(.*)", text)
     return {
         kernel_of(name): {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
         for name, line in pairs
@@ -75,7 +97,7 @@ def listings(architecture: str) -> dict[Kernel, list[str]]:
     return {
         kernel_of(function.split(maxsplit=1)[0]): instruction.findall(function)
         for function in functions
-        if "rotate_kernel" in function.split(maxsplit=1)[0]
+        if "_kernel" in function.split(maxsplit=1)[0]
     }
 
 
@@ -113,7 +135,8 @@ def is_built(request: pytest.FixtureRequest) -> None:
 
 def test_the_library_has_every_kernel(architecture: str) -> None:
     expected = {
-        (dtype, pairs, interleaved, bits)
+        Kernel(work, dtype, pairs, interleaved, bits)
+        for work in WORDS_OF_A_ROW
         for dtype, word in PAIRS_OF_A_WORD.items()
         for pairs, interleaved in ((1, False), (word, False), (word, True))
         for bits in (32, 64)
@@ -135,31 +158,49 @@ def test_every_kernel_leaves_registers_for_the_threads_planned(architecture: str
         assert used["REG"] <= MOST_REGISTERS, kernel
 
 
-def test_words_are_loaded_and_stored_by_16_bytes(architecture: str) -> None:
+def test_words_are_loaded_by_16_bytes(architecture: str) -> None:
     for kernel, code in instructions(architecture).items():
-        dtype, pairs, _, _ = kernel
-        if pairs == PAIRS_OF_A_WORD[dtype]:
-            # Two words of each row in flight; cosines and sines in tables of each dtype.
-            tables = sum(2 * (pairs // word) for word in PAIRS_OF_A_WORD.values())
-            assert count(code, "LDG", "128") == 2 * ROWS_IN_FLIGHT + tables, kernel
+        if not kernel.has_words:
+            continue
+        if kernel.work == "rotate":
+            # Beside the rows, cosines and sines in tables of each dtype.
+            tables = sum(2 * (kernel.pairs // word) for word in PAIRS_OF_A_WORD.values())
+            assert count(code, "LDG", "128") == kernel.words_in_flight + tables, kernel
+        else:
+            # Some compilers write the loop twice: for rows of one dimension, and of more.
+            assert count(code, "LDG") in (kernel.words_in_flight, 2 * kernel.words_in_flight)
+            assert count(code, "LDG", "128") == count(code, "LDG"), kernel
+
+
+def test_words_are_stored_by_16_bytes(architecture: str) -> None:
+    for kernel, code in instructions(architecture).items():
+        if not kernel.has_words:
+            continue
+        if kernel.work == "rotate":
             assert count(code, "STG", "128") == 2 * ROWS_IN_FLIGHT, kernel
+        elif kernel.index_bits == 32:
+            # (With 64-bit indices some are stored piece by piece, once for all rows of a thread.)
+            assert count(code, "STG", "128") == count(code, "STG") > 0, kernel
 
 
 def test_the_first_rows_are_asked_for_before_any_of_them_is_used(architecture: str) -> None:
     for kernel, lines in listings(architecture).items():
-        if kernel[1] == 1:
+        if not kernel.has_words:
             continue
         loads = [i for i, line in enumerate(lines) if line.startswith("LDG.E.128")]
-        on_their_way: set[int] = set()
-        for line in lines[loads[0] : loads[2 * ROWS_IN_FLIGHT - 1] + 1]:
-            registers = [int(number) for number in re.findall(r"\bR(\d+)\b", line)]
-            assert on_their_way.isdisjoint(registers), (kernel, line)
-            if line.startswith("LDG.E.128"):
-                on_their_way.update(range(registers[0], registers[0] + 4))
+        loops = len(loads) // kernel.words_in_flight if kernel.work == "sum" else 1
+        for loop in range(loops):
+            first = loop * kernel.words_in_flight
+            on_their_way: set[int] = set()
+            for line in lines[loads[first] : loads[first + kernel.words_in_flight - 1] + 1]:
+                registers = [int(number) for number in re.findall(r"\bR(\d+)\b", line)]
+                assert on_their_way.isdisjoint(registers), (kernel, line)
+                if line.startswith("LDG.E.128"):
+                    on_their_way.update(range(registers[0], registers[0] + 4))
 
 
 def test_single_elements_of_words_are_stored_only_at_the_end_of_a_row(architecture: str) -> None:
     for kernel, code in instructions(architecture).items():
-        if kernel[1] > 1:
+        if kernel.work == "rotate" and kernel.has_words:
             narrow = count(code, "STG") - count(code, "STG", "128")
             assert narrow <= 2 * ROWS_IN_FLIGHT, kernel

@@ -7,8 +7,18 @@ namespace rope::cuda {
 
 bool has_kernels() { return false; }
 
-void launch(const Launch&, int) {
-  TORCH_INTERNAL_ASSERT(false, "a build without CUDA kernels refuses CUDA tensors");
+namespace {
+
+[[noreturn]] void fail() {
+  TORCH_INTERNAL_ASSERT(false, "a build without CUDA kernels has nothing to launch");
 }
+
+}  // namespace
+
+void launch(const Launch&, int) { fail(); }
+
+void sum(const Launch&, const Sums&, int) { fail(); }
+
+std::int64_t sum_groups(const Launch&) { fail(); }
 
 }  // namespace rope::cuda

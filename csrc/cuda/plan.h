@@ -164,6 +164,27 @@ inline RotatePlan make_rotate_plan(const Launch& launch, std::int64_t first_pair
   return plan;
 }
 
+// The plan for the sums of a launch (cuda/sum_thread.h), which has one operand.
+inline Plan make_sum_plan(const Launch& launch) {
+  // Rows of a token are cut into groups only where there are too few threads to keep the memory of
+  // the largest devices busy: each has 128 bytes on their way, so that these have 8 MiB, where 8
+  // TB/s and 800 ns take 6.4 MB.
+  constexpr std::int64_t kEnoughThreads = std::int64_t{1} << 16;
+  // What a group costs, sums that are written and read again, stays small beside its rows.
+  constexpr std::int64_t kFewestRows = 4 * kRowsInFlight;
+
+  Plan plan{};
+  describe_rows(launch, plan);
+  Work& work = plan.work;
+  work.last_pair = launch.num_pairs;
+  work.rotate_chunks = ceil_div(launch.num_pairs, pairs_per_chunk(launch, plan));
+  const std::int64_t threads_of_a_group = launch.tokens.count() * work.rotate_chunks;
+  const std::int64_t groups =
+      ceil_div(kEnoughThreads, std::max<std::int64_t>(threads_of_a_group, 1));
+  spread(launch, std::max(ceil_div(work.shared_rows, groups), kFewestRows), plan);
+  return plan;
+}
+
 // Calls run with each plan that a rotation needs, one after the other.
 template <typename Run>
 void for_each_plan(const Launch& launch, const Run& run) {

@@ -9,6 +9,7 @@ namespace {
 
 using host::Call;
 using rope::Outputs;
+using rope::cuda::Plan;
 using rope::cuda::RotatePlan;
 
 constexpr std::int64_t kMostBlocks = (std::int64_t{1} << 31) - 1;  // of a grid's first dimension
@@ -304,6 +305,82 @@ TEST(CudaPlan, MovesEachElementOnceWithinTheLimitsOfACard) {
       }
     }
   }
+}
+
+// The plan of the sums of x and a gradient, by tokens (tokens..., N).
+Plan sum_plan(const at::Tensor& grad, const at::Tensor& x, at::IntArrayRef sizes,
+              const rope::CosSinOptions& options = {}) {
+  const at::Tensor like_sums =
+      at::empty(sizes, at::dtype(at::toOpMathType(x.scalar_type())).device(at::kMeta));
+  std::vector<Plan> plans;
+  rope::for_each_launch(
+      host::apply_cos_sin(like_sums, like_sums, options).on(grad), {x, {}},
+      [&](const rope::Launch& launch) { plans.push_back(rope::cuda::make_sum_plan(launch)); });
+  EXPECT_EQ(plans.size(), 1);
+  return plans.at(0);
+}
+
+TEST(CudaSumPlan, CutsRowsIntoGroupsOnlyWhereTokensAreFew) {
+  constexpr std::int64_t kEnough = std::int64_t{1} << 16;
+  for (std::int64_t tokens = 1; tokens <= std::int64_t{1} << 20; tokens *= 4) {
+    for (const std::int64_t heads : {1, 8, 32}) {
+      for (const std::int64_t batch : {1, 3, 64}) {
+        SCOPED_TRACE(c10::str("(", batch, ", ", tokens, ", ", heads, ", 128)"));
+        const at::Tensor x = fake({batch, tokens, heads, 128});
+        const Plan some = sum_plan(fake(x.sizes(), at::kBFloat16, kOutput), x, {tokens, 1, 64});
+        const rope::cuda::Work& work = some.work;
+        EXPECT_EQ(work.shared_rows, batch * heads);
+        EXPECT_EQ(work.items, tokens * 8 * work.row_groups);
+        EXPECT_GE(work.row_groups * work.rows_per_thread, work.shared_rows);
+        EXPECT_LT((work.row_groups - 1) * work.rows_per_thread, work.shared_rows);
+        if (tokens * 8 >= kEnough || batch * heads <= 8) {
+          EXPECT_EQ(work.row_groups, 1);
+        } else {
+          EXPECT_GT(work.row_groups, 1);
+          EXPECT_GE(work.rows_per_thread, 8);
+          EXPECT_TRUE(work.items > kEnough / 2 || work.rows_per_thread == 8);
+        }
+        EXPECT_EQ(some.blocks, rope::cuda::ceil_div(work.items, work.threads));
+        EXPECT_LE(some.blocks, kMostBlocks);
+      }
+    }
+  }
+}
+
+TEST(CudaSumPlan, UsesWordsWhereXAndItsGradientAreAligned) {
+  for (const at::ScalarType dtype : reference::kFloatDtypes) {
+    const std::int64_t word = rope::cuda::word_elements(dtype);
+    const auto bytes = static_cast<std::int64_t>(c10::elementSize(dtype));
+    const std::vector<std::int64_t> sizes = {5, 3, 8 * word};
+    const at::Tensor x = fake(sizes, dtype);
+    const at::Tensor grad = fake(sizes, dtype, kOutput);
+    EXPECT_TRUE(sum_plan(grad, x, {5, 1, 4 * word}).uses_words);
+    EXPECT_TRUE(sum_plan(fake(sizes, dtype, kOutput, {{0, 0, 1}}), x, {5, 1, 4 * word}).uses_words);
+    EXPECT_TRUE(sum_plan(grad, x, {5, 1, word}, {.rotary_offset = word}).uses_words);
+    EXPECT_FALSE(sum_plan(grad, x, {5, 1, word}, {.rotary_offset = 1}).uses_words);
+    EXPECT_FALSE(sum_plan(grad, x, {5, 1, word + 1}).uses_words);
+    EXPECT_FALSE(sum_plan(fake(sizes, dtype, kOutput, {{0, 0, 0}}), x, {5, 1, word}).uses_words);
+    EXPECT_FALSE(sum_plan(fake(sizes, dtype, kOutput + bytes), x, {5, 1, word}).uses_words);
+    EXPECT_FALSE(sum_plan(grad, fake(sizes, dtype, kInput + bytes), {5, 1, word}).uses_words);
+  }
+}
+
+TEST(CudaSumPlan, CountsIn64BitsExactlyWhereSomeOffsetNeedsThem) {
+  const at::Tensor near = fake({2, 3, 64});
+  const auto index_is_64bit = [&](std::int64_t stride) {
+    const at::Tensor far = fake({2, 3, 64}, at::kBFloat16, kInput, {{stride, 64, 1}});
+    const bool of_x = sum_plan(near, far, {2, 1, 32}).index_is_64bit;
+    EXPECT_EQ(sum_plan(far, near, {2, 1, 32}).index_is_64bit, of_x);
+    EXPECT_EQ(sum_plan(far, near, {32}).index_is_64bit, of_x);
+    return of_x;
+  };
+  EXPECT_FALSE(index_is_64bit(2 * kGiga - 1 - 128));
+  EXPECT_TRUE(index_is_64bit(2 * kGiga - 128));
+  // More rows, and more sums, than 32 bits count.
+  const std::vector<std::int64_t> sizes = {2 * kGiga, 2};
+  const at::Tensor still = fake(sizes, at::kBFloat16, kInput, {{0, 1}});
+  EXPECT_TRUE(sum_plan(still, still, {1}).index_is_64bit);
+  EXPECT_TRUE(sum_plan(still, still, {2 * kGiga, 1}).index_is_64bit);
 }
 
 }  // namespace
