@@ -63,7 +63,7 @@ PYTHON
 pytest=("$python" -m pytest -q -W ignore -p no:cacheprovider)
 step 40 "CUDA: graphs, streams, devices" "${pytest[@]}" "$tests/test_cuda.py" "$tests/test_cuda_code.py"
 step 80 "The Python tests on CUDA" "${pytest[@]}" -k "cuda" \
-  "$tests"/test_{apply,autograd,cos_sin,in_place,layouts,numbers,pair}.py
+  "$tests"/test_{apply,autograd,cos_sin,gradient_sums,in_place,layouts,numbers,pair}.py
 if command -v compute-sanitizer > /dev/null; then
   step 40 "compute-sanitizer" compute-sanitizer --error-exitcode 1 "${pytest[@]}" \
     "$tests/test_cuda.py" -k "sanitizer"
@@ -76,6 +76,8 @@ step 150 "Benchmark" "$python" "$benchmarks/bench_apply.py" --device cuda --quic
   --json "$results/$name.json" --markdown "$results/$name.md"
 step 30 "Decoding" "$python" "$benchmarks/bench_decode.py" --json "$results/$name-decode.json" \
   --markdown "$results/$name-decode.md"
+step 30 "Gradients of angles" "$python" "$benchmarks/bench_gradients.py" \
+  --json "$results/$name-gradients.json" --markdown "$results/$name-gradients.md"
 
 heading "Done"
 if [ ${#failed[@]} -gt 0 ]; then
