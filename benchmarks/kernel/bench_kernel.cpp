@@ -30,7 +30,6 @@ struct Case {
   bool in_place;
 };
 
-constexpr std::int64_t kBlockTokens = 128;
 constexpr std::int64_t kCacheLine = 64;  // bytes
 
 // Memory that begins at a cache line.
@@ -90,26 +89,18 @@ void rotate(benchmark::State& state, Kernel kernel, const Case& x) {
                                  positions.data(), frequencies.data());
 
   const std::int64_t length = padded(launch.num_pairs);
-  Aligned<double> cos(kBlockTokens * length), sin(kBlockTokens * length);
+  Aligned<double> cos(kMaxBlockTokens * length), sin(kMaxBlockTokens * length);
   Aligned<double> angles(length), padded_frequencies(length), row(2 * length);
-  std::vector<std::int64_t> token_offsets(kBlockTokens * kTokenArrays);
+  std::vector<std::int64_t> token_offsets(kMaxBlockTokens * kTokenArrays);
   std::vector<std::int64_t> shared_offsets(kSharedChunk * 2);
   double frequency_sum = 0;
-  constexpr std::int64_t kNearBytes = 1 << 20;
-  const std::int64_t moved = size * static_cast<std::int64_t>(sizeof(scalar_t));
   const Workspace workspace{
-      cos.data(),
-      sin.data(),
-      angles.data(),
-      padded_frequencies.data(),
-      &frequency_sum,
-      row.data(),
-      token_offsets.data(),
-      shared_offsets.data(),
-      (x.in_place ? 1 : 2) * moved > kNearBytes ? Traffic::kFar : Traffic::kNear};
+      cos.data(),          sin.data(), angles.data(),        padded_frequencies.data(),
+      &frequency_sum,      row.data(), token_offsets.data(), shared_offsets.data(),
+      /*may_stream=*/false};
   for ([[maybe_unused]] auto _ : state) {
-    for (std::int64_t begin = 0; begin < x.tokens; begin += kBlockTokens) {
-      kernel(launch, workspace, {begin, std::min(begin + kBlockTokens, x.tokens), 0, 1});
+    for (std::int64_t begin = 0; begin < x.tokens; begin += kMaxBlockTokens) {
+      kernel(launch, workspace, {begin, std::min(begin + kMaxBlockTokens, x.tokens), 0, 1});
     }
   }
   using benchmark::Counter;

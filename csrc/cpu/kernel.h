@@ -24,15 +24,12 @@ struct Block {
   std::int64_t num_parts;
 };
 
+// Tokens of a block: enough to leave long stretches of each head where the tokens of a head lie
+// side by side.
+inline constexpr std::int64_t kMaxBlockTokens = 128;
+
 // How many elements of a shared nest are found ahead of rotating them.
 inline constexpr std::int64_t kSharedChunk = 64;
-
-// How the rows of a launch come and go, by how many bytes they are.
-enum class Traffic {
-  kNear,      // as they are: they lie in a near cache
-  kFar,       // asked for ahead, what is read and what is written
-  kStreamed,  // read ahead, and written past the caches, which could not keep them
-};
 
 // Memory for one thread, for blocks of some number of tokens.
 struct Workspace {
@@ -44,7 +41,7 @@ struct Workspace {
   void* row;  // 2 * num_pairs elements, where x is not contiguous along the embedding axis
   std::int64_t* token_offsets;   // (tokens, kTokenArrays)
   std::int64_t* shared_offsets;  // (kSharedChunk, 2)
-  Traffic traffic;
+  bool may_stream;               // Results are written past the caches, which could not keep them.
 };
 
 // The kernel: rotates one block. One function for each CPU capability; all are csrc/cpu/rotate.cpp.

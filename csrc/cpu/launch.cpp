@@ -51,29 +51,17 @@ Kernel choose_kernel(const Launch& launch) {
   return row_bytes % kWidestVector != 0 ? kernels.uneven_row : kernels.any_row;
 }
 
-// Cosines and sines of the tokens of one block: few enough to stay in a second-level cache, and
-// enough to leave long stretches of each head where the tokens of a head lie side by side.
+// Cosines and sines of the tokens of one block: few enough to stay in a second-level cache.
 constexpr std::int64_t kBlockBytes = 64 * 1024;
-constexpr std::int64_t kMaxBlockTokens = 128;
 
 // Elements that are worth a thread of their own: ATen's own number (at::internal::GRAIN_SIZE).
 constexpr std::int64_t kGrainElements = 32768;
-
-// Launches that move more bytes than this ask for memory ahead: a second-level cache holds less.
-constexpr std::int64_t kNearBytes = 1 << 20;
 
 // Outputs of more bytes than this are written past the caches. Measured with a last-level cache of
 // 32 MiB, with and without a sum of the result that follows: 10 MiB take half the time streamed
 // where the inputs come from memory, and about the same where all lies in the cache. A constant,
 // since what a virtual machine says of its caches is of no use.
 constexpr std::int64_t kCachedBytes = 8 << 20;
-
-Traffic choose_traffic(std::int64_t read_bytes, std::int64_t fresh_bytes) {
-  if (fresh_bytes > kCachedBytes) {
-    return Traffic::kStreamed;
-  }
-  return read_bytes + fresh_bytes > kNearBytes ? Traffic::kFar : Traffic::kNear;
-}
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -84,7 +72,7 @@ struct Plan {
   std::int64_t num_parts;
   std::int64_t num_blocks;
   std::int64_t grain;  // blocks
-  Traffic traffic;
+  bool may_stream;
 
   Block block(std::int64_t index) const {
     const std::int64_t begin = index / num_parts * block_tokens;
@@ -118,7 +106,7 @@ Plan plan(const Launch& launch, std::int64_t row_bytes) {
       std::max<std::int64_t>(kGrainElements / std::max<std::int64_t>(elements_per_block, 1), 1);
   const std::int64_t column =
       plan.num_tokens * static_cast<std::int64_t>(c10::elementSize(launch.dtype));
-  plan.traffic = choose_traffic(elements_per_token * column, fresh_per_token * column);
+  plan.may_stream = fresh_per_token * column > kCachedBytes;
   return plan;
 }
 
@@ -171,7 +159,7 @@ Workspace thread_workspace(const Launch& launch, const Plan& plan, std::int64_t 
           base + begins[5],
           reinterpret_cast<std::int64_t*>(base + begins[6]),
           reinterpret_cast<std::int64_t*>(base + begins[7]),
-          plan.traffic};
+          plan.may_stream};
 }
 
 }  // namespace

@@ -37,11 +37,14 @@ using at::vec::Vectorized;
 // added to the float's bits, of which the lowest is set where the last place is odd, so that a tie
 // goes to the even one, and the halves are merged. A NaN's low bits are zero here, so that the
 // addition does not carry out of it: x is bfloat16 itself, and cosines and sines are cleaned by
-// quiet(). Where the CPU has an instruction that rounds two vectors of floats to one of bfloat16,
-// it does the same in less time, but for subnormal numbers, which are done again.
-//
-// The cosines and sines of a row are laid out in the order in which its vectors come: see
+// quiet(). The cosines and sines of a row are laid out in the order in which its vectors come: see
 // for_each_place.
+//
+// Where the CPU has an instruction that rounds two vectors of floats to one of bfloat16, it does
+// the same in less time, but for subnormal numbers, which are done again. It leaves the elements of
+// the first vector in front of those of the second. So a vector is parted into its first half and
+// its second one, each spread by one shuffle, and into even and odd elements only where those are
+// the pairs.
 
 // NOTE [ Last step of a row ]
 //
@@ -101,14 +104,18 @@ ROPE_INLINE void store_float16(const Vectorized<float>& vector, c10::Half* to, b
 #endif
 
 // A step of a row: as many elements as one vector of the storage type holds, as vectors of the
-// computation type, in the order of memory or, for bfloat16, first the even elements, then the odd
-// ones.
-template <typename scalar_t>
+// computation type, in the order of memory or parted into the even elements and the odd ones.
+template <typename scalar_t, bool interleaved>
 struct Step {
   using Real = at::opmath_type<scalar_t>;
   using Vector = Vectorized<Real>;
   static constexpr bool kInWords =
       std::is_same_v<scalar_t, c10::BFloat16> && std::endian::native == std::endian::little;
+#ifdef __AVX512BF16__
+  static constexpr bool kParted = kInWords && interleaved;
+#else
+  static constexpr bool kParted = kInWords;
+#endif
   static constexpr int kVectors = sizeof(Real) / sizeof(scalar_t);
   static constexpr std::int64_t kSize = Vectorized<scalar_t>::size();
 
@@ -126,8 +133,7 @@ struct Step {
       } else {
         words = Words::loadu(from);
       }
-      return {{at::vec::cast<float>(words << Words(16)),
-               at::vec::cast<float>(words & Words(kHighHalf))}};
+      return widened(words);
     } else {
 #ifdef ROPE_FLOAT16_IN_HALVES
       if constexpr (std::is_same_v<scalar_t, c10::Half>) {
@@ -187,16 +193,27 @@ struct Step {
   using Words = Vectorized<std::int32_t>;
   static constexpr auto kHighHalf = static_cast<std::int32_t>(0xffff0000);
 
-  static ROPE_INLINE Words narrowed(const Vectorized<float>& even, const Vectorized<float>& odd) {
+  static ROPE_INLINE Step widened(const Words& words) {
 #ifdef __AVX512BF16__
-    const Words words = interleaved(_mm512_cvtne2ps_pbh(odd, even));
+    if constexpr (!kParted) {
+      return {{spread<0>(words), spread<kSize / 2>(words)}};
+    }
+#endif
+    return {
+        {at::vec::cast<float>(words << Words(16)), at::vec::cast<float>(words & Words(kHighHalf))}};
+  }
+
+  static ROPE_INLINE Words narrowed(const Vectorized<float>& first,
+                                    const Vectorized<float>& second) {
+#ifdef __AVX512BF16__
+    const Words words = converted(first, second);
     // The instruction makes zeros of subnormal numbers. Zeros are seldom, so that they may be
-    // these.
-    if (_mm512_testn_epi16_mask(words, _mm512_set1_epi16(0x7fff)) == 0) [[likely]] {
+    // these. (GCC keeps this constant in a register, and would not keep one of 16 bits.)
+    if (_mm512_testn_epi16_mask(words, Words(0x7fff7fff)) == 0) [[likely]] {
       return words;
     }
 #endif
-    return merged(rounded(even), rounded(odd));
+    return merged(rounded(first), rounded(second));
   }
 
   static ROPE_INLINE Words rounded(const Vectorized<float>& value) {
@@ -204,30 +221,55 @@ struct Step {
     return (bits | ((bits >> Words(16)) & Words(1))) + Words(0x7fff);
   }
 
-  // The high halves of both, those of `even` in the low halves.
-  static ROPE_INLINE Words merged(const Words& even, const Words& odd) {
+  // The high halves of both.
+  static ROPE_INLINE Words merged(const Words& first, const Words& second) {
+#ifdef __AVX512BF16__
+    if constexpr (!kParted) {
+      return _mm512_permutex2var_epi16(first, places([](int i) { return 2 * i + 1; }), second);
+    }
+#endif
 #if defined(CPU_CAPABILITY_AVX512)
-    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(even, 16), odd);
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(first, 16), second);
 #elif defined(CPU_CAPABILITY_AVX2)
-    return _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa);
+    return _mm256_blend_epi16(_mm256_srli_epi32(first, 16), second, 0xaa);
 #else
-    return ((even >> Words(16)) & Words(0xffff)) | (odd & Words(kHighHalf));
+    return ((first >> Words(16)) & Words(0xffff)) | (second & Words(kHighHalf));
 #endif
   }
 
 #ifdef __AVX512BF16__
-  // Words of the elements of the first half and those of the second, in turn.
-  static ROPE_INLINE Words interleaved(__m512bh halves) {
+  // Where each of the 16-bit elements of a vector comes from.
+  template <typename From>
+  static ROPE_INLINE __m512i places(const From&) {
     alignas(64) static constexpr auto kPlaces = [] {
-      std::array<std::int16_t, kSize> places{};
-      for (std::int64_t i = 0; i < kSize; ++i) {
-        places[i] = static_cast<std::int16_t>(i / 2 + i % 2 * (kSize / 2));
+      std::array<std::int16_t, kSize> result{};
+      for (int i = 0; i < kSize; ++i) {
+        result[i] = static_cast<std::int16_t>(From()(i));
       }
-      return places;
+      return result;
     }();
+    return _mm512_load_si512(kPlaces.data());
+  }
+
+  // Half of the elements, from the given one on, as floats.
+  template <int begin>
+  static ROPE_INLINE Vectorized<float> spread(const Words& words) {
+    constexpr __mmask32 kHighHalves = 0xaaaaaaaa;
+    const __m512i from = places([](int i) { return begin + i / 2; });
+    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(kHighHalves, from, words));
+  }
+
+  // The elements of both, in the order of memory, but zero where they are subnormal.
+  static ROPE_INLINE Words converted(const Vectorized<float>& first,
+                                     const Vectorized<float>& second) {
+    const __m512bh halves = _mm512_cvtne2ps_pbh(second, first);
     __m512i bits;
     std::memcpy(&bits, &halves, sizeof(bits));
-    return _mm512_permutexvar_epi16(_mm512_load_si512(kPlaces.data()), bits);
+    if constexpr (kParted) {
+      return _mm512_permutexvar_epi16(places([](int i) { return i / 2 + i % 2 * (kSize / 2); }),
+                                      bits);
+    }
+    return bits;
   }
 #endif
 };
@@ -235,7 +277,7 @@ struct Step {
 // Pairs that one turn of the loop over a row rotates.
 template <typename scalar_t, bool interleaved>
 constexpr std::int64_t kPairsPerStep =
-    interleaved ? Step<scalar_t>::Vector::size() : Step<scalar_t>::kSize;
+    interleaved ? Step<scalar_t, true>::Vector::size() : Step<scalar_t, false>::kSize;
 
 // Calls visit(place, n) for each place of a row's cosines that one is wanted at, and for the pair n
 // it belongs to.
@@ -246,7 +288,7 @@ ROPE_INLINE void for_each_place(std::int64_t num_pairs, const Visit& visit) {
     const bool is_last = num_pairs < place + kPairs;
     const std::int64_t begin = is_last && num_pairs > kPairs ? num_pairs - kPairs : place;
     const std::int64_t count = num_pairs < kPairs ? num_pairs : kPairs;
-    if (Step<scalar_t>::kInWords && !interleaved) {
+    if (Step<scalar_t, interleaved>::kParted && !interleaved) {
       for (std::int64_t i = 0; i < count; ++i) {
         visit(place + i / 2 + i % 2 * (kPairs / 2), begin + i);
       }
@@ -305,39 +347,29 @@ struct Rows {
 // loaded once for so many rows, and so many stretches of memory are read and written at a time.
 constexpr std::int64_t kHeadsAtATime = 4;
 
-// How far ahead of the row at hand memory is asked for, in bytes: what is read, and what is
-// written.
+// How far ahead of the row at hand memory is read where results are streamed, in bytes.
 constexpr std::int64_t kReadAhead = 4096;
-constexpr std::int64_t kWriteAhead = 2048;
 constexpr std::int64_t kCacheLine = 64;
 
 template <typename scalar_t>
-ROPE_INLINE void prefetch_ahead(const scalar_t* in, const scalar_t* out, std::int64_t size,
-                                Traffic traffic) {
-  if (traffic == Traffic::kNear) {
-    return;
-  }
+ROPE_INLINE void prefetch_ahead(const scalar_t* in, std::int64_t size) {
   const std::int64_t bytes = size * static_cast<std::int64_t>(sizeof(scalar_t));
   for (std::int64_t byte = 0; byte < bytes; byte += kCacheLine) {
-    __builtin_prefetch(reinterpret_cast<const char*>(in) + byte + kReadAhead, /*rw=*/0);
-    if (traffic == Traffic::kFar) {
-      __builtin_prefetch(reinterpret_cast<const char*>(out) + byte + kWriteAhead, /*rw=*/1);
-    }
+    __builtin_prefetch(reinterpret_cast<const char*>(in) + byte + kReadAhead);
   }
 }
 
 // Whether `size` elements can be streamed: whether they are whole lines of the caches. A line of
 // which a part is streamed alone would be written twice.
 template <typename scalar_t>
-ROPE_INLINE bool can_stream(const scalar_t* out, std::int64_t size, Traffic traffic) {
+ROPE_INLINE bool can_stream(const scalar_t* out, std::int64_t size) {
   constexpr std::int64_t kLine = kCacheLine / sizeof(scalar_t);
-  return traffic == Traffic::kStreamed && size % kLine == 0 &&
-         reinterpret_cast<std::uintptr_t>(out) % kCacheLine == 0;
+  return size % kLine == 0 && reinterpret_cast<std::uintptr_t>(out) % kCacheLine == 0;
 }
 
 // Copies elements that are contiguous and do not overlap: std::memcpy, without a call for so few.
 template <typename scalar_t>
-ROPE_INLINE void copy(scalar_t* out, const scalar_t* in, std::int64_t count, Traffic traffic) {
+ROPE_INLINE void copy(scalar_t* out, const scalar_t* in, std::int64_t count, bool may_stream) {
   using Vector = Vectorized<scalar_t>;
   constexpr std::int64_t kSize = Vector::size();
   if (count < kSize) {
@@ -346,24 +378,23 @@ ROPE_INLINE void copy(scalar_t* out, const scalar_t* in, std::int64_t count, Tra
     }
     return;
   }
-  const bool streams = can_stream(out, count, traffic);
+  const bool streams = may_stream && can_stream(out, count);
   for (std::int64_t i = 0; i < count - kSize; i += kSize) {
     store(Vector::loadu(in + i), out + i, streams);
   }
   store(Vector::loadu(in + count - kSize), out + count - kSize, streams);
 }
 
-// Asks for what comes after a row, and copies what is around its slice.
+// Asks for what comes after a row that is streamed, and copies what is around its slice.
 template <bool copies, typename scalar_t>
 ROPE_INLINE void begin_row(const Rows<scalar_t>& rows, const Row<scalar_t>& row, std::int64_t slice,
-                           Traffic traffic) {
+                           bool may_stream) {
+  if (may_stream) [[unlikely]] {
+    prefetch_ahead(row.in - rows.before, rows.before + slice + rows.behind);
+  }
   if constexpr (copies) {
-    prefetch_ahead(row.in - rows.before, row.out - rows.before, rows.before + slice + rows.behind,
-                   traffic);
-    copy(row.out - rows.before, row.in - rows.before, rows.before, traffic);
-    copy(row.out + slice, row.in + slice, rows.behind, traffic);
-  } else {
-    prefetch_ahead(row.in, row.out, slice, traffic);
+    copy(row.out - rows.before, row.in - rows.before, rows.before, may_stream);
+    copy(row.out + slice, row.in + slice, rows.behind, may_stream);
   }
 }
 
@@ -387,8 +418,9 @@ struct Angles {
 // Scalar math: out[n], out[n + N] = rotate({in[n], in[n + N]}, {cos[n], sin[n]})
 template <typename scalar_t>
 struct Halves {
-  using S = Step<scalar_t>;
-  using TurnAngles = Angles<typename S::Vector, S::kVectors>;
+  using S = Step<scalar_t, false>;
+  using Vector = typename S::Vector;
+  using TurnAngles = Angles<Vector, S::kVectors>;
   S a;
   S b;
 
@@ -398,8 +430,7 @@ struct Halves {
   }
   ROPE_INLINE void turn(const TurnAngles& angles) {
     for (int v = 0; v < S::kVectors; ++v) {
-      const auto turned =
-          rotate<typename S::Vector>({a.vectors[v], b.vectors[v]}, angles.vectors[v]);
+      const auto turned = rotate<Vector>({a.vectors[v], b.vectors[v]}, angles.vectors[v]);
       a.vectors[v] = turned.a;
       b.vectors[v] = turned.b;
     }
@@ -414,7 +445,7 @@ struct Halves {
 // Scalar math: out[2n], out[2n + 1] = rotate({in[2n], in[2n + 1]}, {cos[n], sin[n]})
 template <typename scalar_t>
 struct Interleaved {
-  using S = Step<scalar_t>;
+  using S = Step<scalar_t, true>;
   using Vector = typename S::Vector;
   using TurnAngles = Angles<Vector, 1>;
   // Two vectors hold as many pairs as one has elements: two steps, or one of 16-bit elements.
@@ -434,7 +465,7 @@ struct Interleaved {
     const Rotation<Vector>& angle = angles.vectors[0];
     Vector& first = steps[0].vectors[0];
     Vector& second = steps[kSteps - 1].vectors[S::kVectors - 1];
-    if constexpr (S::kInWords) {  // parted already
+    if constexpr (S::kParted) {
       const auto turned = rotate<Vector>({first, second}, angle);
       first = turned.a;
       second = turned.b;
@@ -468,6 +499,9 @@ struct RowOfSteps {
   using TurnAngles = typename Turn::TurnAngles;
   static constexpr std::int64_t kPairs = kPairsPerStep<scalar_t, interleaved>;
   static constexpr std::int64_t kLast = sizeof...(step) - 1;
+  // Steps that are loaded before the first of them is stored: as many as registers have room for. A
+  // load waits for a store before it whose address is the same modulo 4096.
+  static constexpr std::int64_t kAtOnce = 8 * sizeof(typename Turn::Vector) / sizeof(Turn);
 
   TurnAngles angles[sizeof...(step)];
 
@@ -480,29 +514,39 @@ struct RowOfSteps {
     if constexpr (overlaps) {
       const std::int64_t last = num_pairs - kPairs;
       Turn turn = Turn::load(in, last, num_pairs, kPairs);
-      (rotate_step<streams, step>(in, out, num_pairs), ...);
+      rotate_steps<streams, 0, kLast>(in, out, num_pairs);
       turn.turn(angles[kLast]);
       turn.store(out, last, num_pairs, kPairs, streams);
     } else {
-      (rotate_step<streams, step>(in, out, (kLast + 1) * kPairs), ...);
+      rotate_steps<streams, 0, kLast + 1>(in, out, (kLast + 1) * kPairs);
     }
   }
 
  private:
-  template <bool streams, std::int64_t i>
-  ROPE_INLINE void rotate_step(const scalar_t* in, scalar_t* out, std::int64_t num_pairs) const {
-    if constexpr (!overlaps || i < kLast) {
-      Turn turn = Turn::load(in, i * kPairs, num_pairs, kPairs);
-      turn.turn(angles[i]);
-      turn.store(out, i * kPairs, num_pairs, kPairs, streams);
+  // The steps [begin, end).
+  template <bool streams, std::int64_t begin, std::int64_t end>
+  ROPE_INLINE void rotate_steps(const scalar_t* in, scalar_t* out, std::int64_t num_pairs) const {
+    if constexpr (end - begin > kAtOnce) {
+      rotate_steps<streams, begin, begin + kAtOnce>(in, out, num_pairs);
+      rotate_steps<streams, begin + kAtOnce, end>(in, out, num_pairs);
+    } else {
+      rotate_at_once<streams, begin>(in, out, num_pairs,
+                                     std::make_integer_sequence<std::int64_t, end - begin>());
     }
+  }
+  template <bool streams, std::int64_t begin, std::int64_t... i>
+  ROPE_INLINE void rotate_at_once(const scalar_t* in, scalar_t* out, std::int64_t num_pairs,
+                                  std::integer_sequence<std::int64_t, i...>) const {
+    Turn turns[] = {Turn::load(in, (begin + i) * kPairs, num_pairs, kPairs)...};
+    (turns[i].turn(angles[begin + i]), ...);
+    (turns[i].store(out, (begin + i) * kPairs, num_pairs, kPairs, streams), ...);
   }
 };
 
 // The angles of a token stay in registers for all its rows, as far as there are so many.
 template <typename scalar_t, bool interleaved, bool copies, bool overlaps, std::int64_t... step>
 ROPE_LOOP void rotate_slices_of_steps(const Rows<scalar_t>& all_rows, std::int64_t num_pairs,
-                                      Traffic traffic,
+                                      bool may_stream,
                                       std::integer_sequence<std::int64_t, step...>) {
   const Rows<scalar_t> rows = all_rows;
   using Angles = RowOfSteps<scalar_t, interleaved, overlaps, step...>;
@@ -510,8 +554,8 @@ ROPE_LOOP void rotate_slices_of_steps(const Rows<scalar_t>& all_rows, std::int64
     const std::int64_t place = token * rows.angles_stride;
     const Angles angles = Angles::load(rows.cos + place, rows.sin + place);
     rows.for_each_of(token, [&](const Row<scalar_t>& row) __attribute__((always_inline)) {
-      begin_row<copies>(rows, row, 2 * num_pairs, traffic);
-      if (!overlaps && can_stream(row.out, 2 * num_pairs, traffic)) {
+      begin_row<copies>(rows, row, 2 * num_pairs, may_stream);
+      if (!overlaps && may_stream && can_stream(row.out, 2 * num_pairs)) [[unlikely]] {
         angles.template rotate<true>(row.in, row.out, num_pairs);
       } else {
         angles.template rotate<false>(row.in, row.out, num_pairs);
@@ -523,13 +567,13 @@ ROPE_LOOP void rotate_slices_of_steps(const Rows<scalar_t>& all_rows, std::int64
 // One row of any size.
 template <typename scalar_t, bool interleaved, typename Real>
 ROPE_INLINE void rotate_slice(const scalar_t* in, scalar_t* out, const Real* cos, const Real* sin,
-                              std::int64_t num_pairs, Traffic traffic) {
+                              std::int64_t num_pairs, bool may_stream) {
   using Turn = rope::cpu::Turn<scalar_t, interleaved>;
   constexpr std::int64_t kPairs = kPairsPerStep<scalar_t, interleaved>;
   const std::int64_t whole = num_pairs / kPairs * kPairs;
   const bool is_short = 0 < num_pairs && num_pairs < kPairs;
   const bool overlaps = !is_short && whole < num_pairs;  // See NOTE [ Last step of a row ]
-  const bool streams = whole == num_pairs && can_stream(out, 2 * num_pairs, traffic);
+  const bool streams = whole == num_pairs && may_stream && can_stream(out, 2 * num_pairs);
   const std::int64_t last = overlaps ? num_pairs - kPairs : 0;
   Turn last_turn;
   if (overlaps || is_short) {
@@ -548,36 +592,41 @@ ROPE_INLINE void rotate_slice(const scalar_t* in, scalar_t* out, const Real* cos
 
 template <typename scalar_t, bool interleaved, bool copies>
 ROPE_LOOP void rotate_slices_of_any_size(const Rows<scalar_t>& rows, std::int64_t num_pairs,
-                                         Traffic traffic) {
+                                         bool may_stream) {
   rows.for_each([&](const Row<scalar_t>& row, std::int64_t token) __attribute__((always_inline)) {
     const std::int64_t place = token * rows.angles_stride;
-    begin_row<copies>(rows, row, 2 * num_pairs, traffic);
+    begin_row<copies>(rows, row, 2 * num_pairs, may_stream);
     rotate_slice<scalar_t, interleaved>(row.in, row.out, rows.cos + place, rows.sin + place,
-                                        num_pairs, traffic);
+                                        num_pairs, may_stream);
   });
 }
 
 // Rows of at least `count` steps.
 template <typename scalar_t, bool interleaved, bool copies, std::int64_t count = 1>
 ROPE_INLINE void rotate_slices(const Rows<scalar_t>& rows, std::int64_t num_pairs,
-                               Traffic traffic) {
+                               bool may_stream) {
   // Loops of their own for rows of so few vectors of cosines; float64 is not worth its own.
   constexpr std::int64_t kMostVectors = std::is_same_v<scalar_t, double> ? 0 : 8;
   constexpr std::int64_t kPairs = kPairsPerStep<scalar_t, interleaved>;
   constexpr std::int64_t kVectors = sizeof(typename Turn<scalar_t, interleaved>::TurnAngles) /
-                                    sizeof(typename Step<scalar_t>::Vector) / 2;
+                                    sizeof(typename Turn<scalar_t, interleaved>::Vector) / 2;
   if constexpr (count * kVectors <= kMostVectors) {
     constexpr std::make_integer_sequence<std::int64_t, count> kSteps;
     if (num_pairs == count * kPairs) {
-      rotate_slices_of_steps<scalar_t, interleaved, copies, false>(rows, num_pairs, traffic,
+      rotate_slices_of_steps<scalar_t, interleaved, copies, false>(rows, num_pairs, may_stream,
                                                                    kSteps);
-    } else if (count > 1 && (count - 1) * kPairs < num_pairs && num_pairs < count * kPairs) {
-      rotate_slices_of_steps<scalar_t, interleaved, copies, true>(rows, num_pairs, traffic, kSteps);
-    } else {
-      rotate_slices<scalar_t, interleaved, copies, count + 1>(rows, num_pairs, traffic);
+      return;
     }
+    if constexpr (count > 1) {
+      if ((count - 1) * kPairs < num_pairs && num_pairs < count * kPairs) {
+        rotate_slices_of_steps<scalar_t, interleaved, copies, true>(rows, num_pairs, may_stream,
+                                                                    kSteps);
+        return;
+      }
+    }
+    rotate_slices<scalar_t, interleaved, copies, count + 1>(rows, num_pairs, may_stream);
   } else {
-    rotate_slices_of_any_size<scalar_t, interleaved, copies>(rows, num_pairs, traffic);
+    rotate_slices_of_any_size<scalar_t, interleaved, copies>(rows, num_pairs, may_stream);
   }
 }
 
@@ -755,7 +804,7 @@ ROPE_LOOP void rotate_rows_with_gaps(const Launch& launch, const Operand& operan
     }
     const std::int64_t place = token * rows.angles_stride;
     rotate_slice<scalar_t, interleaved>(slice, slice, rows.cos + place, rows.sin + place,
-                                        launch.num_pairs, Traffic::kNear);
+                                        launch.num_pairs, /*may_stream=*/false);
     for (std::int64_t d = begin; d < end; ++d) {
       row.out[d * operand.out_axis_stride] = slice[d - begin];
     }
@@ -775,9 +824,9 @@ ROPE_INLINE void rotate_rows(const Launch& launch, const Operand& operand,
   rows.before = launch.rotary_offset;
   rows.behind = operand.axis_size - launch.rotary_offset - 2 * launch.num_pairs;
   if (operand.in != operand.out && rows.before + rows.behind > 0) {
-    rotate_slices<scalar_t, interleaved, true>(rows, launch.num_pairs, workspace.traffic);
+    rotate_slices<scalar_t, interleaved, true>(rows, launch.num_pairs, workspace.may_stream);
   } else {
-    rotate_slices<scalar_t, interleaved, false>(rows, launch.num_pairs, workspace.traffic);
+    rotate_slices<scalar_t, interleaved, false>(rows, launch.num_pairs, workspace.may_stream);
   }
 }
 
@@ -881,7 +930,7 @@ ROPE_ENTRY void ROPE_CONCATENATE(rotate_, CPU_CAPABILITY)(const Launch& launch,
   }
 #endif
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
-  if (workspace.traffic == Traffic::kStreamed) {
+  if (workspace.may_stream) {
     _mm_sfence();  // Others see what was streamed before they see that the block is done.
   }
 #endif
