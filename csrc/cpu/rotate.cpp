@@ -343,9 +343,9 @@ struct Rows {
   }
 };
 
-// Heads whose tokens are walked together, where the tokens of a head lie side by side: angles are
-// loaded once for so many rows, and so many stretches of memory are read and written at a time.
-constexpr std::int64_t kHeadsAtATime = 4;
+// Stretches of memory that are walked together where the tokens of a head lie side by side: angles
+// are loaded once for a row of each. A head in place is one stretch, out of place two.
+constexpr std::int64_t kStretchesAtATime = 8;
 
 // How far ahead of the row at hand memory is read where results are streamed, in bytes.
 constexpr std::int64_t kReadAhead = 4096;
@@ -846,7 +846,8 @@ ROPE_INLINE void rotate_operand(const Launch& launch, int index, const Workspace
   const bool tokens_inside =
       last_token >= 0 && last_shared >= 0 &&
       launch.tokens.strides[kOut + 2 * index][last_token] < operand.shared.strides[1][last_shared];
-  const std::int64_t chunk_size = tokens_inside ? kHeadsAtATime : kSharedChunk;
+  const std::int64_t heads = kStretchesAtATime / (operand.in == operand.out ? 1 : 2);
+  const std::int64_t chunk_size = tokens_inside ? heads : kSharedChunk;
   for (std::int64_t chunk = shared_begin; chunk < shared_end; chunk += chunk_size) {
     const std::int64_t num_chunk =
         shared_end - chunk < chunk_size ? shared_end - chunk : chunk_size;
