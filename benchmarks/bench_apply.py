@@ -7,7 +7,6 @@ python benchmarks/bench_apply.py --threads 1 2 --json F.json --markdown F.md --c
 import argparse
 import ctypes
 import functools
-import json
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import memory
 import torch
 from cases import Case, Pair, Problem, list_cases, torch_rope_call
 from peers import ALWAYS_INTERLEAVED, PEERS, Call, Unsupported
-from report import describe_environment, offers_huge_pages, table
+from report import add_outputs, describe_environment, offers_huge_pages, publish, table
 from timing import Timing, time_in_turns
 from torch import Tensor
 from torch_rope import _C
@@ -437,8 +436,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cases", default="", help="only cases whose name has this in it")
     parser.add_argument("--quick", action="store_true", help="few cases and rounds: a minute")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="by default cuda, if it is there")
-    parser.add_argument("--json", type=Path, help="write every figure here")
-    parser.add_argument("--markdown", type=Path, help="write the report here")
+    add_outputs(parser)
     parser.add_argument("--chart", type=Path, help="draw multiples of copy here")
     return parser.parse_args()
 
@@ -457,12 +455,7 @@ def main() -> None:
     rows = run(cases, threads if device == "cpu" else [1], settings)
     environment = {**describe_environment(device), "rounds": str(settings.rounds)}
     text = report(rows, environment)
-    print(text)
-    if arguments.markdown:
-        arguments.markdown.write_text(text)
-    if arguments.json:
-        figures = {"environment": environment, "rows": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+    publish(text, {"environment": environment, "rows": [asdict(row) for row in rows]}, arguments)
     if arguments.chart:
         draw(rows, arguments.chart)
 

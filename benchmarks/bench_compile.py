@@ -5,15 +5,13 @@ python benchmarks/bench_compile.py --json F.json --markdown F.md
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch_rope
 from cases import DTYPES, MAX_WAVELENGTH, Pair
-from report import describe_environment, table
+from report import add_outputs, describe_environment, publish, table
 from timing import Timing, time_in_turns
 from torch import Tensor
 from torch.nn import functional
@@ -132,8 +130,7 @@ def main() -> None:
     parser.add_argument("--cases", default="", help="only cases with this in their name")
     parser.add_argument("--rounds", type=int, default=7, help="of all forms in turn")
     parser.add_argument("--seconds", type=float, default=0.05, help="of each form in a round")
-    parser.add_argument("--json", type=Path, help="write every figure here")
-    parser.add_argument("--markdown", type=Path, help="write the report here")
+    add_outputs(parser)
     arguments = parser.parse_args()
     device: str = arguments.device
 
@@ -165,12 +162,8 @@ def main() -> None:
             table(header, lines),
         )
     )
-    print(f"\n{text}")
-    if arguments.markdown:
-        arguments.markdown.write_text(text + "\n")
-    if arguments.json:
-        report = {"environment": environment, "blocks": figures}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    print()
+    publish(text, {"environment": environment, "blocks": figures}, arguments)
 
 
 if __name__ == "__main__":

@@ -5,16 +5,14 @@ python benchmarks/bench_decode.py --batch 1 64 --json F.json --markdown F.md
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from cases import Case, Problem, torch_rope_call
 from peers import PEERS, Call, Unsupported
-from report import describe_environment, table
+from report import add_outputs, describe_environment, publish, table
 from timing import time_in_turns
 from torch.autograd import DeviceType
 from torch.nn import functional
@@ -162,8 +160,7 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64], help="sequences")
     parser.add_argument("--rounds", type=int, default=7, help="of all calls in turn, on the host")
-    parser.add_argument("--json", type=Path, help="write every figure here")
-    parser.add_argument("--markdown", type=Path, help="write the report here")
+    add_outputs(parser)
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -172,16 +169,11 @@ def main() -> None:
     }
     environment = describe_environment(arguments.device)
     text = report(by_batch, environment)
-    print(text)
-    if arguments.markdown:
-        arguments.markdown.write_text(text)
-    if arguments.json:
-        calls = {
-            batch: {name: asdict(one) for name, one in figures.items()}
-            for batch, figures in by_batch.items()
-        }
-        figures_of_all = {"environment": environment, "sequences": calls}
-        arguments.json.write_text(json.dumps(figures_of_all, indent=1) + "\n")
+    calls = {
+        batch: {name: asdict(one) for name, one in figures.items()}
+        for batch, figures in by_batch.items()
+    }
+    publish(text, {"environment": environment, "sequences": calls}, arguments)
 
 
 if __name__ == "__main__":

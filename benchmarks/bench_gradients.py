@@ -5,14 +5,12 @@ python benchmarks/bench_gradients.py --device cpu --json F.json --markdown F.md
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 import torch_rope
-from report import describe_environment, table
+from report import add_outputs, describe_environment, publish, table
 from timing import Timing, time_in_turns
 from torch import Tensor
 
@@ -71,8 +69,7 @@ def main() -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--rounds", type=int, default=7, help="of all calls in turn")
-    parser.add_argument("--json", type=Path, help="write every figure here")
-    parser.add_argument("--markdown", type=Path, help="write the report here")
+    add_outputs(parser)
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -84,17 +81,11 @@ def main() -> None:
     }
     environment = describe_environment(arguments.device)
     text = report(by_shape, environment)
-    print(text)
-    if arguments.markdown:
-        arguments.markdown.write_text(text)
-    if arguments.json:
-        shapes = {
-            shape: {name: asdict(one) for name, one in timings.items()}
-            for shape, timings in by_shape.items()
-        }
-        arguments.json.write_text(
-            json.dumps({"environment": environment, "shapes": shapes}, indent=1) + "\n"
-        )
+    shapes = {
+        shape: {name: asdict(one) for name, one in timings.items()}
+        for shape, timings in by_shape.items()
+    }
+    publish(text, {"environment": environment, "shapes": shapes}, arguments)
 
 
 if __name__ == "__main__":

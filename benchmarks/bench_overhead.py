@@ -5,16 +5,14 @@ python benchmarks/bench_overhead.py --json F.json --markdown F.md
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 import torch_rope
 from cases import Case, Problem, torch_rope_call
 from peers import PEERS, Call, Unsupported
-from report import describe_environment, table
+from report import add_outputs, describe_environment, publish, table
 from timing import time_in_turns
 from torch import Tensor
 from torch.nn import functional
@@ -77,8 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=15, help="of all calls in turn")
-    parser.add_argument("--json", type=Path, help="write every figure here")
-    parser.add_argument("--markdown", type=Path, help="write the report here")
+    add_outputs(parser)
     arguments = parser.parse_args()
     device: str = arguments.device
 
@@ -104,13 +101,8 @@ def main() -> None:
             table(["call", "us", "spread", f"x {UNIT}", "target", ""], lines),
         )
     )
-    print(text)
-    if arguments.markdown:
-        arguments.markdown.write_text(text + "\n")
-    if arguments.json:
-        figures = {name: asdict(timing) for name, timing in timings.items()}
-        report = {"environment": environment, "calls": figures}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    figures = {name: asdict(timing) for name, timing in timings.items()}
+    publish(text, {"environment": environment, "calls": figures}, arguments)
 
 
 if __name__ == "__main__":

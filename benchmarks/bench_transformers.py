@@ -5,15 +5,13 @@ python benchmarks/bench_transformers.py --threads 1 --json F.json --markdown F.m
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from report import describe_environment, table
+from report import add_outputs, describe_environment, publish, table
 from timing import time_in_turns
 from torch_rope.integrations.transformers import patch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -77,8 +75,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9, help="of all calls in turn")
-    parser.add_argument("--json", type=Path, help="write every figure here")
-    parser.add_argument("--markdown", type=Path, help="write the report here")
+    add_outputs(parser)
     arguments = parser.parse_args()
     device: str = arguments.device
 
@@ -116,13 +113,8 @@ def main() -> None:
             table(["step", "transformers", "patched", "ratio"], lines),
         )
     )
-    print(text)
-    if arguments.markdown:
-        arguments.markdown.write_text(text + "\n")
-    if arguments.json:
-        figures = {name: asdict(timing) for name, timing in timings.items()}
-        report = {"environment": environment, "calls": figures}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    figures = {name: asdict(timing) for name, timing in timings.items()}
+    publish(text, {"environment": environment, "calls": figures}, arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""What the reports share: the machine, and tables."""
+"""What the reports share: the machine, tables, and where a report goes."""
 
+import argparse
 import datetime
+import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -63,3 +65,18 @@ def table(header: list[str], lines: list[list[str]]) -> str:
     rule = ["-" * width for width in widths]
     rows = (map(str.ljust, line, widths) for line in [header, rule, *lines])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that ``publish`` reads."""
+    parser.add_argument("--json", type=Path, help="write every figure here")
+    parser.add_argument("--markdown", type=Path, help="write the report here")
+
+
+def publish(text: str, figures: dict[str, object], arguments: argparse.Namespace) -> None:
+    """Prints a report, and writes it and its figures where the arguments want them."""
+    print(text)
+    if arguments.markdown:
+        arguments.markdown.write_text(text.rstrip("\n") + "\n")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")

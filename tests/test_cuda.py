@@ -1,7 +1,7 @@
 """What only a CUDA device has: graphs, streams, more than one device, sizes beyond 32 bits."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -10,6 +10,8 @@ from reference import apply, assert_rotated, assert_same_bits, random_positions,
 from torch import Tensor
 
 GIB = 2**30
+
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -53,6 +55,19 @@ def problem(device: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, random_positions((33, 1), device=device, low=0, high=4096, seed=seed)
 
 
+def capture(backward: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """Returns a graph of a backward pass, which ran once on a side stream, and its outputs."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        backward()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = backward()
+    return graph, captured
+
+
 @pytest.mark.parametrize("call", CALLS)
 def test_a_captured_call_is_replayed_on_what_its_inputs_hold_then(cuda: str, call: Call) -> None:
     inputs = problem(cuda)
@@ -78,14 +93,7 @@ def test_a_backward_pass_is_captured_and_replayed(cuda: str) -> None:
     def gradient_of_q() -> Tensor:
         return torch.autograd.grad(torch_rope.apply((q, k), positions)[0], q, gradient)[0]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        gradient_of_q()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = gradient_of_q()
+    graph, captured = capture(gradient_of_q)
     gradient.copy_(random_values(tuple(q.shape), q.dtype, seed=5))
     graph.replay()
     assert_same_bits(captured, gradient_of_q())
@@ -293,14 +301,7 @@ def test_gradients_of_angles_are_captured_and_replayed(cuda: str, angles: str) -
     def gradients() -> tuple[Tensor, ...]:
         return torch.autograd.grad(operator(q, **leaves), tuple(leaves.values()), gradient)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        gradients()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = gradients()
+    graph, captured = capture(gradients)
     gradient.copy_(random_values(tuple(q.shape), q.dtype, cuda, seed=6))
     graph.replay()
     for one, other in zip(captured, gradients(), strict=True):

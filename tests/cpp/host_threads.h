@@ -57,4 +57,15 @@ void for_each_dtype(const Run& run) {
   }
 }
 
+// The two orders of pairs and the two directions.
+template <typename Run>
+void for_each_form(const Run& run) {
+  for (const bool interleaved : {false, true}) {
+    for (const bool conjugate : {false, true}) {
+      SCOPED_TRACE(c10::str("interleaved = ", interleaved, ", conjugate = ", conjugate));
+      run(interleaved, conjugate);
+    }
+  }
+}
+
 }  // namespace host

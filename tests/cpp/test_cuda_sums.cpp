@@ -15,6 +15,7 @@
 namespace {
 
 using host::for_each_dtype;
+using host::for_each_form;
 using host::kGuard;
 using host::Running;
 using host::storage_of;
@@ -214,17 +215,6 @@ void expect_right(const Arguments& arguments) {
 // A gradient for x.
 at::Tensor gradient_for(const at::Tensor& x) {
   return random_values(x.sizes(), x.scalar_type(), 7);
-}
-
-// The two orders of pairs and the two directions.
-template <typename Run>
-void for_each_form(const Run& run) {
-  for (const bool interleaved : {false, true}) {
-    for (const bool conjugate : {false, true}) {
-      SCOPED_TRACE(c10::str("interleaved = ", interleaved, ", conjugate = ", conjugate));
-      run(interleaved, conjugate);
-    }
-  }
 }
 
 TEST(CudaSums, AreRightForEveryDtypeInEveryForm) {

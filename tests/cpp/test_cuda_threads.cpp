@@ -18,6 +18,7 @@ namespace {
 
 using host::Call;
 using host::for_each_dtype;
+using host::for_each_form;
 using host::kGuard;
 using host::Running;
 using host::storage_of;
@@ -172,17 +173,6 @@ void expect_right(const Call& call) {
   }
   if (!overlaps_itself(call.q) && !(call.is_pair && overlaps_itself(call.k))) {
     expect_the_same_in_place(call, outputs);
-  }
-}
-
-// The two orders of pairs and the two directions.
-template <typename Run>
-void for_each_form(const Run& run) {
-  for (const bool interleaved : {false, true}) {
-    for (const bool conjugate : {false, true}) {
-      SCOPED_TRACE(c10::str("interleaved = ", interleaved, ", conjugate = ", conjugate));
-      run(interleaved, conjugate);
-    }
   }
 }
 
