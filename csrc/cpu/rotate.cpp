@@ -319,6 +319,7 @@ struct Rows {
   const Real* cos;  // (num_tokens, angles_stride)
   const Real* sin;
   std::int64_t angles_stride;
+  std::int64_t read_ahead;  // bytes
   // Elements before and behind the rotated slice, out of place to be copied with it.
   std::int64_t before = 0;
   std::int64_t behind = 0;
@@ -347,15 +348,17 @@ struct Rows {
 // are loaded once for a row of each. A head in place is one stretch, out of place two.
 constexpr std::int64_t kStretchesAtATime = 8;
 
-// How far ahead of the row at hand memory is read where results are streamed, in bytes.
-constexpr std::int64_t kReadAhead = 4096;
+// How far ahead of the row at hand memory is asked for, in bytes: in the one stretch that is walked,
+// or in each of several. All that is under way has to fit into a first-level cache.
+constexpr std::int64_t kReadAheadInOne = 8192;
+constexpr std::int64_t kReadAheadInEach = 2048;
 constexpr std::int64_t kCacheLine = 64;
 
 template <typename scalar_t>
-ROPE_INLINE void prefetch_ahead(const scalar_t* in, std::int64_t size) {
+ROPE_INLINE void prefetch(const scalar_t* in, std::int64_t size, std::int64_t ahead) {
   const std::int64_t bytes = size * static_cast<std::int64_t>(sizeof(scalar_t));
   for (std::int64_t byte = 0; byte < bytes; byte += kCacheLine) {
-    __builtin_prefetch(reinterpret_cast<const char*>(in) + byte + kReadAhead);
+    __builtin_prefetch(reinterpret_cast<const char*>(in) + byte + ahead);
   }
 }
 
@@ -385,13 +388,11 @@ ROPE_INLINE void copy(scalar_t* out, const scalar_t* in, std::int64_t count, boo
   store(Vector::loadu(in + count - kSize), out + count - kSize, streams);
 }
 
-// Asks for what comes after a row that is streamed, and copies what is around its slice.
+// Asks for what comes after a row, and copies what is around its slice.
 template <bool copies, typename scalar_t>
 ROPE_INLINE void begin_row(const Rows<scalar_t>& rows, const Row<scalar_t>& row, std::int64_t slice,
                            bool may_stream) {
-  if (may_stream) [[unlikely]] {
-    prefetch_ahead(row.in - rows.before, rows.before + slice + rows.behind);
-  }
+  prefetch(row.in - rows.before, rows.before + slice + rows.behind, rows.read_ahead);
   if constexpr (copies) {
     copy(row.out - rows.before, row.in - rows.before, rows.before, may_stream);
     copy(row.out + slice, row.in + slice, rows.behind, may_stream);
@@ -866,7 +867,8 @@ ROPE_INLINE void rotate_operand(const Launch& launch, int index, const Workspace
          num_chunk,
          static_cast<const Real*>(workspace.cos),
          static_cast<const Real*>(workspace.sin),
-         padded(launch.num_pairs)});
+         padded(launch.num_pairs),
+         tokens_inside ? kReadAheadInEach : kReadAheadInOne});
   }
 }
 
