@@ -1,5 +1,6 @@
 // The transforms of torch.func, the older vmap by which torch.autograd.grad maps a backward pass
-// over many gradients (is_grads_batched), and what compilers make of calls in place.
+// over many gradients (is_grads_batched), and what compilers and lazily negated views make of calls
+// in place.
 //
 // What differentiates is in autograd.cpp and gradients.cpp. In Python, torch_rope/_vmap.py replaces
 // the rule for torch.vmap by one that keeps the kernel.
@@ -35,6 +36,10 @@ Outputs rotate_in_place_under_transforms(const Call& call) {
 // For torch.compile and torch.export, whose graphs change nothing in place. The wrapper that
 // PyTorch has for operators without a rule of their own (auto_functionalized) would spare the copy
 // into views and arguments, but TorchInductor forgets where a view begins when that is a symbol.
+//
+// And for views that are negated lazily, such as the imaginary part of a conjugate. What PyTorch
+// does for operators without a rule of their own takes what they return for the tensor that they
+// changed, and corrupts the stack of the dispatcher where they return nothing.
 Outputs rotate_functionally(const Call& call) {
   check(call);
   return copy_back(call, dispatch(call.is_pair ? on(call, call.q, call.k) : on(call, call.q)));
@@ -79,6 +84,10 @@ TORCH_LIBRARY_IMPL(rope, FuncTorchDynamicLayerFrontMode, library) {
 }
 
 TORCH_LIBRARY_IMPL(rope, Functionalize, library) {
+  rope::Operators<rope::rotate_functionally>::register_in_place(library);
+}
+
+TORCH_LIBRARY_IMPL(rope, Negative, library) {
   rope::Operators<rope::rotate_functionally>::register_in_place(library);
 }
 

@@ -82,6 +82,27 @@ def test_a_lazily_negated_view_is_rotated_as_what_it_shows(device: str) -> None:
     assert_same_bits(x.resolve_neg(), expected)
 
 
+def test_two_lazily_negated_views_are_rotated_in_place(device: str) -> None:
+    base = torch.view_as_complex(random_values((2, 9, 64, 2), device=device))
+    (q, k), positions = base.conj().imag, torch.arange(9, device=device)
+    expected = torch_rope.apply((q.resolve_neg(), k.resolve_neg()), positions)
+    torch_rope.apply_((q, k), positions)
+    assert_same_bits(torch.stack((q, k)).resolve_neg(), torch.stack(expected))
+    cos, sin = torch.randn(2, 9, 32, device=device)
+    expected = torch_rope.apply_cos_sin((q.resolve_neg(), k.resolve_neg()), cos, sin)
+    torch_rope.apply_cos_sin_((q, k), cos, sin)
+    assert_same_bits(torch.stack((q, k)).resolve_neg(), torch.stack(expected))
+
+
+def test_lazily_negated_angles_are_those_they_show(device: str) -> None:
+    x = random_values((9, 64), device=device)
+    positions = torch._neg_view(torch.arange(9.0, device=device))
+    expected = torch_rope.apply(x, positions.resolve_neg())
+    assert_same_bits(torch_rope.apply(x, positions), expected)
+    torch_rope.apply_(x, positions)
+    assert_same_bits(x, expected)
+
+
 def test_each_of_a_pair_has_its_own_strides(device: str) -> None:
     q = random_values((2, 4, 9, 64), device=device).transpose(1, 2)
     k = random_values((2, 9, 4, 64), torch.bfloat16, device)
