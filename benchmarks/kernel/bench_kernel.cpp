@@ -100,7 +100,8 @@ void rotate(benchmark::State& state, Kernel kernel, const Case& x) {
       /*may_stream=*/false};
   for ([[maybe_unused]] auto _ : state) {
     for (std::int64_t begin = 0; begin < x.tokens; begin += kMaxBlockTokens) {
-      kernel(launch, workspace, {begin, std::min(begin + kMaxBlockTokens, x.tokens), 0, 1});
+      kernel(launch, workspace,
+             {begin, std::min(begin + kMaxBlockTokens, x.tokens), x.tokens, 0, 1});
     }
   }
   using benchmark::Counter;

@@ -16,10 +16,12 @@ inline std::int64_t padded(std::int64_t num_pairs) {
 }
 
 // A part of a launch: tokens [token_begin, token_end), at most Workspace's number of them, and of
-// what shares their angles the part-th of num_parts parts.
+// what shares their angles the part-th of num_parts parts. The thread's next blocks follow it up to
+// thread_end; beyond it another thread may be writing.
 struct Block {
   std::int64_t token_begin;
   std::int64_t token_end;
+  std::int64_t thread_end;
   std::int64_t part;
   std::int64_t num_parts;
 };

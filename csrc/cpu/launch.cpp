@@ -74,9 +74,9 @@ struct Plan {
   std::int64_t grain;  // blocks
   bool may_stream;
 
-  Block block(std::int64_t index) const {
-    const std::int64_t begin = index / num_parts * block_tokens;
-    return {begin, std::min(begin + block_tokens, num_tokens), index % num_parts, num_parts};
+  std::int64_t token_begin(std::int64_t block) const { return block / num_parts * block_tokens; }
+  std::int64_t token_end(std::int64_t block) const {
+    return std::min(token_begin(block) + block_tokens, num_tokens);
   }
 };
 
@@ -173,7 +173,9 @@ void launch(const Launch& launch) {
   at::parallel_for(0, blocks.num_blocks, blocks.grain, [&](std::int64_t begin, std::int64_t end) {
     const Workspace workspace = thread_workspace(launch, blocks, row_bytes);
     for (std::int64_t i = begin; i < end; ++i) {
-      kernel(launch, workspace, blocks.block(i));
+      kernel(launch, workspace,
+             {blocks.token_begin(i), blocks.token_end(i), blocks.token_end(end - 1),
+              i % blocks.num_parts, blocks.num_parts});
     }
   });
 }

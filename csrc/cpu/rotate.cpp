@@ -319,10 +319,17 @@ struct Rows {
   const Real* cos;  // (num_tokens, angles_stride)
   const Real* sin;
   std::int64_t angles_stride;
-  std::int64_t read_ahead;  // bytes
+  std::int64_t num_tokens_of_thread;  // these and those that follow; others are not asked for
+  std::int64_t read_ahead;            // bytes
+  std::int64_t tokens_read_ahead;     // whose rows begin within so many bytes
   // Elements before and behind the rotated slice, out of place to be copied with it.
   std::int64_t before = 0;
   std::int64_t behind = 0;
+
+  // How far ahead of the rows of a token memory is asked for.
+  ROPE_INLINE std::int64_t ahead_of(std::int64_t token) const {
+    return token + tokens_read_ahead < num_tokens_of_thread ? read_ahead : 0;
+  }
 
   // Calls visit(row, token) for each row.
   template <typename Visit>
@@ -348,8 +355,8 @@ struct Rows {
 // are loaded once for a row of each. A head in place is one stretch, out of place two.
 constexpr std::int64_t kStretchesAtATime = 8;
 
-// How far ahead of the row at hand memory is asked for, in bytes: in the one stretch that is walked,
-// or in each of several. All that is under way has to fit into a first-level cache.
+// How far ahead of the row at hand memory is asked for, in bytes: in the one stretch that is
+// walked, or in each of several. All that is under way has to fit into a first-level cache.
 constexpr std::int64_t kReadAheadInOne = 8192;
 constexpr std::int64_t kReadAheadInEach = 2048;
 constexpr std::int64_t kCacheLine = 64;
@@ -388,11 +395,11 @@ ROPE_INLINE void copy(scalar_t* out, const scalar_t* in, std::int64_t count, boo
   store(Vector::loadu(in + count - kSize), out + count - kSize, streams);
 }
 
-// Asks for what comes after a row, and copies what is around its slice.
+// Asks for what comes `ahead` bytes after a row, and copies what is around its slice.
 template <bool copies, typename scalar_t>
 ROPE_INLINE void begin_row(const Rows<scalar_t>& rows, const Row<scalar_t>& row, std::int64_t slice,
-                           bool may_stream) {
-  prefetch(row.in - rows.before, rows.before + slice + rows.behind, rows.read_ahead);
+                           std::int64_t ahead, bool may_stream) {
+  prefetch(row.in - rows.before, rows.before + slice + rows.behind, ahead);
   if constexpr (copies) {
     copy(row.out - rows.before, row.in - rows.before, rows.before, may_stream);
     copy(row.out + slice, row.in + slice, rows.behind, may_stream);
@@ -554,8 +561,9 @@ ROPE_LOOP void rotate_slices_of_steps(const Rows<scalar_t>& all_rows, std::int64
   for (std::int64_t token = 0; token < rows.num_tokens; ++token) {
     const std::int64_t place = token * rows.angles_stride;
     const Angles angles = Angles::load(rows.cos + place, rows.sin + place);
+    const std::int64_t ahead = rows.ahead_of(token);
     rows.for_each_of(token, [&](const Row<scalar_t>& row) __attribute__((always_inline)) {
-      begin_row<copies>(rows, row, 2 * num_pairs, may_stream);
+      begin_row<copies>(rows, row, 2 * num_pairs, ahead, may_stream);
       if (!overlaps && may_stream && can_stream(row.out, 2 * num_pairs)) [[unlikely]] {
         angles.template rotate<true>(row.in, row.out, num_pairs);
       } else {
@@ -596,7 +604,7 @@ ROPE_LOOP void rotate_slices_of_any_size(const Rows<scalar_t>& rows, std::int64_
                                          bool may_stream) {
   rows.for_each([&](const Row<scalar_t>& row, std::int64_t token) __attribute__((always_inline)) {
     const std::int64_t place = token * rows.angles_stride;
-    begin_row<copies>(rows, row, 2 * num_pairs, may_stream);
+    begin_row<copies>(rows, row, 2 * num_pairs, rows.ahead_of(token), may_stream);
     rotate_slice<scalar_t, interleaved>(row.in, row.out, rows.cos + place, rows.sin + place,
                                         num_pairs, may_stream);
   });
@@ -847,6 +855,9 @@ ROPE_INLINE void rotate_operand(const Launch& launch, int index, const Workspace
   const bool tokens_inside =
       last_token >= 0 && last_shared >= 0 &&
       launch.tokens.strides[kOut + 2 * index][last_token] < operand.shared.strides[1][last_shared];
+  const std::int64_t read_ahead = tokens_inside ? kReadAheadInEach : kReadAheadInOne;
+  const std::int64_t token_stride =
+      last_token < 0 ? 0 : launch.tokens.strides[kIn + 2 * index][last_token];
   const std::int64_t heads = kStretchesAtATime / (operand.in == operand.out ? 1 : 2);
   const std::int64_t chunk_size = tokens_inside ? heads : kSharedChunk;
   for (std::int64_t chunk = shared_begin; chunk < shared_end; chunk += chunk_size) {
@@ -868,7 +879,9 @@ ROPE_INLINE void rotate_operand(const Launch& launch, int index, const Workspace
          static_cast<const Real*>(workspace.cos),
          static_cast<const Real*>(workspace.sin),
          padded(launch.num_pairs),
-         tokens_inside ? kReadAheadInEach : kReadAheadInOne});
+         block.thread_end - block.token_begin,
+         read_ahead,
+         1 + read_ahead / (token_stride * static_cast<std::int64_t>(sizeof(scalar_t)) + 1)});
   }
 }
 
