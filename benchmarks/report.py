@@ -31,11 +31,15 @@ def offers_huge_pages() -> bool:
 
 
 def processor() -> str:
-    """Returns the processor's name."""
+    """Returns the processor's name and, since a virtual machine shortens it, family and model."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    fields = [[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]
+    found = dict(fields)
+    if "model name" not in found:
+        return platform.processor()
+    kind = [f"{name} {found[name]}" for name in ("cpu family", "model") if name in found]
+    return ", ".join([found["model name"], *kind])
 
 
 def describe_environment(device: str) -> dict[str, str]:
