@@ -112,8 +112,9 @@ void rotate(benchmark::State& state, Kernel kernel, const Case& x) {
 constexpr Case kCases[] = {
     {1, 32, 128, false, true},   {64, 40, 128, false, true},   {64, 40, 128, false, false},
     {512, 40, 128, false, true}, {512, 40, 128, false, false}, {512, 40, 128, true, true},
-    {512, 40, 128, true, false}, {4096, 40, 128, true, true},  {512, 1, 128, false, true},
-    {512, 40, 256, false, true}, {512, 40, 96, false, true},   {512, 40, 80, false, true},
+    {512, 40, 128, true, false}, {4096, 40, 128, true, true},  {4096, 40, 128, false, true},
+    {512, 1, 128, false, true},  {512, 40, 256, false, true},  {512, 40, 96, false, true},
+    {512, 40, 80, false, true},
 };
 
 template <typename scalar_t>
