@@ -17,12 +17,12 @@ namespace {
 
 using Kernel = void (*)(const Launch&, const Workspace&, const Block&);
 
-// All kernels give the same bits. Rows that are no whole number of AVX-512's steps are quicker in
-// narrower ones, but for bfloat16 where the CPU has instructions for it.
+// All kernels give the same bits. Rows that are shorter than a step of AVX-512 are quicker in
+// narrower ones.
 struct Kernels {
   Kernel any_row;
-  Kernel uneven_row;
-  Kernel bfloat16_row;  // of a step or more; null: as others
+  Kernel short_row;
+  Kernel bfloat16_row;  // null: as others
 };
 
 Kernels choose_kernels() {
@@ -41,14 +41,14 @@ Kernels choose_kernels() {
 
 Kernel choose_kernel(const Launch& launch) {
   static const Kernels kernels = choose_kernels();
-  constexpr std::int64_t kWidestVector = 64;  // bytes
-  const std::int64_t row_bytes =
-      launch.num_pairs * static_cast<std::int64_t>(c10::elementSize(launch.dtype));
-  if (launch.dtype == c10::ScalarType::BFloat16 && kernels.bfloat16_row != nullptr &&
-      row_bytes >= kWidestVector) {
-    return kernels.bfloat16_row;
+  // A step, of half as many bytes where float16 is rotated (see Step in cpu/rotate.cpp).
+  const std::int64_t step_bytes = launch.dtype == c10::ScalarType::Half ? 32 : 64;
+  if (launch.num_pairs * static_cast<std::int64_t>(c10::elementSize(launch.dtype)) < step_bytes) {
+    return kernels.short_row;
   }
-  return row_bytes % kWidestVector != 0 ? kernels.uneven_row : kernels.any_row;
+  return launch.dtype == c10::ScalarType::BFloat16 && kernels.bfloat16_row != nullptr
+             ? kernels.bfloat16_row
+             : kernels.any_row;
 }
 
 // Cosines and sines of the tokens of one block: few enough to stay in a second-level cache.

@@ -79,32 +79,52 @@ ROPE_INLINE void store(const Vector& vector, scalar_t* to, bool streams) {
   }
 }
 
-// Whole vectors of float16, a half of one each: at::vec's conversion of a vector of them takes it
-// apart and puts it together.
+// float16 by as many elements as a vector of floats has, which fill half of a vector: at::vec's
+// conversion of a whole one takes it apart and puts it together.
 #if defined(CPU_CAPABILITY_AVX512)
-#define ROPE_FLOAT16_IN_HALVES 1
-ROPE_INLINE Vectorized<float> load_float16(const c10::Half* from) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-}
-ROPE_INLINE void store_float16(const Vectorized<float>& vector, c10::Half* to, bool streams) {
-  const __m256i half = _mm512_cvtps_ph(vector, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  auto* target = reinterpret_cast<__m256i*>(to);
-  streams ? _mm256_stream_si256(target, half) : _mm256_storeu_si256(target, half);
+#define ROPE_FLOAT16_BY_HALVES 1
+using Floats = __m512;
+using HalfOfVector = __m256i;
+ROPE_INLINE void store_half(HalfOfVector* to, HalfOfVector half, bool streams) {
+  streams ? _mm256_stream_si256(to, half) : _mm256_storeu_si256(to, half);
 }
 #elif defined(CPU_CAPABILITY_AVX2)
-#define ROPE_FLOAT16_IN_HALVES 1
-ROPE_INLINE Vectorized<float> load_float16(const c10::Half* from) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-}
-ROPE_INLINE void store_float16(const Vectorized<float>& vector, c10::Half* to, bool streams) {
-  const __m128i half = _mm256_cvtps_ph(vector, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  auto* target = reinterpret_cast<__m128i*>(to);
-  streams ? _mm_stream_si128(target, half) : _mm_storeu_si128(target, half);
+#define ROPE_FLOAT16_BY_HALVES 1
+using Floats = __m256;
+using HalfOfVector = __m128i;
+ROPE_INLINE void store_half(HalfOfVector* to, HalfOfVector half, bool streams) {
+  streams ? _mm_stream_si128(to, half) : _mm_storeu_si128(to, half);
 }
 #endif
 
-// A step of a row: as many elements as one vector of the storage type holds, as vectors of the
-// computation type, in the order of memory or parted into the even elements and the odd ones.
+#ifdef ROPE_FLOAT16_BY_HALVES
+ROPE_INLINE Vectorized<float> load_float16(const c10::Half* from, std::int64_t count) {
+  HalfOfVector half{};
+  if (count < Vectorized<float>::size()) {
+    std::memcpy(&half, from, count * sizeof(c10::Half));
+  } else {
+    std::memcpy(&half, from, sizeof(half));
+  }
+  Floats floats;
+  at::vec::cvtfp16_fp32(half, floats);
+  return floats;
+}
+
+ROPE_INLINE void store_float16(const Vectorized<float>& vector, c10::Half* to, std::int64_t count,
+                               bool streams) {
+  const HalfOfVector half = at::vec::cvtfp32_fp16(vector);
+  if (count < Vectorized<float>::size()) {
+    std::memcpy(to, &half, count * sizeof(c10::Half));
+  } else {
+    // (A memcpy would become one instruction with the conversion, which AMD's CPUs are slow at.)
+    store_half(reinterpret_cast<HalfOfVector*>(to), half, streams);
+  }
+}
+#endif
+
+// A step of a row: as many elements as one vector of the storage type holds (of float16, half of
+// one), as vectors of the computation type, in the order of memory or parted into the even elements
+// and the odd ones.
 template <typename scalar_t, bool interleaved>
 struct Step {
   using Real = at::opmath_type<scalar_t>;
@@ -116,8 +136,13 @@ struct Step {
 #else
   static constexpr bool kParted = kInWords;
 #endif
-  static constexpr int kVectors = sizeof(Real) / sizeof(scalar_t);
-  static constexpr std::int64_t kSize = Vectorized<scalar_t>::size();
+#ifdef ROPE_FLOAT16_BY_HALVES
+  static constexpr bool kByHalves = std::is_same_v<scalar_t, c10::Half>;
+#else
+  static constexpr bool kByHalves = false;
+#endif
+  static constexpr int kVectors = kByHalves ? 1 : sizeof(Real) / sizeof(scalar_t);
+  static constexpr std::int64_t kSize = kVectors * Vector::size();
 
   Vector vectors[kVectors];
 
@@ -134,14 +159,11 @@ struct Step {
         words = Words::loadu(from);
       }
       return widened(words);
-    } else {
-#ifdef ROPE_FLOAT16_IN_HALVES
-      if constexpr (std::is_same_v<scalar_t, c10::Half>) {
-        if (count >= kSize) {
-          return {{load_float16(from), load_float16(from + kSize / 2)}};
-        }
-      }
+#ifdef ROPE_FLOAT16_BY_HALVES
+    } else if constexpr (kByHalves) {
+      return {{load_float16(from, count)}};
 #endif
+    } else {
       const auto stored = count < kSize ? Vectorized<scalar_t>::loadu(from, count)
                                         : Vectorized<scalar_t>::loadu(from);
       if constexpr (kVectors == 1) {
@@ -165,16 +187,11 @@ struct Step {
       } else {
         cpu::store(words, to, streams);
       }
-    } else {
-#ifdef ROPE_FLOAT16_IN_HALVES
-      if constexpr (std::is_same_v<scalar_t, c10::Half>) {
-        if (count >= kSize) {
-          store_float16(vectors[0], to, streams);
-          store_float16(vectors[1], to + kSize / 2, streams);
-          return;
-        }
-      }
+#ifdef ROPE_FLOAT16_BY_HALVES
+    } else if constexpr (kByHalves) {
+      store_float16(vectors[0], to, count, streams);
 #endif
+    } else {
       Vectorized<scalar_t> stored;
       if constexpr (kVectors == 1) {
         stored = vectors[0];
@@ -856,8 +873,10 @@ ROPE_INLINE void rotate_operand(const Launch& launch, int index, const Workspace
       last_token >= 0 && last_shared >= 0 &&
       launch.tokens.strides[kOut + 2 * index][last_token] < operand.shared.strides[1][last_shared];
   const std::int64_t read_ahead = tokens_inside ? kReadAheadInEach : kReadAheadInOne;
-  const std::int64_t token_stride =
-      last_token < 0 ? 0 : launch.tokens.strides[kIn + 2 * index][last_token];
+  const std::int64_t token_bytes = last_token < 0
+                                       ? 0
+                                       : launch.tokens.strides[kIn + 2 * index][last_token] *
+                                             static_cast<std::int64_t>(sizeof(scalar_t));
   const std::int64_t heads = kStretchesAtATime / (operand.in == operand.out ? 1 : 2);
   const std::int64_t chunk_size = tokens_inside ? heads : kSharedChunk;
   for (std::int64_t chunk = shared_begin; chunk < shared_end; chunk += chunk_size) {
@@ -881,7 +900,7 @@ ROPE_INLINE void rotate_operand(const Launch& launch, int index, const Workspace
          padded(launch.num_pairs),
          block.thread_end - block.token_begin,
          read_ahead,
-         1 + read_ahead / (token_stride * static_cast<std::int64_t>(sizeof(scalar_t)) + 1)});
+         1 + read_ahead / (token_bytes + 1)});
   }
 }
 
