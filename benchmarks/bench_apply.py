@@ -9,7 +9,6 @@ import ctypes
 import functools
 import multiprocessing
 import os
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -453,11 +452,7 @@ def main() -> None:
         raise SystemExit(f"no case has {arguments.cases!r} in its name")
 
     threads = arguments.threads or ([1] if arguments.quick else [1, 2])
-    with tempfile.TemporaryDirectory() as folder:
-        # torch.compile's own folder may hold code for another ATEN_CPU_CAPABILITY, which it does
-        # not tell apart: such code writes past the end of its results.
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-        rows = run(cases, threads if device == "cpu" else [1], settings)
+    rows = run(cases, threads if device == "cpu" else [1], settings)
     environment = {**describe_environment(device), "rounds": str(settings.rounds)}
     text = report(rows, environment)
     publish(text, {"environment": environment, "rows": [asdict(row) for row in rows]}, arguments)

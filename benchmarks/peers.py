@@ -5,7 +5,10 @@ session, a compilation), and returns the call that is timed. It raises ``ImportE
 library is missing, ``Unsupported`` where the library cannot serve the case.
 """
 
+import getpass
 import importlib.util
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +73,11 @@ def compiled(problem: Problem) -> Call:
     """The same, compiled for the shapes of the case."""
     cos, sin = doubled_tables(problem)
     torch.compiler.reset()
+    # A cache for each ATEN_CPU_CAPABILITY: TorchInductor does not tell them apart, and code for
+    # another one writes past the end of its results.
+    capability = torch.backends.cpu.get_cpu_capability()
+    folder = f"torch-rope-{getpass.getuser()}-{capability}"
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir(), folder))
     rotate = torch.compile(rotate_eagerly, dynamic=False)
     return lambda: rotate(problem.q, problem.k, cos, sin, problem.case.interleaved)
 

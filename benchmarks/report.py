@@ -34,8 +34,7 @@ def processor() -> str:
     """Returns the processor's name and, since a virtual machine shortens it, family and model."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    fields = [[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]
-    found = dict(fields)
+    found = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
     if "model name" not in found:
         return platform.processor()
     kind = [f"{name} {found[name]}" for name in ("cpu family", "model") if name in found]
