@@ -1,0 +1,62 @@
+"""What Python refuses before C++ can see it: arguments of a type that no operator takes.
+
+Messages have the form of the operators': ``rope::apply(): expected rotary_dim to be even, but got
+7``.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def message(function: str, argument: str, rule: str, got: object) -> str:
+    """Returns the text of an error.
+
+    Args:
+        function: The public name: ``rope::frequencies``, or ``torch_rope.RotaryEmbedding``.
+        argument: The argument's name.
+        rule: What the argument is expected to do, such as ``be a tensor``.
+        got: What was found instead.
+    """
+    return f"{function}(): expected {argument} to {rule}, but got {got}"
+
+
+def kind_of(value: object) -> str:
+    """Names the type of a value, and no more: a tensor's values may be many, and far away."""
+    return "None" if value is None else type(value).__name__
+
+
+def check_tensor(function: str, argument: str, value: Any, hint: str = "") -> None:
+    """Raises TypeError for what is no tensor, nor stands for one (a Proxy of ``torch.fx``)."""
+    if not (isinstance(value, Tensor) or hasattr(type(value), "__torch_function__")):
+        raise TypeError(message(function, argument, f"be a tensor{hint}", kind_of(value)))
+
+
+def check_integer(function: str, argument: str, value: Any) -> None:
+    """Raises TypeError for what is no integer. A bool is none, a NumPy integer is one."""
+    if not _is_integer(value):
+        raise TypeError(message(function, argument, "be an integer", kind_of(value)))
+
+
+def check_integers(function: str, argument: str, values: Any) -> None:
+    """Raises TypeError for what is no sequence of integers."""
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
+        raise TypeError(message(function, argument, "be a sequence of integers", kind_of(values)))
+    for value in values:
+        if not _is_integer(value):
+            kinds = f"a {kind_of(values)} with {kind_of(value)}"
+            raise TypeError(message(function, argument, "be a sequence of integers", kinds))
+
+
+def check_number(function: str, argument: str, value: Any) -> None:
+    """Raises TypeError for what is no real number."""
+    if isinstance(value, bool) or not hasattr(type(value), "__float__"):
+        raise TypeError(message(function, argument, "be a number", kind_of(value)))
+
+
+def _is_integer(value: Any) -> bool:
+    if isinstance(value, bool | Tensor):
+        return False
+    return isinstance(value, torch.SymInt) or hasattr(type(value), "__index__")
