@@ -64,9 +64,21 @@ C10_HOST_DEVICE inline TableRow<Table> find_table_row(const TableAngles& table,
 
 template <typename Real, typename Table>
 C10_HOST_DEVICE inline Rotation<Real> load_rotation(const TableAngles& table,
-                                                    const TableRow<Table>& row, std::int64_t n) {
-  return {static_cast<Real>(row.cos[n * table.cos_stride]),
-          static_cast<Real>(row.sin[n * table.sin_stride])};
+                                                    const TableRow<Table>& row,
+                                                    std::int64_t column) {
+  return {static_cast<Real>(row.cos[column * table.cos_stride]),
+          static_cast<Real>(row.sin[column * table.sin_stride])};
+}
+
+// That of pair n in full-width tables.
+template <typename Real, typename Table>
+C10_HOST_DEVICE inline FullRotation<Real> load_full_rotation(const Launch& launch,
+                                                             const TableRow<Table>& row,
+                                                             std::int64_t n) {
+  const std::int64_t a = launch.interleaved ? 2 * n : n;
+  const std::int64_t b = launch.interleaved ? 2 * n + 1 : n + launch.num_pairs;
+  return {load_rotation<Real>(launch.by_table, row, a),
+          load_rotation<Real>(launch.by_table, row, b)};
 }
 
 }  // namespace rope

@@ -14,8 +14,9 @@ Call call_of(const at::Tensor& positions, const ApplyOptions& options) {
 }
 
 Call call_of(const at::Tensor& cos, const at::Tensor& sin, const CosSinOptions& options) {
-  return make_call(cos, sin, options.positions, options.embedding_axis, options.rotary_offset,
-                   options.interleaved, options.conjugate);
+  return make_call(cos, sin, options.positions, options.embedding_axis, options.rotary_dim,
+                   options.rotary_offset, options.interleaved, options.conjugate,
+                   options.full_width);
 }
 
 std::tuple<at::Tensor, at::Tensor> both(Outputs outputs) {

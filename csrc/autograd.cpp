@@ -94,6 +94,7 @@ struct Rotate : torch::autograd::Function<Rotate> {
     ctx->set_materialize_grads(false);
     save_options(ctx, call.options);
     ctx->saved_data["uses_tables"] = call.uses_tables;
+    ctx->saved_data["full_width"] = call.full_width;
 
     // Gradients of angles take the output, gradients of tables the input; the gradient of x takes
     // neither.
@@ -115,6 +116,7 @@ struct Rotate : torch::autograd::Function<Rotate> {
     Call call;
     call.options = load_options(ctx);
     call.uses_tables = ctx->saved_data["uses_tables"].toBool();
+    call.full_width = ctx->saved_data["full_width"].toBool();
     call.positions = saved[kPositions];
     call.cos = saved[kCos];
     call.sin = saved[kSin];

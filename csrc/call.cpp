@@ -94,13 +94,16 @@ Call make_call(const at::Tensor& positions, const std::optional<at::Tensor>& inv
 
 Call make_call(const at::Tensor& cos, const at::Tensor& sin,
                const std::optional<at::Tensor>& positions, std::int64_t embedding_axis,
-               std::int64_t rotary_offset, bool interleaved, bool conjugate) {
+               std::optional<std::int64_t> rotary_dim, std::int64_t rotary_offset, bool interleaved,
+               bool conjugate, bool full_width) {
   Call call;
   call.uses_tables = true;
   call.positions = positions.value_or(at::Tensor());
   call.cos = cos;
   call.sin = sin;
+  call.full_width = full_width;
   call.options.embedding_axis = embedding_axis;
+  call.options.rotary_dim = rotary_dim;
   call.options.rotary_offset = rotary_offset;
   call.options.interleaved = interleaved;
   call.options.conjugate = conjugate;
@@ -116,8 +119,8 @@ Outputs dispatch(const Call& call) {
   if (call.uses_tables) {
     static const WithTableArguments<Handles> apply_cos_sin("apply_cos_sin");
     return apply_cos_sin(call, call.cos, call.sin, as_optional(call.positions),
-                         options.embedding_axis, options.rotary_offset, options.interleaved,
-                         options.conjugate);
+                         options.embedding_axis, options.rotary_dim, options.rotary_offset,
+                         options.interleaved, options.conjugate, call.full_width);
   }
   static const WithPositionArguments<Handles> apply("apply");
   return apply(call, call.positions, options.inv_freq, options.embedding_axis, options.rotary_dim,

@@ -23,7 +23,8 @@ struct Call {
   at::Tensor positions;  // undefined where tables broadcast with x themselves
   at::Tensor cos;        // both undefined where angles come from positions and frequencies
   at::Tensor sin;
-  ApplyOptions options;  // a call with tables leaves what makes an angle at its defaults
+  bool full_width = false;  // tables have a column for each element, not for each pair
+  ApplyOptions options;     // a call with tables leaves what makes an angle at its defaults
 
   // The operator's name without its namespace.
   std::string name() const;
@@ -61,7 +62,8 @@ template <template <typename...> typename Template>
 using WithTableArguments =
     Template<const at::Tensor& /*cos*/, const at::Tensor& /*sin*/,
              const std::optional<at::Tensor>& /*positions*/, std::int64_t /*embedding_axis*/,
-             std::int64_t /*rotary_offset*/, bool /*interleaved*/, bool /*conjugate*/>;
+             std::optional<std::int64_t> /*rotary_dim*/, std::int64_t /*rotary_offset*/,
+             bool /*interleaved*/, bool /*conjugate*/, bool /*full_width*/>;
 
 Call make_call(const at::Tensor& positions, const std::optional<at::Tensor>& inv_freq,
                std::int64_t embedding_axis, std::optional<std::int64_t> rotary_dim,
@@ -69,7 +71,8 @@ Call make_call(const at::Tensor& positions, const std::optional<at::Tensor>& inv
                double attention_factor, bool interleaved, bool conjugate);
 Call make_call(const at::Tensor& cos, const at::Tensor& sin,
                const std::optional<at::Tensor>& positions, std::int64_t embedding_axis,
-               std::int64_t rotary_offset, bool interleaved, bool conjugate);
+               std::optional<std::int64_t> rotary_dim, std::int64_t rotary_offset, bool interleaved,
+               bool conjugate, bool full_width);
 
 // The kernels that one function over calls makes, with the signatures of the schemas.
 template <Outputs (*rotate)(const Call&)>

@@ -1,5 +1,6 @@
 #include "checks.h"
 
+#include <ATen/EmptyTensor.h>
 #include <c10/core/ScalarType.h>
 #include <c10/core/SymIntArrayRef.h>
 #include <c10/util/Exception.h>
@@ -35,13 +36,14 @@ bool is_supported_float(at::ScalarType dtype) {
          dtype == at::kBFloat16;
 }
 
-// The number of columns of inv_freq or of the tables, where there are any.
-std::optional<c10::SymInt> num_columns(const Call& call) {
+// The number of elements that inv_freq or the tables have columns for, where there are any.
+std::optional<c10::SymInt> dim_of_columns(const Call& call) {
   if (call.uses_tables) {
-    return call.cos.sym_size(-1);
+    const c10::SymInt columns = call.cos.sym_size(-1);
+    return call.full_width ? columns : columns * 2;
   }
   if (call.options.inv_freq.has_value()) {
-    return call.options.inv_freq->sym_size(-1);
+    return call.options.inv_freq->sym_size(-1) * 2;
   }
   return std::nullopt;
 }
@@ -79,6 +81,54 @@ bool broadcasts_to(c10::SymIntArrayRef sizes, c10::SymIntArrayRef target) {
   return true;
 }
 
+// Which dimension of 1, counted from the end, would make the sizes expand to the target; trailing
+// ones come after them. 0 where none would.
+std::int64_t missing_dimension(c10::SymIntArrayRef sizes, c10::SymIntArrayRef target,
+                               std::int64_t trailing) {
+  const auto expands = [&](const c10::SymDimVector& candidate) {
+    bool fits = candidate.size() <= target.size();
+    for (std::size_t i = 0; fits && i < candidate.size(); ++i) {
+      const c10::SymInt& size = candidate[candidate.size() - 1 - i];
+      fits = TORCH_GUARD_OR_FALSE(size.sym_eq(1)) ||
+             TORCH_GUARD_OR_FALSE(size.sym_eq(target[target.size() - 1 - i]));
+    }
+    return fits;
+  };
+  for (std::size_t from_end = 0; from_end < sizes.size(); ++from_end) {
+    c10::SymDimVector candidate(sizes.begin(), sizes.end());
+    candidate.insert(candidate.end() - from_end, 1);
+    if (expands(candidate)) {
+      return -1 - trailing - static_cast<std::int64_t>(from_end);
+    }
+  }
+  return 0;
+}
+
+// The commonest slip: q and k given one after the other, so that k is taken for positions or cos.
+bool takes_k_for(const Call& call, const at::Tensor& tensor) {
+  const at::Tensor& q = call.q;
+  return !call.is_pair && q.defined() && tensor.defined() && tensor.is_floating_point() &&
+         q.dim() >= 2 && tensor.dim() == q.dim() &&
+         TORCH_GUARD_OR_FALSE(tensor.sym_size(-1).sym_eq(q.sym_size(-1)));
+}
+
+std::string one_tuple_hint(const Call& call) {
+  const bool is_slip = call.uses_tables
+                           ? takes_k_for(call, call.cos) &&
+                                 (call.sin.dim() != call.cos.dim() || call.positions.defined())
+                           : takes_k_for(call, call.positions);
+  return is_slip ? c10::str(" (q and k go in one tuple: ", call.name(), "((q, k), ",
+                            call.uses_tables ? "cos, sin" : "positions", "))")
+                 : "";
+}
+
+void check_layout(const Call& call, const at::Tensor& tensor) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !tensor.defined() || !tensor.is_nested() || tensor.layout() != at::kStrided,
+      "rope::", call.name(),
+      "(): expected nested tensors to have the layout torch.jagged, but got torch.strided");
+}
+
 void check_defined(const Call& call, const at::Tensor& tensor, const char* argument) {
   TORCH_CHECK_TYPE(tensor.defined(), expected(call, argument), "be a tensor, but got none");
 }
@@ -89,12 +139,25 @@ void check_device(const Call& call, const at::Tensor& tensor, const char* argume
                    tensor.device());
 }
 
-void check_broadcasts(const Call& call, const char* argument, c10::SymIntArrayRef sizes,
-                      const at::Tensor& x, const char* x_name) {
+// sizes are those of positions, or those of cos without its columns.
+void check_broadcasts(const Call& call, c10::SymIntArrayRef sizes, const at::Tensor& x,
+                      const char* x_name) {
+  const bool of_positions = call.positions.defined();
+  const char* argument = of_positions ? "positions" : "cos";
   const c10::SymDimVector target = batch_sizes(x, call.options.embedding_axis);
-  TORCH_CHECK_VALUE(broadcasts_to(sizes, target), expected(call, argument),
-                    "be broadcastable with the shape of ", x_name, " without embedding_axis, ",
-                    c10::SymIntArrayRef(target), ", but got ", sizes);
+  if (broadcasts_to(sizes, target)) {
+    return;
+  }
+  std::string hint = one_tuple_hint(call);
+  const std::int64_t missing = missing_dimension(sizes, target, of_positions ? 0 : 1);
+  if (hint.empty() && missing != 0) {
+    hint = of_positions ? c10::str(" (positions.unsqueeze(", missing, ") would be)")
+                        : c10::str(" (cos.unsqueeze(", missing, ") and sin.unsqueeze(", missing,
+                                   ") would be)");
+  }
+  TORCH_CHECK_VALUE(false, expected(call, argument), "be broadcastable with the shape of ", x_name,
+                    " without embedding_axis, ", c10::SymIntArrayRef(target), ", but got ", sizes,
+                    hint);
 }
 
 // One of the tensors that are rotated, and where its pairs are.
@@ -122,14 +185,17 @@ void check_rotated(const Call& call, const at::Tensor& x, const char* argument) 
                     dim);
   TORCH_CHECK_VALUE(holds((dim % 2).sym_eq(0)), expected(call, "rotary_dim"), "be even, but got ",
                     dim);
-  if (num_columns(call).has_value()) {
+  if (dim_of_columns(call).has_value()) {
     constexpr const char* kDoubledTables =
-        " (of tables that hold each value twice, as Hugging Face's do, take cos[..., :N])";
-    TORCH_CHECK_VALUE(holds(dim.sym_le(room)),
-                      expected(call, call.uses_tables ? "cos" : "inv_freq"), "have at most ",
-                      room / 2, " columns, one for each pair of the ", room, " elements of ",
-                      argument, " from rotary_offset on", call.uses_tables ? kDoubledTables : "",
-                      ", but got ", dim / 2);
+        " (for tables with a column for each element, as Hugging Face's have, pass "
+        "full_width=True; where both halves are alike, cos[..., :N] will do)";
+    const c10::SymInt columns_per_pair = call.full_width ? 2 : 1;
+    TORCH_CHECK_VALUE(
+        holds(dim.sym_le(room)), expected(call, call.uses_tables ? "cos" : "inv_freq"),
+        "have at most ", room / 2 * columns_per_pair, " columns, one for each ",
+        call.full_width ? "" : "pair ", "of the ", room, " elements of ", argument,
+        " from rotary_offset on", call.uses_tables && !call.full_width ? kDoubledTables : "",
+        ", but got ", dim / 2 * columns_per_pair);
   } else {
     TORCH_CHECK_VALUE(holds(dim.sym_le(room)), expected(call, "rotary_dim"), "be at most ", room,
                       ", the elements of ", argument, " from rotary_offset on, but got ", dim);
@@ -140,7 +206,8 @@ void check_positions_dtype(const Call& call) {
   const at::ScalarType dtype = call.positions.scalar_type();
   if (call.uses_tables) {
     TORCH_CHECK_TYPE(dtype == at::kInt || dtype == at::kLong, expected(call, "positions"),
-                     "be int32 or int64, rows of cos and sin, but got ", name_of(dtype));
+                     "be int32 or int64, rows of cos and sin, but got ", name_of(dtype),
+                     one_tuple_hint(call));
     return;
   }
   const char* reason = dtype == at::kHalf       ? " (float16 loses integers above 2048)"
@@ -158,7 +225,7 @@ void check_inv_freq(const Call& call) {
   check_defined(call, inv_freq, "inv_freq");
   TORCH_CHECK_TYPE(inv_freq.scalar_type() == at::kFloat || inv_freq.scalar_type() == at::kDouble,
                    expected(call, "inv_freq"), "be float32 or float64, but got ",
-                   name_of(inv_freq.scalar_type()));
+                   name_of(inv_freq.scalar_type()), one_tuple_hint(call));
   check_device(call, inv_freq, "inv_freq");
   TORCH_CHECK_VALUE(inv_freq.dim() == 1 || inv_freq.dim() == 2, expected(call, "inv_freq"),
                     "have shape (N) or (A, N), but got ", inv_freq.sym_sizes());
@@ -178,6 +245,10 @@ void check_inv_freq(const Call& call) {
                     expected(call, "scale_factor"), kOrInvFreq, options.scale_factor);
 }
 
+void check_finite(const Call& call, const char* argument, double value) {
+  TORCH_CHECK_VALUE(std::isfinite(value), expected(call, argument), "be finite, but got ", value);
+}
+
 void check_positive(const Call& call, const char* argument, double value) {
   TORCH_CHECK_VALUE(value > 0 && std::isfinite(value), expected(call, argument),
                     "be positive and finite, but got ", value);
@@ -193,28 +264,46 @@ c10::SymIntArrayRef checked_position_sizes(const Call& call) {
   }
   TORCH_CHECK_VALUE(!sizes.empty() && holds(sizes[0].sym_eq(inv_freq->sym_size(0))),
                     expected(call, "positions"), "have a leading dimension of size ",
-                    inv_freq->sym_size(0), ", one for each row of inv_freq, but got ", sizes);
+                    inv_freq->sym_size(0), ", one for each row of inv_freq, but got ", sizes,
+                    one_tuple_hint(call));
   return sizes.slice(1);
 }
 
 void check_tables(const Call& call) {
   for (const auto& [table, argument] : {std::pair(&call.cos, "cos"), {&call.sin, "sin"}}) {
     check_defined(call, *table, argument);
+    constexpr const char* kComplexTables =
+        " (a complex table is given as cos=table.real and sin=table.imag, with interleaved=True "
+        "where view_as_complex made pairs)";
     TORCH_CHECK_TYPE(is_supported_float(table->scalar_type()), expected(call, argument),
                      "be float64, float32, float16 or bfloat16, but got ",
-                     name_of(table->scalar_type()));
+                     name_of(table->scalar_type()), table->is_complex() ? kComplexTables : "");
     check_device(call, *table, argument);
     TORCH_CHECK_VALUE(table->dim() >= 1, expected(call, argument),
                       "have at least one dimension, but got a tensor with none");
   }
   TORCH_CHECK_TYPE(call.cos.scalar_type() == call.sin.scalar_type(), expected(call, "sin"),
                    "have the dtype of cos, ", name_of(call.cos.scalar_type()), ", but got ",
-                   name_of(call.sin.scalar_type()));
+                   name_of(call.sin.scalar_type()), one_tuple_hint(call));
   TORCH_CHECK_VALUE(have_same_shape(call.cos, call.sin), expected(call, "sin"),
                     "have the shape of cos, ", call.cos.sym_sizes(), ", but got ",
-                    call.sin.sym_sizes());
+                    call.sin.sym_sizes(), one_tuple_hint(call));
   TORCH_CHECK_VALUE(!call.positions.defined() || call.cos.dim() == 2, expected(call, "cos"),
-                    "have shape (P, N) together with positions, but got ", call.cos.sym_sizes());
+                    "have shape (P, N) together with positions, but got ", call.cos.sym_sizes(),
+                    one_tuple_hint(call));
+  const c10::SymInt columns = call.cos.sym_size(-1);
+  TORCH_CHECK_VALUE(!call.full_width || holds((columns % 2).sym_eq(0)), expected(call, "cos"),
+                    "have an even number of columns with full_width, but got ", columns);
+  if (call.options.rotary_dim.has_value()) {
+    const std::int64_t dim = *call.options.rotary_dim;
+    const bool is_width = !call.full_width && TORCH_GUARD_OR_FALSE(columns.sym_eq(dim));
+    TORCH_CHECK_VALUE(holds(dim_of_columns(call)->sym_eq(dim)), expected(call, "rotary_dim"), "be ",
+                      *dim_of_columns(call), call.full_width ? ", " : ", twice ",
+                      "the number of columns of cos, but got ", dim,
+                      is_width ? " (for tables with a column for each element, as Hugging Face's "
+                                 "have, pass full_width=True)"
+                               : "");
+  }
 }
 
 bool is_symbolic(const at::Tensor& x) {
@@ -247,6 +336,23 @@ bool are_known_to_share_memory(const at::Tensor& x, const at::Tensor& y) {
          TORCH_GUARD_OR_FALSE(y.sym_numel().sym_gt(0));
 }
 
+// That sizes and strides stay within the storage, which may have been resized to nothing. Not of
+// tensors without memory of their own, such as those of compilers.
+void check_storage(const Call& call, const at::Tensor& x, const char* argument) {
+  if (!x.defined() || !x.has_storage() || x.is_meta() || is_symbolic(x) ||
+      x.unsafeGetTensorImpl()->is_python_dispatch()) {
+    return;
+  }
+  const std::optional<std::int64_t> available = x.storage().sym_nbytes().maybe_as_int();
+  TORCH_CHECK_VALUE(
+      !available.has_value() ||
+          at::detail::computeStorageNbytes(x.sizes(), x.strides(), x.element_size(),
+                                           x.storage_offset()) <= static_cast<size_t>(*available),
+      expected(call, argument), "lie within its storage, but got sizes ", x.sizes(),
+      " with strides ", x.strides(), " at offset ", x.storage_offset(), " in ", *available,
+      " bytes");
+}
+
 // What only calls in place must meet.
 void check_memory(const Call& call, const at::Tensor& x, const char* argument) {
   TORCH_CHECK_VALUE(!is_known_to_overlap_itself(x), expected(call, argument),
@@ -269,14 +375,22 @@ c10::SymInt rotary_dim(const Call& call, const at::Tensor& x) {
   if (call.options.rotary_dim.has_value()) {
     return *call.options.rotary_dim;
   }
-  if (const auto columns = num_columns(call)) {
-    return *columns * 2;
+  if (const auto dim = dim_of_columns(call)) {
+    return *dim;
   }
   return x.sym_size(call.options.embedding_axis) - call.options.rotary_offset;
 }
 
 void check(const Call& call) {
   const char* q_name = call.is_pair ? "q" : "x";
+  const at::Tensor inv_freq = call.options.inv_freq.value_or(at::Tensor());
+  const std::pair<const at::Tensor&, const char*> tensors[] = {
+      {call.q, q_name},       {call.k, "k"},     {call.positions, "positions"},
+      {inv_freq, "inv_freq"}, {call.cos, "cos"}, {call.sin, "sin"}};
+  for (const auto& [tensor, argument] : tensors) {
+    check_layout(call, tensor);
+    check_storage(call, tensor, argument);
+  }
   check_defined(call, call.q, q_name);
   if (call.uses_tables) {
     check_tables(call);
@@ -284,6 +398,7 @@ void check(const Call& call) {
     check_defined(call, call.positions, "positions");
     check_positive(call, "max_wavelength", call.options.max_wavelength);
     check_positive(call, "scale_factor", call.options.scale_factor);
+    check_finite(call, "attention_factor", call.options.attention_factor);
     if (call.options.inv_freq.has_value()) {
       check_inv_freq(call);
     }
@@ -293,16 +408,20 @@ void check(const Call& call) {
     check_device(call, call.positions, "positions");
   }
 
-  const bool by_position = call.positions.defined();
-  const char* broadcast_name = by_position ? "positions" : "cos";
   const c10::SymIntArrayRef broadcast_sizes =
-      by_position ? checked_position_sizes(call)
-                  : call.cos.sym_sizes().slice(0, call.cos.dim() - 1);
+      call.positions.defined() ? checked_position_sizes(call)
+                               : call.cos.sym_sizes().slice(0, call.cos.dim() - 1);
   check_rotated(call, call.q, q_name);
-  check_broadcasts(call, broadcast_name, broadcast_sizes, call.q, q_name);
+  check_broadcasts(call, broadcast_sizes, call.q, q_name);
   if (call.is_pair) {
     check_rotated(call, call.k, "k");
-    check_broadcasts(call, broadcast_name, broadcast_sizes, call.k, "k");
+    check_broadcasts(call, broadcast_sizes, call.k, "k");
+    const c10::SymInt q_dim = rotary_dim(call, call.q);
+    const c10::SymInt k_dim = rotary_dim(call, call.k);
+    TORCH_CHECK_VALUE(holds(q_dim.sym_eq(k_dim)), expected(call, "rotary_dim"),
+                      "be given where q and k have slices of different sizes, whose frequencies "
+                      "would differ (",
+                      q_dim, " and ", k_dim, " elements), but got None");
   }
   if (call.in_place) {
     check_memory(call, call.q, q_name);
@@ -329,11 +448,14 @@ void check(const SumCall& call) {
   TORCH_CHECK_INDEX(-x.dim() <= axis && axis < x.dim(), expected(call, "embedding_axis"),
                     "be a dimension of ", call.x_name, ", which has ", x.dim(), ", but got ", axis);
   const c10::SymIntArrayRef sizes = call.sizes;
-  TORCH_CHECK_VALUE(!sizes.empty() && offset >= 0 && holds(sizes.back().sym_ge(0)) &&
-                        holds((sizes.back() * 2 + offset).sym_le(x.sym_size(axis))),
-                    expected(call, "sizes"), "end in the number of pairs that ", call.x_name,
-                    " has in its ", x.sym_size(axis), " elements from rotary_offset ", offset,
-                    " on, but got ", sizes);
+  const c10::SymInt dim =
+      sizes.empty() ? c10::SymInt(-1) : sizes.back() * (call.full_width ? 1 : 2);
+  TORCH_CHECK_VALUE(offset >= 0 && holds(dim.sym_ge(0)) && holds((dim % 2).sym_eq(0)) &&
+                        holds((dim + offset).sym_le(x.sym_size(axis))),
+                    expected(call, "sizes"), "end in the number of ",
+                    call.full_width ? "elements" : "pairs", " that ", call.x_name, " has in its ",
+                    x.sym_size(axis), " elements from rotary_offset ", offset, " on, but got ",
+                    sizes);
   const c10::SymDimVector target = batch_sizes(x, axis);
   TORCH_CHECK_VALUE(broadcasts_to(sizes.slice(0, sizes.size() - 1), target),
                     expected(call, "sizes"), "be broadcastable, without the last, with ",

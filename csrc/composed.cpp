@@ -39,24 +39,35 @@ Rotation<at::Tensor> rotations_of_tables(const Call& call, at::ScalarType real) 
   return {at::embedding(call.cos, rows).to(real), at::embedding(call.sin, rows).to(real)};
 }
 
-// The call is of one tensor: of two, each may have a rotary_dim and so frequencies of its own.
+// The cosines and sines of both elements of each pair.
+FullRotation<at::Tensor> full_rotations(const Call& call, at::ScalarType real) {
+  const ApplyOptions& options = call.options;
+  const Rotation<at::Tensor> angle =
+      call.uses_tables ? rotations_of_tables(call, real) : rotations_by_position(call, real);
+  if (!call.full_width) {
+    const Rotation<at::Tensor> turned{angle.cos, options.conjugate ? -angle.sin : angle.sin};
+    return {turned, turned};
+  }
+  const ApplyOptions columns{.interleaved = options.interleaved};
+  const Pair<at::Tensor> cos = pairs(columns, angle.cos.sym_size(-1), angle.cos);
+  const Pair<at::Tensor> sin = pairs(columns, angle.sin.sym_size(-1), angle.sin);
+  const FullRotation<at::Tensor> full{{cos.a, sin.a}, {cos.b, sin.b}};
+  return options.conjugate ? transpose(full) : full;
+}
+
+// The call is of one tensor: of two, each may have a dtype and so cosines and sines of its own.
 at::Tensor rotate_one(const Call& call) {
   const ApplyOptions& options = call.options;
   const at::Tensor& x = call.q;
   const at::ScalarType real = at::toOpMathType(x.scalar_type());
-  Rotation<at::Tensor> angle =
-      call.uses_tables ? rotations_of_tables(call, real) : rotations_by_position(call, real);
-  if (options.conjugate) {
-    angle.sin = -angle.sin;
-  }
+  const FullRotation<at::Tensor> angle = full_rotations(call, real);
   const c10::SymInt dim = rotary_dim(call, x);
   const Pair<at::Tensor> pair = pairs(options, dim, x);
   const at::Tensor a = pair.a.to(real);
   const at::Tensor b = pair.b.to(real);
-  const at::Tensor turned_a = (a * angle.cos - b * angle.sin).to(x.scalar_type());
-  const at::Tensor turned_b = (b * angle.cos + a * angle.sin).to(x.scalar_type());
-  const at::Tensor turned = options.interleaved ? at::stack({turned_a, turned_b}, -1).flatten(-2)
-                                                : at::cat({turned_a, turned_b}, -1);
+  const at::Tensor turned_a = (a * angle.a.cos - b * angle.a.sin).to(x.scalar_type());
+  const at::Tensor turned_b = (b * angle.b.cos + a * angle.b.sin).to(x.scalar_type());
+  const at::Tensor turned = slice_of({turned_a, turned_b}, options.interleaved);
 
   const at::Tensor last = x.movedim(options.embedding_axis, -1);
   const c10::SymInt end = dim + options.rotary_offset;
@@ -89,6 +100,11 @@ Pair<at::Tensor> pairs(const ApplyOptions& options, const c10::SymInt& rotary_di
   }
   const c10::SymInt half = begin + rotary_dim / 2;
   return {last.slice_symint(-1, begin, half), last.slice_symint(-1, half, end)};
+}
+
+at::Tensor slice_of(const Pair<at::Tensor>& pairs, bool interleaved) {
+  return interleaved ? at::stack({pairs.a, pairs.b}, -1).flatten(-2)
+                     : at::cat({pairs.a, pairs.b}, -1);
 }
 
 Outputs rotate_composed(const Call& call) {

@@ -29,4 +29,7 @@ at::Tensor frequencies(const Call& call);
 Pair<at::Tensor> pairs(const ApplyOptions& options, const c10::SymInt& rotary_dim,
                        const at::Tensor& x);
 
+// The slice (..., 2 N) that has these for its pairs.
+at::Tensor slice_of(const Pair<at::Tensor>& pairs, bool interleaved);
+
 }  // namespace rope

@@ -175,6 +175,7 @@ class Description {
     angles.cos = cos.const_data_ptr();
     angles.sin = sin.const_data_ptr();
     angles.dtype = cos.scalar_type();
+    angles.full_width = call_.full_width;
     angles.cos_stride = cos.stride(-1);
     angles.sin_stride = sin.stride(-1);
     if (call_.positions.defined()) {
@@ -281,13 +282,11 @@ class Description {
 
 void for_each_launch(const Call& call, const Outputs& outputs,
                      c10::function_ref<void(const Launch&)> launch) {
-  const std::int64_t q_dim = rotary_dim(call, call.q).expect_int();
-  const std::int64_t k_dim = call.is_pair ? rotary_dim(call, call.k).expect_int() : q_dim;
-  const bool together = call.is_pair && q_dim == k_dim &&
-                        call.q.scalar_type() == call.k.scalar_type() && call.q.numel() > 0 &&
-                        call.k.numel() > 0;
+  const std::int64_t dim = rotary_dim(call, call.q).expect_int();
+  const bool together = call.is_pair && call.q.scalar_type() == call.k.scalar_type() &&
+                        call.q.numel() > 0 && call.k.numel() > 0;
   if (call.q.numel() > 0) {
-    Description description(call, q_dim);
+    Description description(call, dim);
     description.add(call.q, outputs.q);
     if (together) {
       description.add(call.k, outputs.k);
@@ -295,7 +294,7 @@ void for_each_launch(const Call& call, const Outputs& outputs,
     description.launch(launch);
   }
   if (call.is_pair && !together && call.k.numel() > 0) {
-    Description description(call, k_dim);
+    Description description(call, dim);
     description.add(call.k, outputs.k);
     description.launch(launch);
   }

@@ -26,17 +26,32 @@ namespace {
 
 Pair<at::Tensor> real_pairs(const SumCall& call, const at::Tensor& x) {
   const at::ScalarType real = at::toOpMathType(x.scalar_type());
-  const Pair<at::Tensor> views = pairs(call.options, call.sizes.back() * 2, x);
+  const c10::SymInt columns = call.sizes.back();
+  const Pair<at::Tensor> views = pairs(call.options, call.full_width ? columns : columns * 2, x);
   return {views.a.to(real), views.b.to(real)};
 }
 
 Rotation<at::Tensor> sum_composed(const SumCall& call) {
   check(call);
+  const Pair<at::Tensor> g = real_pairs(call, call.grad);
+  const Pair<at::Tensor> x = real_pairs(call, call.x);
+  if (call.full_width) {
+    c10::SymDimVector sizes(call.sizes.begin(), call.sizes.end());
+    sizes.back() = sizes.back() / 2;
+    const auto product = [&](const at::Tensor& left, const at::Tensor& right) {
+      return (left * right).sum_to_size_symint(sizes);
+    };
+    const at::Tensor of_a_and_b = product(g.a, x.b);
+    const at::Tensor of_b_and_a = product(g.b, x.a);
+    const Pair<at::Tensor> sin = call.options.conjugate ? Pair<at::Tensor>{-of_b_and_a, of_a_and_b}
+                                                        : Pair<at::Tensor>{-of_a_and_b, of_b_and_a};
+    const bool interleaved = call.options.interleaved;
+    return {slice_of({product(g.a, x.a), product(g.b, x.b)}, interleaved),
+            slice_of(sin, interleaved)};
+  }
   const auto summed = [&](const at::Tensor& products) {
     return products.sum_to_size_symint(call.sizes);
   };
-  const Pair<at::Tensor> g = real_pairs(call, call.grad);
-  const Pair<at::Tensor> x = real_pairs(call, call.x);
   const at::Tensor sin = g.b * x.a - g.a * x.b;
   return {call.wants_cos ? summed(g.a * x.a + g.b * x.b) : at::Tensor(),
           summed(call.options.conjugate ? -sin : sin)};
@@ -47,13 +62,15 @@ void for_each_sum_launch(const SumCall& call, const at::Tensor& like_sums,
                          c10::function_ref<void(const Launch&)> launch) {
   const ApplyOptions& options = call.options;
   const Call tables = make_call(like_sums, like_sums, std::nullopt, options.embedding_axis,
-                                options.rotary_offset, options.interleaved, options.conjugate);
+                                std::nullopt, options.rotary_offset, options.interleaved,
+                                options.conjugate, /*full_width=*/false);
   for_each_launch(on(tables, call.grad), {call.x, {}}, launch);
 }
 
 Rotation<at::Tensor> sum_on_cuda(const SumCall& call) {
-  // With so many dimensions a launch may be split, and the parts have sums in common.
-  if (!cuda::has_kernels() || call.x.dim() > kMaxDims) {
+  // With so many dimensions a launch may be split, and the parts have sums in common. Full-width
+  // tables have no kernel.
+  if (!cuda::has_kernels() || call.x.dim() > kMaxDims || call.full_width) {
     return sum_composed(call);
   }
   check(call);
@@ -92,17 +109,17 @@ struct SumOperators {
                           std::int64_t embedding_axis, std::int64_t rotary_offset, bool interleaved,
                           bool conjugate) {
     return sum({"_angle_gradient", "y", grad, y, sizes,
-                slice(embedding_axis, rotary_offset, interleaved, conjugate), false})
+                slice(embedding_axis, rotary_offset, interleaved, conjugate)})
         .sin;
   }
   static std::tuple<at::Tensor, at::Tensor> cos_sin(const at::Tensor& grad, const at::Tensor& x,
                                                     c10::SymIntArrayRef sizes,
                                                     std::int64_t embedding_axis,
                                                     std::int64_t rotary_offset, bool interleaved,
-                                                    bool conjugate) {
+                                                    bool conjugate, bool full_width) {
     Rotation<at::Tensor> sums =
         sum({"_cos_sin_gradient", "x", grad, x, sizes,
-             slice(embedding_axis, rotary_offset, interleaved, conjugate), true});
+             slice(embedding_axis, rotary_offset, interleaved, conjugate), true, full_width});
     return {std::move(sums.cos), std::move(sums.sin)};
   }
   static void register_all(torch::Library& library) {
@@ -126,15 +143,15 @@ Rotation<at::Tensor> dispatch(const SumCall& call) {
   const auto find = [](const char* name) {
     return c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
   };
-  const auto send = [&](const auto& handle) {
+  const auto send = [&](const auto& handle, auto... full_width) {
     const ApplyOptions& options = call.options;
     return handle.call(call.grad, call.x, call.sizes, options.embedding_axis, options.rotary_offset,
-                       options.interleaved, options.conjugate);
+                       options.interleaved, options.conjugate, full_width...);
   };
   if (call.wants_cos) {
     static const auto cos_sin =
         find("rope::_cos_sin_gradient").typed<decltype(Composed::cos_sin)>();
-    auto [cos, sin] = send(cos_sin);
+    auto [cos, sin] = send(cos_sin, call.full_width);
     return {std::move(cos), std::move(sin)};
   }
   static const auto angle = find("rope::_angle_gradient").typed<decltype(Composed::angle)>();
@@ -169,12 +186,14 @@ Rotation<at::Tensor> sum_to_tokens(const Call& call, const at::Tensor& grad, con
     tokens = call.cos.sym_sizes().slice(0, call.cos.dim() - 1);
   }
   c10::SymDimVector sizes(tokens.begin(), tokens.end());
-  sizes.push_back(rotary_dim(call, x) / 2);
+  const c10::SymInt dim = rotary_dim(call, x);
+  sizes.push_back(call.full_width ? dim : dim / 2);
   return dispatch({.grad = grad,
                    .x = x,
                    .sizes = sizes,
                    .options = call.options,
-                   .wants_cos = call.uses_tables});
+                   .wants_cos = call.uses_tables,
+                   .full_width = call.full_width});
 }
 
 at::Tensor positions_gradient(const Call& call, const at::Tensor& angle) {
@@ -212,57 +231,43 @@ at::Tensor table_rows_gradient(const Call& call, const at::Tensor& table,
       .to(table.scalar_type());
 }
 
-void add(at::Tensor& sum, const at::Tensor& term) { sum = sum.defined() ? sum + term : term; }
-
-AngleGradients gradients_of_tables(const Call& call, at::TensorList grads, at::TensorList inputs,
-                                   const WantedGradients& wanted) {
-  Rotation<at::Tensor> total;
-  for (const auto i : c10::irange(grads.size())) {
-    if (grads[i].defined()) {
-      const Rotation<at::Tensor> one = sum_to_tokens(call, grads[i], inputs[i]);
-      add(total.cos, one.cos);
-      add(total.sin, one.sin);
-    }
+void add(at::Tensor& sum, const at::Tensor& term) {
+  if (term.defined()) {
+    sum = sum.defined() ? sum + term : term;
   }
-  AngleGradients result;
-  if (total.cos.defined() && wanted.cos) {
-    result.cos = table_rows_gradient(call, call.cos, total.cos);
-  }
-  if (total.sin.defined() && wanted.sin) {
-    result.sin = table_rows_gradient(call, call.sin, total.sin);
-  }
-  return result;
-}
-
-AngleGradients gradients_of_positions(const Call& call, at::TensorList grads,
-                                      at::TensorList outputs, const WantedGradients& wanted) {
-  AngleGradients result;
-  // Tensors of different rotary_dim have angles of their own, so that each adds to the gradients by
-  // itself.
-  for (const auto i : c10::irange(grads.size())) {
-    if (!grads[i].defined()) {
-      continue;
-    }
-    const Call one = on(call, outputs[i]);
-    // With y = R(t) x the derivative dy/dt is y turned by a right angle: the output is all it
-    // takes.
-    const at::Tensor angle = sum_to_tokens(one, grads[i], outputs[i]).sin;
-    if (wanted.positions) {
-      add(result.positions, positions_gradient(one, angle));
-    }
-    if (wanted.inv_freq) {
-      add(result.inv_freq, inv_freq_gradient(one, angle));
-    }
-  }
-  return result;
 }
 
 }  // namespace
 
 AngleGradients angle_gradients(const Call& call, at::TensorList grads, at::TensorList kept,
                                const WantedGradients& wanted) {
-  return call.uses_tables ? gradients_of_tables(call, grads, kept, wanted)
-                          : gradients_of_positions(call, grads, kept, wanted);
+  Rotation<at::Tensor> total;
+  for (const auto i : c10::irange(grads.size())) {
+    if (grads[i].defined()) {
+      // With y = R(t) x the derivative dy/dt is y turned by a right angle: of a call by positions
+      // the output is all it takes.
+      const Rotation<at::Tensor> one = sum_to_tokens(call, grads[i], kept[i]);
+      add(total.cos, one.cos);
+      add(total.sin, one.sin);
+    }
+  }
+  AngleGradients result;
+  if (!total.sin.defined()) {
+    return result;
+  }
+  if (wanted.positions) {
+    result.positions = positions_gradient(on(call, kept[0]), total.sin);
+  }
+  if (wanted.inv_freq) {
+    result.inv_freq = inv_freq_gradient(call, total.sin);
+  }
+  if (wanted.cos) {
+    result.cos = table_rows_gradient(call, call.cos, total.cos);
+  }
+  if (wanted.sin) {
+    result.sin = table_rows_gradient(call, call.sin, total.sin);
+  }
+  return result;
 }
 
 }  // namespace rope

@@ -34,16 +34,20 @@ AngleGradients angle_gradients(const Call& call, at::TensorList grads, at::Tenso
 // One call of either operator. With g the gradient of what came out of a rotation of x, they are
 //   cos: sum(g.a * x.a + g.b * x.b)    sin: sum(g.b * x.a - g.a * x.b)
 // over the pairs (a, b) that share an angle, in the type in which x is computed with. They are the
-// gradients of cos t and sin t; where x is what came out, the sine's is that of the angle t.
+// gradients of cos t and sin t; where x is what came out, the sine's is that of the angle t. With
+// full_width they are the gradients of full-width tables:
+//   cos: sum(g.a * x.a), sum(g.b * x.b)    sin: sum(-g.a * x.b), sum(g.b * x.a)
 struct SumCall {
   const char* operator_name = "";
   const char* x_name = "";
   at::Tensor grad;
   at::Tensor x;
-  c10::SymIntArrayRef
-      sizes;             // of a sum: (tokens..., N), where tokens broadcast with x as tables do
+  // Of a sum: (tokens..., N), or (tokens..., 2 N) with full_width, where tokens broadcast with x as
+  // tables do.
+  c10::SymIntArrayRef sizes;
   ApplyOptions options;  // embedding_axis, rotary_offset, interleaved, conjugate
   bool wants_cos = false;
+  bool full_width = false;
 };
 
 }  // namespace rope

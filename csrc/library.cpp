@@ -8,15 +8,19 @@
 //   or int64 rows of (P, N) tables.
 // - inv_freq: (N) or (A, N), float32 or float64: radians per unit of position.
 // - cos, sin: tables of shape (..., N) that broadcast with x without embedding_axis, or (P, N) with
-//   positions.
+//   positions; with full_width of 2 N columns.
 // - embedding_axis: the dimension of x that is rotated; negative counts from the end.
 // - rotary_dim: how many elements are rotated: even; by default 2 N, or all from rotary_offset on.
+// For
+//   tables it follows from their width, and is only compared with it.
 // - rotary_offset: the first element that is rotated; those outside come out unchanged.
 // - max_wavelength: the base of the frequencies where no inv_freq is given; positive.
 // - scale_factor: divides the angle where no inv_freq is given; positive.
 // - attention_factor: multiplies the rotated elements.
 // - interleaved: pairs are (2n, 2n + 1) instead of (n, n + N).
 // - conjugate: turns by the negative angle: the transpose of the same call without it.
+// - full_width: tables have a column for each element of the rotated slice, in the slice's order,
+//   instead of one for each pair.
 //
 // The forms in place return nothing: schemas that return a mutated argument are not supported by
 // torch.compile.
@@ -27,8 +31,10 @@
 // Two of them are the heavy part of gradients, and no more than that: csrc/gradients.h.
 //
 // - grad: the gradient of what came out of a rotation of x, or of y, which came out.
-// - sizes: those of the sums, (tokens..., N): as tables without positions have them.
-// - embedding_axis, rotary_offset, interleaved, conjugate: as above.
+// - sizes: those of the sums, (tokens..., N), or (tokens..., 2 N) with full_width: as tables
+// without
+//   positions have them.
+// - embedding_axis, rotary_offset, interleaved, conjugate, full_width: as above.
 //
 // - seq_len: the length that frequencies are for, a tensor of no dimension; or the number of tokens
 //   that ranks share.
@@ -71,8 +77,8 @@ TORCH_LIBRARY(rope, library) {
                 "float max_wavelength=10000.0, float scale_factor=1.0, float attention_factor=1.0, "
                 "bool interleaved=False, bool conjugate=False");
   define_family(library, "apply_cos_sin", "Tensor cos, Tensor sin, Tensor? positions=None",
-                "int embedding_axis=-1, int rotary_offset=0, bool interleaved=False, "
-                "bool conjugate=False");
+                "int embedding_axis=-1, int? rotary_dim=None, int rotary_offset=0, "
+                "bool interleaved=False, bool conjugate=False, bool full_width=False");
 
   define(library,
          "_dynamic_frequencies(Tensor seq_len, int rotary_dim, float rope_theta, float factor, "
@@ -88,7 +94,8 @@ TORCH_LIBRARY(rope, library) {
   define(library, "_permute_interleaved_to_half" + rest + " -> Tensor");
 
   const std::string sums =
-      "SymInt[] sizes, int embedding_axis, int rotary_offset, bool interleaved, bool conjugate)";
-  define(library, "_angle_gradient(Tensor grad, Tensor y, " + sums + " -> Tensor");
-  define(library, "_cos_sin_gradient(Tensor grad, Tensor x, " + sums + " -> (Tensor, Tensor)");
+      "SymInt[] sizes, int embedding_axis, int rotary_offset, bool interleaved, bool conjugate";
+  define(library, "_angle_gradient(Tensor grad, Tensor y, " + sums + ") -> Tensor");
+  define(library, "_cos_sin_gradient(Tensor grad, Tensor x, " + sums + ", bool full_width)" +
+                      " -> (Tensor, Tensor)");
 }

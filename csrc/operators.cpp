@@ -5,6 +5,7 @@
 
 #include "call.h"
 #include "checks.h"
+#include "composed.h"
 #include "cpu/launch.h"
 #include "cpu/memory.h"
 #include "cuda/launch.h"
@@ -56,9 +57,27 @@ Outputs rotate_on_cuda(const Call& call) {
       "the pip packages cuda-toolkit[cccl,crt,nvcc,nvvm]: ROPE_CUDA=1 pip install "
       "--no-build-isolation .");
   Outputs outputs = check_and_allocate<empty_like>(call);
+  if (call.full_width) {
+    // No kernel takes full-width tables yet.
+    Call functional = call;
+    functional.in_place = false;
+    const Outputs composed = rotate_composed(functional);
+    outputs.q.copy_(composed.q);
+    if (call.is_pair) {
+      outputs.k.copy_(composed.k);
+    }
+    return outputs;
+  }
   for_each_launch(call, outputs,
                   [&](const Launch& launch) { cuda::launch(launch, call.q.get_device()); });
   return outputs;
+}
+
+// Nested tensors of the older, strided layout: check() says what is expected. (Those of the jagged
+// layout are Python's: torch_rope/_nested.py.)
+Outputs refuse_strided_nested(const Call& call) {
+  check(call);
+  TORCH_INTERNAL_ASSERT(false, "rope::", call.name(), " took a strided nested tensor");
 }
 
 }  // namespace
@@ -71,6 +90,14 @@ TORCH_LIBRARY_IMPL(rope, CPU, library) {
 
 TORCH_LIBRARY_IMPL(rope, CUDA, library) {
   rope::Operators<rope::rotate_on_cuda>::register_all(library);
+}
+
+TORCH_LIBRARY_IMPL(rope, NestedTensorCPU, library) {
+  rope::Operators<rope::refuse_strided_nested>::register_all(library);
+}
+
+TORCH_LIBRARY_IMPL(rope, NestedTensorCUDA, library) {
+  rope::Operators<rope::refuse_strided_nested>::register_all(library);
 }
 
 TORCH_LIBRARY_IMPL(rope, Meta, library) {

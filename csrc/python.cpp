@@ -1,10 +1,15 @@
 // The module torch_rope._C: the operators, called through a typed handle (torch.ops would do the
 // same, but its parsing of arguments costs microseconds), and the frequencies.
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <array>
 #include <optional>
 #include <string>
+#include <string_view>
+#include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -18,18 +23,78 @@ namespace {
 
 using Operators = rope::Operators<rope::dispatch>;
 
-// Defines the four functions of a family, with the arguments of its schemas. They are called by
-// position, since keywords cost time; the names are for error messages.
+// An argument of a schema as it comes from Python.
+template <typename>
+using FromPython = py::handle;
+
+// What an argument is expected to be, for messages.
+template <typename Value>
+constexpr const char* kRule = nullptr;
+template <>
+constexpr const char* kRule<at::Tensor> = "be a tensor";
+template <>
+constexpr const char* kRule<std::optional<at::Tensor>> = "be a tensor or None";
+template <>
+constexpr const char* kRule<std::int64_t> = "be an integer";
+template <>
+constexpr const char* kRule<std::optional<std::int64_t>> = "be an integer or None";
+template <>
+constexpr const char* kRule<double> = "be a number";
+template <>
+constexpr const char* kRule<bool> = "be a bool";
+
+// What the commonest slips should have been.
+std::string hint(std::string_view argument, py::handle value) {
+  if (argument == "positions") {
+    return value.is_none() ? " (for example torch.arange(seq_len).unsqueeze(-1))"
+                           : " (torch.as_tensor(positions) makes one)";
+  }
+  if (argument == "inv_freq" && PyFloat_Check(value.ptr())) {
+    return " (the base of the frequencies is max_wavelength=)";
+  }
+  return argument == "cos" || argument == "sin"
+             ? c10::str(" (torch.as_tensor(", argument, ") makes one)")
+             : "";
+}
+
+// One argument. pybind11's own message would hold the values of all arguments, those of tensors
+// too, for which it would wait for a device.
+template <typename Value>
+Value read_argument(const std::string& function, std::string_view argument, py::handle value) {
+  constexpr bool kIsBool = std::is_same_v<Value, bool>;
+  py::detail::make_caster<Value> caster;
+  // A bool would take whatever has a truth, a tensor on a device among them.
+  const bool refused = kIsBool && (value.is_none() || THPVariable_Check(value.ptr()));
+  TORCH_CHECK_TYPE(!refused && caster.load(value, /*convert=*/true), "rope::", function,
+                   "(): expected ", argument, " to ",
+                   argument == "x" ? "be a tensor or a (q, k) tuple" : kRule<Value>, ", but got ",
+                   value.is_none() ? "None" : Py_TYPE(value.ptr())->tp_name, hint(argument, value));
+  return py::detail::cast_op<Value>(std::move(caster));
+}
+
+// Defines one operator as a function of Python, called by position, since keywords cost time.
+template <typename Result, typename... Values, std::size_t... index>
+void define(py::module_& module, const std::string& name, Result (*function)(Values...),
+            const std::array<const char*, sizeof...(Values)>& arguments,
+            std::index_sequence<index...>) {
+  const auto call = [=](FromPython<Values>... values) -> Result {
+    std::tuple<std::decay_t<Values>...> read{
+        read_argument<std::decay_t<Values>>(name, arguments[index], values)...};
+    const py::gil_scoped_release no_gil;
+    return std::apply(function, std::move(read));
+  };
+  module.def(name.c_str(), torch::wrap_pybind_function(call));
+}
+
+// Defines the four functions of a family, with the arguments of its schemas.
 template <typename Family, typename... Arguments>
 void define_family(py::module_& module, const std::string& name, const Arguments&... arguments) {
-  const auto define = [&](const std::string& suffix, auto* function, const auto&... rotated) {
-    module.def((name + suffix).c_str(), torch::wrap_pybind_function_no_gil(function), rotated...,
-               py::arg(arguments)...);
-  };
-  define("", Family::single, py::arg("x"));
-  define("_qk", Family::pair, py::arg("q"), py::arg("k"));
-  define("_", Family::single_in_place, py::arg("x"));
-  define("_qk_", Family::pair_in_place, py::arg("q"), py::arg("k"));
+  constexpr std::make_index_sequence<1 + sizeof...(Arguments)> kOfX;
+  constexpr std::make_index_sequence<2 + sizeof...(Arguments)> kOfPair;
+  define(module, name, Family::single, {"x", arguments...}, kOfX);
+  define(module, name + "_qk", Family::pair, {"q", "k", arguments...}, kOfPair);
+  define(module, name + "_", Family::single_in_place, {"x", arguments...}, kOfX);
+  define(module, name + "_qk_", Family::pair_in_place, {"q", "k", arguments...}, kOfPair);
 }
 
 // Sets a member of FrequencyOptions to what a dictionary has under its name; None is as good as
@@ -119,8 +184,8 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
                                   "rotary_dim", "rotary_offset", "max_wavelength", "scale_factor",
                                   "attention_factor", "interleaved", "conjugate");
   define_family<Operators::ApplyCosSin>(module, "apply_cos_sin", "cos", "sin", "positions",
-                                        "embedding_axis", "rotary_offset", "interleaved",
-                                        "conjugate");
+                                        "embedding_axis", "rotary_dim", "rotary_offset",
+                                        "interleaved", "conjugate", "full_width");
   module.def("frequencies", torch::wrap_pybind_function(frequencies));
   module.def("axial_frequencies", torch::wrap_pybind_function(axial_frequencies));
   module.def("mrope_frequencies", torch::wrap_pybind_function(mrope_frequencies));

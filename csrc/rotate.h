@@ -78,7 +78,8 @@ struct TableAngles {
   const void* cos;
   const void* sin;
   c10::ScalarType dtype;
-  std::int64_t cos_stride;  // from one pair to the next
+  bool full_width;          // a column for each element of the slice, instead of one for each pair
+  std::int64_t cos_stride;  // from one column to the next
   std::int64_t sin_stride;
   const void* rows;  // null, or for each token the row of the (num_rows, N) tables
   c10::ScalarType rows_dtype;

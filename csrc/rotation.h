@@ -25,16 +25,34 @@ struct Rotation {
   Real sin;
 };
 
+// What full-width tables have for a pair: a cosine and a sine for each of its elements.
+template <typename Real>
+struct FullRotation {
+  Rotation<Real> a;
+  Rotation<Real> b;
+};
+
 // a * b + c and a * b - c, rounded once. For vectors, at::vec has functions of these names.
 C10_HOST_DEVICE inline float fmadd(float a, float b, float c) { return std::fma(a, b, c); }
 C10_HOST_DEVICE inline double fmadd(double a, double b, double c) { return std::fma(a, b, c); }
 C10_HOST_DEVICE inline float fmsub(float a, float b, float c) { return std::fma(a, b, -c); }
 C10_HOST_DEVICE inline double fmsub(double a, double b, double c) { return std::fma(a, b, -c); }
 
-// (a cos t - b sin t, b cos t + a sin t)
+// (a cos_a - b sin_a, b cos_b + a sin_b)
+template <typename Real>
+C10_HOST_DEVICE inline Pair<Real> rotate(const Pair<Real>& x, const FullRotation<Real>& angle) {
+  return {fmsub(x.a, angle.a.cos, x.b * angle.a.sin), fmadd(x.b, angle.b.cos, x.a * angle.b.sin)};
+}
+
+// The same with one angle for both: (a cos t - b sin t, b cos t + a sin t)
 template <typename Real>
 C10_HOST_DEVICE inline Pair<Real> rotate(const Pair<Real>& x, const Rotation<Real>& angle) {
-  return {fmsub(x.a, angle.cos, x.b * angle.sin), fmadd(x.b, angle.cos, x.a * angle.sin)};
+  return rotate(x, FullRotation<Real>{angle, angle});
+}
+
+template <typename Real>
+C10_HOST_DEVICE inline FullRotation<Real> transpose(const FullRotation<Real>& angle) {
+  return {{angle.a.cos, -angle.b.sin}, {angle.b.cos, -angle.a.sin}};
 }
 
 // Adds the derivatives with respect to cos t and sin t, where g is the gradient of the rotated x.

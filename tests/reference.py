@@ -85,9 +85,8 @@ def apply(
         error = error + angle.abs() * ERROR_OF_FORMED_ANGLE
     cos = attention_factor * angle.cos()
     sin = attention_factor * angle.sin()
-    return _rotate(
-        x, cos, -sin if conjugate else sin, error, embedding_axis, rotary_offset, interleaved
-    )
+    tables = _Tables(cos, sin, cos, sin)
+    return _rotate(x, tables, error, embedding_axis, rotary_offset, interleaved, conjugate)
 
 
 def apply_cos_sin(
@@ -97,49 +96,63 @@ def apply_cos_sin(
     positions: Tensor | None = None,
     *,
     embedding_axis: int = -1,
+    rotary_dim: int | None = None,
     rotary_offset: int = 0,
     interleaved: bool = False,
     conjugate: bool = False,
+    full_width: bool = False,
 ) -> Expected:
     """Rotates ``x`` as ``rope::apply_cos_sin`` should."""
     cos, sin = cos.cpu().double(), sin.cpu().double()
     if positions is not None:
         rows = positions.cpu().long()
         cos, sin = cos[rows], sin[rows]
-    error = FLOAT64_ERROR_OF_TABLES if x.dtype == torch.float64 else FLOAT32_ERROR
-    return _rotate(
-        x,
-        cos,
-        -sin if conjugate else sin,
-        torch.full_like(cos, error),
-        embedding_axis,
-        rotary_offset,
-        interleaved,
+    tables = _Tables(cos, sin, cos, sin)
+    if full_width:
+        pairs = cos.shape[-1] // 2
+        first = torch.arange(pairs) * (2 if interleaved else 1)
+        second = first + (1 if interleaved else pairs)
+        tables = _Tables(cos[..., first], sin[..., first], cos[..., second], sin[..., second])
+    assert rotary_dim in (None, 2 * tables.cos_a.shape[-1])
+    error = torch.full_like(
+        tables.cos_a, FLOAT64_ERROR_OF_TABLES if x.dtype == torch.float64 else FLOAT32_ERROR
     )
+    return _rotate(x, tables, error, embedding_axis, rotary_offset, interleaved, conjugate)
+
+
+class _Tables(NamedTuple):
+    """A cosine and a sine for each of the two elements of a pair, with one column per pair."""
+
+    cos_a: Tensor
+    sin_a: Tensor
+    cos_b: Tensor
+    sin_b: Tensor
 
 
 def _rotate(
     x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    tables: _Tables,
     error: Tensor,
     embedding_axis: int,
     rotary_offset: int,
     interleaved: bool,
+    conjugate: bool,
 ) -> Expected:
-    """Rotates the pairs of ``x``; ``cos``, ``sin`` and ``error`` have one column per pair."""
-    pairs = torch.arange(cos.shape[-1])
+    """Rotates the pairs of ``x``, each by a 2 x 2 matrix, or by its transpose."""
+    cos_a, sin_a, cos_b, sin_b = tables
+    pairs = torch.arange(cos_a.shape[-1])
     first = rotary_offset + (2 * pairs if interleaved else pairs)
     second = first + (1 if interleaved else len(pairs))
 
     values = x.cpu().double().movedim(embedding_axis, -1)
     a, b = values[..., first], values[..., second]
     rotated = values.clone()
-    rotated[..., first] = a * cos - b * sin
-    rotated[..., second] = b * cos + a * sin
+    from_b, from_a = (sin_b, -sin_a) if conjugate else (-sin_a, sin_b)
+    rotated[..., first] = a * cos_a + b * from_b
+    rotated[..., second] = b * cos_b + a * from_a
 
     norms, tolerance = torch.zeros_like(values), torch.zeros_like(values)
-    for elements in (first, second):
+    for elements, cos, sin in ((first, cos_a, from_b), (second, cos_b, from_a)):
         norms[..., elements] = torch.hypot(a, b) * torch.hypot(cos, sin)
         tolerance[..., elements] = norms[..., elements] * error
     results = (rotated, tolerance, norms)

@@ -194,9 +194,9 @@ def table_applications(draw: st.DrawFn, *, expanded: bool = True) -> TableApplic
     x = draw(rotated(expanded=expanded))
     by_position = draw(st.booleans())
     tokens = draw(broadcastable(x.tokens))
-    size = [draw(st.integers(1, 9)) if by_position else 0, x.pairs]
-    if not by_position:
-        size = [*tokens, x.pairs]
+    full_width = draw(st.booleans())
+    columns = 2 * x.pairs if full_width else x.pairs
+    size = [draw(st.integers(1, 9)), columns] if by_position else [*tokens, columns]
     return TableApplication(
         x,
         draw(layouts(size, expanded=True)),
@@ -206,8 +206,10 @@ def table_applications(draw: st.DrawFn, *, expanded: bool = True) -> TableApplic
         draw(st.sampled_from(INDEX_DTYPES)),
         {
             "embedding_axis": x.embedding_axis,
+            "rotary_dim": draw(st.sampled_from((None, 2 * x.pairs))),
             "rotary_offset": x.rotary_offset,
             "interleaved": draw(st.booleans()),
             "conjugate": draw(st.booleans()),
+            "full_width": full_width,
         },
     )

@@ -112,9 +112,21 @@ def test_the_axis_of_q_and_k_can_differ_in_size(device: str) -> None:
     q = random_values((5, 4, 64), device=device)
     k = random_values((5, 4, 96), device=device, seed=1)
     positions = random_positions((5, 1), device=device)
-    check(q, k, positions)
     check(q, k, positions, rotary_dim=32)
     check(q, k, positions, random_inv_freq((20,), device=device), rotary_offset=8)
+
+
+@pytest.mark.parametrize("operator", [torch_rope.apply, torch_rope.apply_])
+@pytest.mark.parametrize("options", [{}, {"rotary_offset": 2}, {"interleaved": True}], ids=str)
+def test_slices_of_different_sizes_need_a_rotary_dim(
+    device: str, options: dict[str, Any], operator: Any
+) -> None:
+    q = random_values((5, 4, 8), device=device)
+    k = random_values((5, 4, 16), device=device, seed=1)
+    before = q.clone()
+    with pytest.raises(ValueError, match=r"expected rotary_dim to be given where q and k have"):
+        operator((q, k), random_positions((5, 1), device=device), **options)
+    assert_same_bits(q, before)
 
 
 def test_a_negative_axis_counts_from_the_end_of_each(device: str) -> None:

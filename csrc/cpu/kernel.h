@@ -15,6 +15,17 @@ inline std::int64_t padded(std::int64_t num_pairs) {
   return (num_pairs + kPadding - 1) / kPadding * kPadding;
 }
 
+// Whether a token has a cosine and a sine for each element, instead of one for each pair.
+inline bool has_full_width(const Launch& launch) {
+  return launch.uses_tables && launch.by_table.full_width;
+}
+
+// Elements of a token's row of cosines: with full width those of the first elements of all pairs,
+// then those of the second.
+inline std::int64_t angles_length(const Launch& launch) {
+  return padded(launch.num_pairs) * (has_full_width(launch) ? 2 : 1);
+}
+
 // A part of a launch: tokens [token_begin, token_end), at most Workspace's number of them, and of
 // what shares their angles the part-th of num_parts parts. The thread's next blocks follow it up to
 // thread_end; beyond it another thread may be writing.
@@ -35,7 +46,7 @@ inline constexpr std::int64_t kSharedChunk = 64;
 
 // Memory for one thread, for blocks of some number of tokens.
 struct Workspace {
-  void* cos;               // (tokens, padded(num_pairs)) of the computation type
+  void* cos;               // (tokens, angles_length) of the computation type
   void* sin;               // likewise
   double* angles;          // padded(num_pairs)
   void* frequencies;       // (num_axes, padded(num_pairs)) of inv_freq's dtype

@@ -168,7 +168,7 @@ void launch(const Launch& launch) {
   const Kernel kernel = choose_kernel(launch);
   const auto real_size = static_cast<std::int64_t>(
       launch.dtype == c10::ScalarType::Double ? sizeof(double) : sizeof(float));
-  const std::int64_t row_bytes = padded(launch.num_pairs) * real_size;
+  const std::int64_t row_bytes = angles_length(launch) * real_size;
   const Plan blocks = plan(launch, row_bytes);
   at::parallel_for(0, blocks.num_blocks, blocks.grain, [&](std::int64_t begin, std::int64_t end) {
     const Workspace workspace = thread_workspace(launch, blocks, row_bytes);

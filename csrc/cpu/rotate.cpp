@@ -439,6 +439,23 @@ struct Angles {
   }
 };
 
+// Likewise of full-width tables, whose second elements have theirs `half` behind the first.
+template <typename Vector, int size>
+struct FullAngles {
+  FullRotation<Vector> vectors[size];
+
+  template <typename Real>
+  static ROPE_INLINE FullAngles load(const Real* cos, const Real* sin, std::int64_t half) {
+    FullAngles loaded;
+    const auto a = Angles<Vector, size>::load(cos, sin);
+    const auto b = Angles<Vector, size>::load(cos + half, sin + half);
+    for (int v = 0; v < size; ++v) {
+      loaded.vectors[v] = {a.vectors[v], b.vectors[v]};
+    }
+    return loaded;
+  }
+};
+
 // What one turn of the loop over a row holds. `count` is the number of pairs from n on.
 // Scalar math: out[n], out[n + N] = rotate({in[n], in[n + N]}, {cos[n], sin[n]})
 template <typename scalar_t>
@@ -446,6 +463,7 @@ struct Halves {
   using S = Step<scalar_t, false>;
   using Vector = typename S::Vector;
   using TurnAngles = Angles<Vector, S::kVectors>;
+  using TurnFullAngles = FullAngles<Vector, S::kVectors>;
   S a;
   S b;
 
@@ -453,7 +471,8 @@ struct Halves {
                                  std::int64_t count) {
     return {S::load(in + n, count), S::load(in + num_pairs + n, count)};
   }
-  ROPE_INLINE void turn(const TurnAngles& angles) {
+  template <typename AnglesOfTurn>
+  ROPE_INLINE void turn(const AnglesOfTurn& angles) {
     for (int v = 0; v < S::kVectors; ++v) {
       const auto turned = rotate<Vector>({a.vectors[v], b.vectors[v]}, angles.vectors[v]);
       a.vectors[v] = turned.a;
@@ -473,6 +492,7 @@ struct Interleaved {
   using S = Step<scalar_t, true>;
   using Vector = typename S::Vector;
   using TurnAngles = Angles<Vector, 1>;
+  using TurnFullAngles = FullAngles<Vector, 1>;
   // Two vectors hold as many pairs as one has elements: two steps, or one of 16-bit elements.
   static constexpr int kSteps = 2 / S::kVectors;
   S steps[kSteps];
@@ -486,8 +506,9 @@ struct Interleaved {
     }
     return loaded;
   }
-  ROPE_INLINE void turn(const TurnAngles& angles) {
-    const Rotation<Vector>& angle = angles.vectors[0];
+  template <typename AnglesOfTurn>
+  ROPE_INLINE void turn(const AnglesOfTurn& angles) {
+    const auto& angle = angles.vectors[0];
     Vector& first = steps[0].vectors[0];
     Vector& second = steps[kSteps - 1].vectors[S::kVectors - 1];
     if constexpr (S::kParted) {
@@ -591,10 +612,17 @@ ROPE_LOOP void rotate_slices_of_steps(const Rows<scalar_t>& all_rows, std::int64
 }
 
 // One row of any size.
-template <typename scalar_t, bool interleaved, typename Real>
+template <typename scalar_t, bool interleaved, bool full_width, typename Real>
 ROPE_INLINE void rotate_slice(const scalar_t* in, scalar_t* out, const Real* cos, const Real* sin,
                               std::int64_t num_pairs, bool may_stream) {
   using Turn = rope::cpu::Turn<scalar_t, interleaved>;
+  const auto load_angles = [&](std::int64_t place) __attribute__((always_inline)) {
+    if constexpr (full_width) {
+      return Turn::TurnFullAngles::load(cos + place, sin + place, padded(num_pairs));
+    } else {
+      return Turn::TurnAngles::load(cos + place, sin + place);
+    }
+  };
   constexpr std::int64_t kPairs = kPairsPerStep<scalar_t, interleaved>;
   const std::int64_t whole = num_pairs / kPairs * kPairs;
   const bool is_short = 0 < num_pairs && num_pairs < kPairs;
@@ -607,23 +635,23 @@ ROPE_INLINE void rotate_slice(const scalar_t* in, scalar_t* out, const Real* cos
   }
   for (std::int64_t n = 0; n < whole; n += kPairs) {
     Turn turn = Turn::load(in, n, num_pairs, kPairs);
-    turn.turn(Turn::TurnAngles::load(cos + n, sin + n));
+    turn.turn(load_angles(n));
     turn.store(out, n, num_pairs, kPairs, streams);
   }
   if (overlaps || is_short) {
-    last_turn.turn(Turn::TurnAngles::load(cos + whole, sin + whole));
+    last_turn.turn(load_angles(whole));
     last_turn.store(out, last, num_pairs, is_short ? num_pairs : kPairs, /*streams=*/false);
   }
 }
 
-template <typename scalar_t, bool interleaved, bool copies>
+template <typename scalar_t, bool interleaved, bool full_width, bool copies>
 ROPE_LOOP void rotate_slices_of_any_size(const Rows<scalar_t>& rows, std::int64_t num_pairs,
                                          bool may_stream) {
   rows.for_each([&](const Row<scalar_t>& row, std::int64_t token) __attribute__((always_inline)) {
     const std::int64_t place = token * rows.angles_stride;
     begin_row<copies>(rows, row, 2 * num_pairs, rows.ahead_of(token), may_stream);
-    rotate_slice<scalar_t, interleaved>(row.in, row.out, rows.cos + place, rows.sin + place,
-                                        num_pairs, may_stream);
+    rotate_slice<scalar_t, interleaved, full_width>(row.in, row.out, rows.cos + place,
+                                                    rows.sin + place, num_pairs, may_stream);
   });
 }
 
@@ -652,7 +680,7 @@ ROPE_INLINE void rotate_slices(const Rows<scalar_t>& rows, std::int64_t num_pair
     }
     rotate_slices<scalar_t, interleaved, copies, count + 1>(rows, num_pairs, may_stream);
   } else {
-    rotate_slices_of_any_size<scalar_t, interleaved, copies>(rows, num_pairs, may_stream);
+    rotate_slices_of_any_size<scalar_t, interleaved, false, copies>(rows, num_pairs, may_stream);
   }
 }
 
@@ -777,6 +805,21 @@ ROPE_INLINE void rotations_of_table(const Launch& launch, const std::int64_t* of
                                     Real* __restrict cos, Real* __restrict sin) {
   const TableAngles table = launch.by_table;
   const auto row = find_table_row<Table>(table, offsets[kAngle], offsets[kSin]);
+  if (table.full_width) {
+    const std::int64_t half = padded(launch.num_pairs);
+    for_each_place<scalar_t, interleaved>(
+        launch.num_pairs, [&](std::int64_t place, std::int64_t n) __attribute__((always_inline)) {
+          const auto loaded = load_full_rotation<Real>(launch, row, n);
+          const auto angle = launch.conjugate ? transpose(loaded) : loaded;
+          const Rotation<Real> a = quiet(angle.a);
+          const Rotation<Real> b = quiet(angle.b);
+          cos[place] = a.cos;
+          sin[place] = a.sin;
+          cos[half + place] = b.cos;
+          sin[half + place] = b.sin;
+        });
+    return;
+  }
   for_each_place<scalar_t, interleaved>(
       launch.num_pairs, [&](std::int64_t place, std::int64_t n) __attribute__((always_inline)) {
         const auto angle =
@@ -813,7 +856,7 @@ ROPE_INLINE void rotations_of_token(const Launch& launch, const Workspace& works
 // Rows
 
 // Rows whose elements have gaps between them: the slice is rotated in a contiguous copy.
-template <typename scalar_t, bool interleaved>
+template <typename scalar_t, bool interleaved, bool full_width>
 ROPE_LOOP void rotate_rows_with_gaps(const Launch& launch, const Operand& operand,
                                      const Workspace& workspace, const Rows<scalar_t>& rows) {
   auto* slice = static_cast<scalar_t*>(workspace.row);
@@ -829,8 +872,9 @@ ROPE_LOOP void rotate_rows_with_gaps(const Launch& launch, const Operand& operan
       }
     }
     const std::int64_t place = token * rows.angles_stride;
-    rotate_slice<scalar_t, interleaved>(slice, slice, rows.cos + place, rows.sin + place,
-                                        launch.num_pairs, /*may_stream=*/false);
+    rotate_slice<scalar_t, interleaved, full_width>(slice, slice, rows.cos + place,
+                                                    rows.sin + place, launch.num_pairs,
+                                                    /*may_stream=*/false);
     for (std::int64_t d = begin; d < end; ++d) {
       row.out[d * operand.out_axis_stride] = slice[d - begin];
     }
@@ -841,15 +885,26 @@ ROPE_LOOP void rotate_rows_with_gaps(const Launch& launch, const Operand& operan
 template <typename scalar_t, bool interleaved>
 ROPE_INLINE void rotate_rows(const Launch& launch, const Operand& operand,
                              const Workspace& workspace, Rows<scalar_t> rows) {
+  const bool full_width = has_full_width(launch);
   if (operand.in_axis_stride != 1 || operand.out_axis_stride != 1) {
-    rotate_rows_with_gaps<scalar_t, interleaved>(launch, operand, workspace, rows);
+    full_width
+        ? rotate_rows_with_gaps<scalar_t, interleaved, true>(launch, operand, workspace, rows)
+        : rotate_rows_with_gaps<scalar_t, interleaved, false>(launch, operand, workspace, rows);
     return;
   }
   rows.first.in += launch.rotary_offset;
   rows.first.out += launch.rotary_offset;
   rows.before = launch.rotary_offset;
   rows.behind = operand.axis_size - launch.rotary_offset - 2 * launch.num_pairs;
-  if (operand.in != operand.out && rows.before + rows.behind > 0) {
+  const bool copies = operand.in != operand.out && rows.before + rows.behind > 0;
+  if (full_width) {
+    copies ? rotate_slices_of_any_size<scalar_t, interleaved, true, true>(rows, launch.num_pairs,
+                                                                          workspace.may_stream)
+           : rotate_slices_of_any_size<scalar_t, interleaved, true, false>(rows, launch.num_pairs,
+                                                                           workspace.may_stream);
+    return;
+  }
+  if (copies) {
     rotate_slices<scalar_t, interleaved, true>(rows, launch.num_pairs, workspace.may_stream);
   } else {
     rotate_slices<scalar_t, interleaved, false>(rows, launch.num_pairs, workspace.may_stream);
@@ -897,7 +952,7 @@ ROPE_INLINE void rotate_operand(const Launch& launch, int index, const Workspace
          num_chunk,
          static_cast<const Real*>(workspace.cos),
          static_cast<const Real*>(workspace.sin),
-         padded(launch.num_pairs),
+         angles_length(launch),
          block.thread_end - block.token_begin,
          read_ahead,
          1 + read_ahead / (token_bytes + 1)});
@@ -915,7 +970,7 @@ ROPE_INLINE void rotate_block(const Launch& launch, const Workspace& workspace,
       load_frequencies<scalar_t, interleaved, double>(launch, workspace);
     }
   }
-  const std::int64_t length = padded(launch.num_pairs);
+  const std::int64_t length = angles_length(launch);
   for (std::int64_t token = block.token_begin; token < block.token_end; ++token) {
     const std::int64_t row = token - block.token_begin;
     std::int64_t offsets[kTokenArrays];

@@ -33,7 +33,7 @@ struct ApplyOptions {
   // The dimension of x that is rotated; negative counts from the end.
   std::int64_t embedding_axis = -1;
   // The number of elements that are rotated, even; by default 2 N of inv_freq, or all from
-  // rotary_offset on.
+  // rotary_offset on. 0 rotates nothing.
   std::optional<std::int64_t> rotary_dim = std::nullopt;
   // The first element that is rotated; elements outside come out unchanged.
   std::int64_t rotary_offset = 0;
@@ -41,7 +41,7 @@ struct ApplyOptions {
   double max_wavelength = 10000.0;
   // Divides the angle (linear position interpolation), positive. Not together with inv_freq.
   double scale_factor = 1.0;
-  // Multiplies the rotated elements (YaRN's attention scaling).
+  // Multiplies the rotated elements (YaRN's attention scaling); finite.
   double attention_factor = 1.0;
   // Pairs are (2n, 2n + 1) instead of (n, n + N).
   bool interleaved = false;
@@ -55,9 +55,17 @@ struct CosSinOptions {
   // themselves.
   std::optional<at::Tensor> positions = std::nullopt;
   std::int64_t embedding_axis = -1;
+  // The number of elements that are rotated follows from the tables' width; where given, it must be
+  // that.
+  std::optional<std::int64_t> rotary_dim = std::nullopt;
   std::int64_t rotary_offset = 0;
   bool interleaved = false;
   bool conjugate = false;
+  // The tables have a column for each element of the rotated slice, in the slice's own order (2 N),
+  // as those of Hugging Face and diffusers have: element a of a pair becomes a cos_a - b sin_a, and
+  // b becomes b cos_b + a sin_b; with conjugate the transpose, a cos_a + b sin_b and b cos_b - a
+  // sin_a.
+  bool full_width = false;
 };
 
 // Rotates pairs of elements of x, of any shape, strides and floating-point dtype. positions (int32,
@@ -82,7 +90,7 @@ ROPE_API std::tuple<at::Tensor, at::Tensor> apply_qk_(const at::Tensor& q, const
 
 // The same with the caller's tables of any floating-point dtype: cos and sin of shape (..., N),
 // where (...) broadcasts with the shape of x without the embedding axis; or, with positions, of
-// shape (P, N).
+// shape (P, N). With full_width they have 2 N columns.
 ROPE_API at::Tensor apply_cos_sin(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
                                   const CosSinOptions& options = {});
 ROPE_API std::tuple<at::Tensor, at::Tensor> apply_cos_sin_qk(const at::Tensor& q,

@@ -70,9 +70,11 @@ def apply_cos_sin(
     sin: Tensor,
     positions: Tensor | None,
     embedding_axis: int,
+    rotary_dim: int | None,
     rotary_offset: int,
     interleaved: bool,
     conjugate: bool,
+    full_width: bool,
     /,
 ) -> Tensor: ...
 def apply_cos_sin_qk(
@@ -82,9 +84,11 @@ def apply_cos_sin_qk(
     sin: Tensor,
     positions: Tensor | None,
     embedding_axis: int,
+    rotary_dim: int | None,
     rotary_offset: int,
     interleaved: bool,
     conjugate: bool,
+    full_width: bool,
     /,
 ) -> tuple[Tensor, Tensor]: ...
 def apply_cos_sin_(
@@ -93,9 +97,11 @@ def apply_cos_sin_(
     sin: Tensor,
     positions: Tensor | None,
     embedding_axis: int,
+    rotary_dim: int | None,
     rotary_offset: int,
     interleaved: bool,
     conjugate: bool,
+    full_width: bool,
     /,
 ) -> None: ...
 def apply_cos_sin_qk_(
@@ -105,9 +111,11 @@ def apply_cos_sin_qk_(
     sin: Tensor,
     positions: Tensor | None,
     embedding_axis: int,
+    rotary_dim: int | None,
     rotary_offset: int,
     interleaved: bool,
     conjugate: bool,
+    full_width: bool,
     /,
 ) -> None: ...
 def frequencies(

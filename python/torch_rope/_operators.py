@@ -1,6 +1,7 @@
 """The public functions: the operators of ``torch.ops.rope``, for a tensor or a ``(q, k)`` tuple."""
 
-from typing import TypeVar
+from collections.abc import Sized
+from typing import TYPE_CHECKING, TypedDict, TypeVar, overload
 
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -9,12 +10,56 @@ from torch.overrides import has_torch_function
 
 from torch_rope import _C
 from torch_rope import _visible as visible
+from torch_rope._arguments import message
 
-Rotated = TypeVar("Rotated", Tensor, tuple[Tensor, Tensor])
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Pair = tuple[Tensor, Tensor] | list[Tensor]
+Rotated = TypeVar("Rotated", Tensor, tuple[Tensor, Tensor], list[Tensor])
+
+
+class ApplyOptions(TypedDict, total=False):
+    """The options of :func:`apply`, for type checkers."""
+
+    embedding_axis: int
+    rotary_dim: int | None
+    rotary_offset: int
+    max_wavelength: float
+    scale_factor: float
+    attention_factor: float
+    interleaved: bool
+    conjugate: bool
+
+
+class CosSinOptions(TypedDict, total=False):
+    """The options of :func:`apply_cos_sin`, for type checkers."""
+
+    embedding_axis: int
+    rotary_dim: int | None
+    rotary_offset: int
+    interleaved: bool
+    conjugate: bool
+    full_width: bool
+
+
+@overload
+def apply(
+    x: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor | None = None,
+    **options: "Unpack[ApplyOptions]",
+) -> Tensor: ...
+
+
+@overload
+def apply(
+    x: Pair, positions: Tensor, inv_freq: Tensor | None = None, **options: "Unpack[ApplyOptions]"
+) -> tuple[Tensor, Tensor]: ...
 
 
 def apply(
-    x: Rotated,
+    x: Tensor | Pair,
     positions: Tensor,
     inv_freq: Tensor | None = None,
     *,
@@ -26,7 +71,7 @@ def apply(
     attention_factor: float = 1.0,
     interleaved: bool = False,
     conjugate: bool = False,
-) -> Rotated:
+) -> Tensor | tuple[Tensor, Tensor]:
     r"""Rotates pairs of elements of ``x`` by angles that grow with ``positions``.
 
     With ``N = rotary_dim / 2``, pair ``n`` of the rotated slice is ``(n, n + N)``, or
@@ -48,22 +93,28 @@ def apply(
 
     Args:
         x: Tensor of float64, float32, float16 or bfloat16, with any shape of at least one dimension
-            and any strides; or a ``(q, k)`` tuple of them, which are rotated by the same angles in
-            one launch and may differ in shape, strides and dtype.
+            and any strides; or a ``(q, k)`` tuple of them (a list works like a tuple), which are
+            rotated by the same angles in one launch and may differ in shape, strides and dtype.
+            Where neither ``rotary_dim`` nor ``inv_freq`` is given, their rotated slices must be of
+            one size.
         positions: Token positions, int32, int64, float32 or float64, of any value, on the device of
             ``x``, broadcastable with the shape of ``x`` without ``embedding_axis``: ``(S, 1)`` or
             ``(B, S, 1)`` for ``x`` of shape ``(B, S, H, D)``, ``(S,)`` for ``(B, H, S, D)``. With
-            ``inv_freq`` of shape ``(A, N)``, one more dimension of size ``A`` comes first.
+            ``inv_freq`` of shape ``(A, N)``, one more dimension of size ``A`` comes first. The
+            layout is never guessed: ``(S,)`` for ``(B, S, H, D)`` is an error, but where there are
+            as many heads as tokens it broadcasts, and rotates by head.
         inv_freq: Radians per unit of position, float32 or float64, of shape ``(N,)`` or ``(A, N)``.
+            These are frequencies and not angles: who has angles of shape ``(S, N)`` gives their
+            cosines and sines to :func:`apply_cos_sin`.
         embedding_axis: The dimension of ``x`` that is rotated; negative counts from the end.
         rotary_dim: How many elements are rotated, even; by default ``2 * N`` of ``inv_freq``, or
-            all from ``rotary_offset`` on. Elements outside are copied unchanged.
+            all from ``rotary_offset`` on. Elements outside are copied unchanged; with 0 all are.
         rotary_offset: The first element that is rotated, at least 0.
         max_wavelength: The base of the frequencies, positive (``rope_theta`` of Hugging Face's
             configurations). Not together with ``inv_freq``.
         scale_factor: Divides the angle, positive (linear position interpolation). Not together with
             ``inv_freq``.
-        attention_factor: Multiplies the rotated elements (the attention scaling of YaRN).
+        attention_factor: Multiplies the rotated elements, finite (the attention scaling of YaRN).
         interleaved: Whether pairs are adjacent elements (GPT-J) instead of the two halves
             (GPT-NeoX, Llama).
         conjugate: Whether to turn by the negative angle: the transpose, and the inverse where
@@ -75,7 +126,7 @@ def apply(
     Raises:
         ValueError: If sizes or values do not fit, such as positions that do not broadcast with
             ``x``.
-        TypeError: If a dtype or a device does not fit.
+        TypeError: If a dtype, a device or the type of an argument does not fit.
         IndexError: If ``embedding_axis`` is out of range.
         NotImplementedError: If this build has no kernel for the device.
 
@@ -87,11 +138,13 @@ def apply(
         >>> torch.allclose(torch_rope.apply(q_rotated, positions, conjugate=True), q, atol=1e-5)
         True
     """
-    is_pair = not isinstance(x, Tensor)
+    is_pair = isinstance(x, (tuple, list))
+    if is_pair and len(x) != 2:
+        raise _wrong_length("apply", x)
     tensors = (*x, positions, inv_freq) if is_pair else (x, positions, inv_freq)
     operators = visible if is_compiling() or has_torch_function(tensors) else _C
     rotate = operators.apply_qk if is_pair else operators.apply
-    rotated: Rotated = rotate(
+    rotated: Tensor | tuple[Tensor, Tensor] = rotate(
         *tensors,
         embedding_axis,
         rotary_dim,
@@ -153,7 +206,9 @@ def apply_(
         >>> torch.equal(qkv[:, 0], expected)
         True
     """
-    is_pair = not isinstance(x, Tensor)
+    is_pair = isinstance(x, (tuple, list))
+    if is_pair and len(x) != 2:
+        raise _wrong_length("apply_", x)
     tensors = (*x, positions, inv_freq) if is_pair else (x, positions, inv_freq)
     operators = visible if is_compiling() or has_torch_function(tensors) else _C
     rotate = operators.apply_qk_ if is_pair else operators.apply_
@@ -171,44 +226,76 @@ def apply_(
     return x
 
 
+@overload
 def apply_cos_sin(
-    x: Rotated,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    **options: "Unpack[CosSinOptions]",
+) -> Tensor: ...
+
+
+@overload
+def apply_cos_sin(
+    x: Pair,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    **options: "Unpack[CosSinOptions]",
+) -> tuple[Tensor, Tensor]: ...
+
+
+def apply_cos_sin(
+    x: Tensor | Pair,
     cos: Tensor,
     sin: Tensor,
     positions: Tensor | None = None,
     *,
     embedding_axis: int = -1,
+    rotary_dim: int | None = None,
     rotary_offset: int = 0,
     interleaved: bool = False,
     conjugate: bool = False,
-) -> Rotated:
+    full_width: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Rotates pairs of elements of ``x`` by the caller's tables of cosines and sines.
 
     A pair ``(a, b)`` becomes ``(a cos - b sin, b cos + a sin)``. The tables are used as they are,
     converted to the type of the computation: float32, or float64 for float64 ``x``.
 
+    With ``full_width`` the tables have a column for each element of the rotated slice instead of
+    one for each pair, in the slice's own order, as those of Hugging Face's models and of diffusers
+    have. A pair becomes ``(a cos_a - b sin_a, b cos_b + a sin_b)``.
+
     Args:
         x: As for :func:`apply`: a tensor, or a ``(q, k)`` tuple.
         cos: Table of float64, float32, float16 or bfloat16, with any strides. Without ``positions``
             its shape is ``(..., N)`` with one column for each pair, where ``(...)`` broadcasts with
-            the shape of ``x`` without ``embedding_axis``; with ``positions`` it is ``(P, N)``.
-            Tables that hold each value twice, as Hugging Face's do, are given as ``cos[..., :N]``.
+            the shape of ``x`` without ``embedding_axis``; with ``positions`` it is ``(P, N)``. With
+            ``full_width`` there are ``2 * N`` columns. Of a complex table (``freqs_cis``) this is
+            the real part and ``sin`` the imaginary one, for ``interleaved`` pairs.
         sin: Table of the shape, dtype and device of ``cos``.
         positions: Rows of the tables, int32 or int64 in ``[0, P)``, broadcastable with the shape of
             ``x`` without ``embedding_axis``.
         embedding_axis: The dimension of ``x`` that is rotated; negative counts from the end.
+        rotary_dim: How many elements are rotated. It follows from the width of the tables, which is
+            never guessed: where given, it must be ``2 * N``. Give it where the tables' width may
+            not be what you expect, as for models that rotate a part of each head.
         rotary_offset: The first of the ``2 * N`` elements that are rotated, at least 0. Elements
             outside are copied unchanged.
         interleaved: Whether pairs are adjacent elements (GPT-J) instead of the two halves
             (GPT-NeoX, Llama).
-        conjugate: Whether to turn by the negative angle.
+        conjugate: Whether to turn by the negative angle: the transpose, with ``full_width``
+            ``(a cos_a + b sin_b, b cos_b - a sin_a)``.
+        full_width: Whether the tables have a column for each element instead of one for each pair.
 
     Returns:
         A tensor with the shape, dtype and strides of ``torch.empty_like(x)``; of a tuple, a tuple.
 
     Raises:
         ValueError: If sizes or values do not fit.
-        TypeError: If a dtype or a device does not fit.
+        TypeError: If a dtype, a device or the type of an argument does not fit.
         IndexError: If ``embedding_axis`` is out of range, or on CPU an element of ``positions``. On
             CUDA the latter is a device-side assertion.
         NotImplementedError: If this build has no kernel for the device.
@@ -221,12 +308,20 @@ def apply_cos_sin(
         >>> y = torch_rope.apply_cos_sin(x, angles.cos(), angles.sin(), positions)
         >>> torch.allclose(y, torch_rope.apply(x, positions), atol=1e-5)
         True
+        >>> angles = torch.cat((angles, angles), dim=-1)  # as Hugging Face's models have them
+        >>> cos, sin = angles.cos()[:5, None], angles.sin()[:5, None]
+        >>> torch.equal(torch_rope.apply_cos_sin(x, cos, sin, full_width=True), y)
+        True
     """
-    is_pair = not isinstance(x, Tensor)
+    is_pair = isinstance(x, (tuple, list))
+    if is_pair and len(x) != 2:
+        raise _wrong_length("apply_cos_sin", x)
     tensors = (*x, cos, sin, positions) if is_pair else (x, cos, sin, positions)
     operators = visible if is_compiling() or has_torch_function(tensors) else _C
     rotate = operators.apply_cos_sin_qk if is_pair else operators.apply_cos_sin
-    rotated: Rotated = rotate(*tensors, embedding_axis, rotary_offset, interleaved, conjugate)
+    rotated: Tensor | tuple[Tensor, Tensor] = rotate(
+        *tensors, embedding_axis, rotary_dim, rotary_offset, interleaved, conjugate, full_width
+    )
     return rotated
 
 
@@ -237,9 +332,11 @@ def apply_cos_sin_(
     positions: Tensor | None = None,
     *,
     embedding_axis: int = -1,
+    rotary_dim: int | None = None,
     rotary_offset: int = 0,
     interleaved: bool = False,
     conjugate: bool = False,
+    full_width: bool = False,
 ) -> Rotated:
     """Does what :func:`apply_cos_sin` does, in place.
 
@@ -249,9 +346,11 @@ def apply_cos_sin_(
         sin: As for :func:`apply_cos_sin`.
         positions: As for :func:`apply_cos_sin`; where one is out of range, ``x`` is left as it was.
         embedding_axis: As for :func:`apply_cos_sin`.
+        rotary_dim: As for :func:`apply_cos_sin`.
         rotary_offset: As for :func:`apply_cos_sin`.
         interleaved: As for :func:`apply_cos_sin`.
         conjugate: As for :func:`apply_cos_sin`.
+        full_width: As for :func:`apply_cos_sin`.
 
     Returns:
         What it was given, rotated.
@@ -269,12 +368,21 @@ def apply_cos_sin_(
         >>> torch_rope.apply_cos_sin_(x, torch.tensor([0.0]), torch.tensor([1.0]))
         tensor([0., 1.])
     """
-    is_pair = not isinstance(x, Tensor)
+    is_pair = isinstance(x, (tuple, list))
+    if is_pair and len(x) != 2:
+        raise _wrong_length("apply_cos_sin_", x)
     tensors = (*x, cos, sin, positions) if is_pair else (x, cos, sin, positions)
     operators = visible if is_compiling() or has_torch_function(tensors) else _C
     rotate = operators.apply_cos_sin_qk_ if is_pair else operators.apply_cos_sin_
-    rotate(*tensors, embedding_axis, rotary_offset, interleaved, conjugate)
+    rotate(*tensors, embedding_axis, rotary_dim, rotary_offset, interleaved, conjugate, full_width)
     return x
+
+
+def _wrong_length(function: str, x: Sized) -> TypeError:
+    kind = f"a {type(x).__name__} of {len(x)}"
+    return TypeError(
+        message(f"rope::{function}", "x", "be a tensor or a (q, k) tuple of two tensors", kind)
+    )
 
 
 # torch.jit.script compiles a call of these functions, with one tensor, to the operator itself.
