@@ -216,7 +216,7 @@ void check_positions_dtype(const Call& call) {
   TORCH_CHECK_TYPE(
       dtype == at::kInt || dtype == at::kLong || dtype == at::kFloat || dtype == at::kDouble,
       expected(call, "positions"), "be int32, int64, float32 or float64", reason, ", but got ",
-      name_of(dtype));
+      name_of(dtype), one_tuple_hint(call));
 }
 
 void check_inv_freq(const Call& call) {

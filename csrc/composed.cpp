@@ -103,8 +103,13 @@ Pair<at::Tensor> pairs(const ApplyOptions& options, const c10::SymInt& rotary_di
 }
 
 at::Tensor slice_of(const Pair<at::Tensor>& pairs, bool interleaved) {
-  return interleaved ? at::stack({pairs.a, pairs.b}, -1).flatten(-2)
-                     : at::cat({pairs.a, pairs.b}, -1);
+  if (!interleaved) {
+    return at::cat({pairs.a, pairs.b}, -1);
+  }
+  // Not flatten, which the older vmap does not know.
+  c10::SymDimVector sizes(pairs.a.sym_sizes().begin(), pairs.a.sym_sizes().end());
+  sizes.back() = sizes.back() * 2;
+  return at::stack({pairs.a, pairs.b}, -1).reshape_symint(sizes);
 }
 
 Outputs rotate_composed(const Call& call) {

@@ -96,6 +96,6 @@ TORCH_LIBRARY(rope, library) {
   const std::string sums =
       "SymInt[] sizes, int embedding_axis, int rotary_offset, bool interleaved, bool conjugate";
   define(library, "_angle_gradient(Tensor grad, Tensor y, " + sums + ") -> Tensor");
-  define(library, "_cos_sin_gradient(Tensor grad, Tensor x, " + sums + ", bool full_width)" +
+  define(library, "_cos_sin_gradient(Tensor grad, Tensor x, " + sums + ", bool full_width=False)" +
                       " -> (Tensor, Tensor)");
 }

@@ -133,7 +133,7 @@ CASES: dict[str, Case] = {
         ),
     ),
     "pair": Case(
-        lambda apply, _, q, k, p: apply((q, k), p, interleaved=True),
+        lambda apply, _, q, k, p: apply((q, k), p, rotary_dim=2, interleaved=True),
         lambda device: (
             doubles(2, 1, 4, device=device),
             doubles(2, 2, 2, device=device, seed=1),
@@ -166,6 +166,28 @@ CASES: dict[str, Case] = {
             doubles(2, device=device, seed=1),
             doubles(2, device=device, seed=2),
         ),
+    ),
+    "full-width tables": Case(
+        lambda _, apply_cos_sin, x, c, s: apply_cos_sin(
+            x, c, s, rotary_offset=1, conjugate=True, full_width=True
+        ),
+        lambda device: (
+            doubles(2, 5, device=device),
+            doubles(2, 4, device=device, seed=1),
+            doubles(2, 4, device=device, seed=2),
+        ),
+    ),
+    "full-width rows": Case(
+        lambda _, apply_cos_sin, q, k, c, s: apply_cos_sin(
+            (q, k), c, s, _rows(2, 0, device=q.device), interleaved=True, full_width=True
+        ),
+        lambda device: (
+            doubles(2, 2, device=device),
+            doubles(2, 3, device=device, seed=1),
+            doubles(3, 2, device=device, seed=2),
+            doubles(3, 2, device=device, seed=3),
+        ),
+        num_rotated=2,
     ),
     "rows": Case(
         lambda _, apply_cos_sin, x, c, s: apply_cos_sin(

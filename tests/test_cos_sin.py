@@ -196,3 +196,122 @@ def test_a_nan_of_any_payload_in_a_table_stays_a_nan(device: str, dtype: torch.d
     assert torch_rope.apply_cos_sin(x, table, table).isnan().all()
     position = torch.full((), -1, dtype=torch.int64, device=device).view(torch.float64)
     assert torch_rope.apply(x, position).isnan().all()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("conjugate", [False, True])
+@pytest.mark.parametrize("by_position", [False, True])
+@pytest.mark.parametrize("tables_dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_full_width_tables_have_an_angle_for_each_element(
+    device: str,
+    dtype: torch.dtype,
+    tables_dtype: torch.dtype,
+    by_position: bool,
+    conjugate: bool,
+    interleaved: bool,
+) -> None:
+    options = {"interleaved": interleaved, "conjugate": conjugate, "full_width": True}
+    for pairs in (33, 64, 3):
+        x = random_values((2, 13, 3, 2 * pairs + 5), dtype, device)
+        cos, sin = tables((13, 2 * pairs), tables_dtype, device)
+        if by_position:
+            rows = torch.arange(12, -1, -1, device=device)[:, None]
+            check(x, cos, sin, rows, rotary_offset=2, rotary_dim=2 * pairs, **options)
+        else:
+            check(x, cos[:, None], sin[:, None], rotary_offset=2, **options)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("pairs", [1, 3, 8, 20, 40, 64])
+def test_full_width_tables_with_equal_angles_give_the_bits_of_half_width_ones(
+    device: str, pairs: int, dtype: torch.dtype, interleaved: bool
+) -> None:
+    x = random_values((2, 7, 3, 2 * pairs), dtype, device)
+    cos, sin = tables((7, 1, pairs), dtype, device)
+    options = {"interleaved": interleaved}
+
+    def full(table: Tensor) -> Tensor:
+        return table.repeat_interleave(2, -1) if interleaved else torch.cat((table, table), -1)
+
+    expected = torch_rope.apply_cos_sin(x, cos, sin, **options)
+    actual = torch_rope.apply_cos_sin(x, full(cos), full(sin), full_width=True, **options)
+    if device == "cpu":  # On CUDA the decomposition rounds otherwise.
+        assert_same_bits(actual, expected)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("conjugate", [False, True])
+def test_full_width_gives_the_same_bits_for_every_layout_and_form(
+    device: str, conjugate: bool, interleaved: bool
+) -> None:
+    options = {"interleaved": interleaved, "conjugate": conjugate, "full_width": True}
+    q = random_values((2, 4, 9, 40), torch.bfloat16, device)
+    k = random_values((2, 4, 9, 48), torch.float32, device, seed=5)
+    cos, sin = tables((9, 40), device=device)
+    expected = [torch_rope.apply_cos_sin(x, cos, sin, **options) for x in (q, k)]
+    pairs = [
+        torch_rope.apply_cos_sin((q, k), cos, sin, **options),
+        torch_rope.apply_cos_sin_((q.clone(), k.clone()), cos, sin, **options),
+        torch_rope.apply_cos_sin(
+            (q.transpose(0, 3).contiguous().transpose(0, 3), k), cos, sin, **options
+        ),
+        torch_rope.apply_cos_sin(
+            (q, k),
+            *(t.t().contiguous().t() for t in (cos, sin)),
+            torch.arange(9, device=device),
+            **options,
+        ),
+    ]
+    for pair in pairs:
+        for actual, one in zip(pair, expected, strict=True):
+            assert_same_bits(actual, one)
+    for token in (0, 8):
+        alone = torch_rope.apply_cos_sin(q[:, :, token], cos[token], sin[token], **options)
+        assert_same_bits(alone, expected[0][:, :, token])
+
+
+def test_conjugate_is_the_transpose_for_full_width_tables(device: str) -> None:
+    x, y = (random_values((9, 16), torch.float64, device, seed=seed) for seed in (0, 3))
+    cos, sin = tables((9, 12), torch.float64, device)
+    options = {"full_width": True, "rotary_offset": 3}
+    forward = torch_rope.apply_cos_sin(x, cos, sin, **options)
+    backward = torch_rope.apply_cos_sin(y, cos, sin, conjugate=True, **options)
+    torch.testing.assert_close((forward * y).sum(), (x * backward).sum())
+
+
+def test_full_width_is_what_hugging_face_models_compute(device: str) -> None:
+    x = random_values((2, 4, 9, 16), torch.float64, device)
+    cos, sin = tables((9, 16), torch.float64, device)  # whose halves differ
+    rotated_half = torch.cat((-x[..., 8:], x[..., :8]), dim=-1)
+    actual = torch_rope.apply_cos_sin(x, cos, sin, full_width=True)
+    torch.testing.assert_close(actual, x * cos + rotated_half * sin)
+
+
+@pytest.mark.parametrize("full_width", [False, True])
+def test_rotary_dim_is_what_follows_from_the_width(device: str, full_width: bool) -> None:
+    x = random_values((9, 40), device=device)
+    cos, sin = tables((9, 16), device=device)
+    width = 16 if full_width else 32
+    check(x, cos, sin, rotary_dim=width, full_width=full_width)
+    empty = tables((9, 0), device=device)
+    assert_same_bits(torch_rope.apply_cos_sin(x, *empty, rotary_dim=0, full_width=full_width), x)
+
+
+def test_a_row_out_of_range_of_full_width_tables_leaves_x_as_it_was() -> None:
+    x = random_values((3, 16))
+    before = x.clone()
+    with pytest.raises(IndexError, match="expected positions to"):
+        torch_rope.apply_cos_sin_(x, *tables((10, 16)), torch.tensor([0, 9, 10]), full_width=True)
+    assert_same_bits(x, before)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_a_nan_of_any_payload_in_a_full_width_table_stays_a_nan(
+    device: str, dtype: torch.dtype
+) -> None:
+    table = torch.full((64,), 0x7FFFFFFF, dtype=torch.int32, device=device).view(torch.float32)
+    x = torch.ones(3, 64, dtype=dtype, device=device)
+    assert torch_rope.apply_cos_sin(x, table, table, full_width=True).isnan().all()

@@ -1,10 +1,12 @@
 """Every refusal: its type, and a message that names the operator, argument, rule and value."""
 
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch_rope
@@ -245,6 +247,16 @@ OF_APPLY = [
         for name in ("max_wavelength", "scale_factor")
         for value in (0.0, -1.0, float("inf"), float("nan"))
     ),
+    *(
+        Refusal(
+            f"attention_factor is {value}",
+            ValueError,
+            "attention_factor",
+            {"attention_factor": value},
+            rule="be finite",
+        )
+        for value in (float("inf"), -float("inf"), float("nan"))
+    ),
 ]
 
 OF_APPLY_COS_SIN = [
@@ -307,6 +319,61 @@ OF_APPLY_COS_SIN = [
         ValueError,
         "(cos|sin|rotary_offset)",
         {"rotary_offset": 1},
+    ),
+    Refusal(
+        "full-width tables are too wide",
+        ValueError,
+        "cos",
+        {"cos": floats(9, 10), "sin": floats(9, 10), "full_width": True},
+        rule="have at most 8 columns.*",
+        value="10",
+    ),
+    Refusal(
+        "full-width tables have an odd number of columns",
+        ValueError,
+        "cos",
+        {"cos": floats(9, 7), "sin": floats(9, 7), "full_width": True},
+        rule="have an even number of columns.*",
+        value="7",
+    ),
+    *(
+        Refusal(
+            f"rotary_dim is {dim} for {columns} columns, {full_width=}",
+            ValueError,
+            "rotary_dim",
+            {
+                "cos": floats(9, columns),
+                "sin": floats(9, columns),
+                "full_width": full_width,
+                "rotary_dim": dim,
+            },
+            rule=f"be {columns if full_width else 2 * columns}, .*",
+            value=f"{dim}",
+        )
+        for columns, dim, full_width in (
+            (4, 6, False),
+            (4, 7, False),
+            (4, 0, False),
+            (4, -8, False),
+            (0, 2, False),
+            (4, 2**63 - 1, False),
+            (8, 16, True),
+            (4, 8, True),
+            (8, 0, True),
+        )
+    ),
+    *(
+        Refusal(
+            f"tables are doubled, with a rotary_dim, {positions} positions",
+            ValueError,
+            "rotary_dim",
+            {"cos": floats(*shape), "sin": floats(*shape), "rotary_dim": 8, **changes},
+            value=r"8 \(.*full_width=True\)",
+        )
+        for positions, shape, changes in (
+            ("with", (9, 8), {}),
+            ("without", (3, 1, 8), {"positions": None}),
+        )
     ),
     *(
         Refusal(
@@ -400,8 +467,249 @@ def test_an_odd_rotary_dim_is_refused_in_these_words(device: str) -> None:
 def test_doubled_tables_are_told_how_to_be_halved(device: str, operator: str) -> None:
     table = floats(3, 1, 8, device=device)
     tensors = (floats(2, 3, 4, 8, device=device), floats(2, 3, 4, 8, device=device))
-    with pytest.raises(ValueError, match=r"cos\[\.\.\., :(N|4)\]"):
-        through_python(operator, tensors, table, table)
+    for hint in (r"cos\[\.\.\., :N\]", "full_width=True"):
+        with pytest.raises(ValueError, match=hint):
+            through_python(operator, tensors, table, table)
+
+
+ONE_TUPLE = re.escape("(q and k go in one tuple: apply((q, k), positions))")
+ONE_TUPLE_OF_TABLES = re.escape("(q and k go in one tuple: apply_cos_sin((q, k), cos, sin))")
+
+
+@pytest.mark.parametrize("k_heads", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_q_and_k_one_after_the_other_are_told_how_to_be_given(
+    device: str, dtype: torch.dtype, k_heads: int
+) -> None:
+    q = floats(2, 3, 4, 8, dtype=dtype, device=device)
+    k = floats(2, 3, k_heads, 8, dtype=dtype, device=device)
+    positions = torch.arange(3, device=device)[:, None]
+    for arguments in ((q, k, positions), (q, k), (q, k, positions.float())):
+        with pytest.raises((TypeError, ValueError), match=ONE_TUPLE):
+            torch_rope.apply(*arguments)
+    cos, sin = floats(3, 1, 4, dtype=dtype, device=device), floats(3, 1, 4, device=device)
+    for tables in ((cos, sin), (cos, cos), (cos[:, 0], cos[:, 0])):
+        with pytest.raises((TypeError, ValueError), match=ONE_TUPLE_OF_TABLES):
+            torch_rope.apply_cos_sin(q, k, *tables)
+    with pytest.raises(TypeError, match=re.escape("apply_((q, k), positions)")):
+        torch_rope.apply_(q, k, positions)
+
+
+def test_calls_of_another_fault_get_no_advice_on_q_and_k(device: str) -> None:
+    x = floats(2, 3, 4, 8, device=device)
+    for function, arguments in (
+        (torch_rope.apply, (x, torch.zeros(2, 3, 4, 8, dtype=torch.int64, device=device))),
+        (torch_rope.apply, (x, floats(5, 1, device=device))),
+        (torch_rope.apply_cos_sin, (x, x, floats(1, 3, 4, 8, device=device))),
+    ):
+        with pytest.raises(ValueError, match=r"^((?!one tuple).)*$"):
+            function(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("shape", "positions", "advice"),
+    [
+        ((2, 5, 4, 8), (5,), "-1"),
+        ((2, 5, 4, 8), (2, 5), "-1"),
+        ((2, 4, 5, 8), (2, 5), "-2"),
+        ((3, 2, 4, 8), (3, 4), "-2"),
+        ((2, 5, 4, 8), (3,), None),
+        ((5, 8), (5, 1), None),
+    ],
+    ids=str,
+)
+def test_a_missing_dimension_is_named(
+    device: str, shape: tuple[int, ...], positions: tuple[int, ...], advice: str | None
+) -> None:
+    x = floats(*shape, device=device)
+    misfit = zeros(*positions, dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match="expected positions to be broadcastable") as caught:
+        torch_rope.apply(x, misfit)
+    assert ("unsqueeze" in str(caught.value)) == (advice is not None)
+    table = floats(*positions, 4, device=device)
+    with pytest.raises(ValueError, match="expected cos to be broadcastable") as caught_of_tables:
+        torch_rope.apply_cos_sin(x, table, table)
+    if advice is not None:
+        assert f"(positions.unsqueeze({advice}) would be)" in str(caught.value)
+        torch_rope.apply(x, misfit.unsqueeze(int(advice)))
+        place = int(advice) - 1
+        expected = f"(cos.unsqueeze({place}) and sin.unsqueeze({place}) would be)"
+        assert expected in str(caught_of_tables.value)
+        torch_rope.apply_cos_sin(x, table.unsqueeze(place), table.unsqueeze(place))
+
+
+def test_a_missing_dimension_is_named_behind_the_axes(device: str) -> None:
+    x = floats(2, 5, 4, 8, device=device)
+    with pytest.raises(ValueError, match=re.escape("(positions.unsqueeze(-1) would be)")):
+        torch_rope.apply(
+            x, zeros(3, 2, 5, dtype=torch.int64, device=device), floats(3, 4, device=device)
+        )
+
+
+def test_complex_tables_are_told_how_to_be_given(device: str) -> None:
+    x, table = floats(2, 3, 4, 8, device=device), zeros(3, 1, 4, dtype=torch.complex64)
+    with pytest.raises(TypeError, match=r"complex64 .*\.real.*\.imag.*interleaved=True"):
+        torch_rope.apply_cos_sin(x, table.to(device), table.to(device))
+
+
+GOOD = {"x": floats(3, 8), "positions": torch.arange(3), "inv_freq": None}
+TABLES = {"x": floats(3, 8), "cos": floats(3, 4), "sin": floats(3, 4), "positions": None}
+
+
+class Anything:
+    """No type that an operator takes."""
+
+
+NO_TENSORS: list[Any] = [3, 2.5, [1, 2], range(3), np.arange(3), "3", Anything()]
+
+
+@pytest.mark.parametrize("value", NO_TENSORS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("in_place", ["", "_"])
+@pytest.mark.parametrize(
+    ("function", "argument"),
+    [("apply", name) for name in GOOD] + [("apply_cos_sin", name) for name in TABLES],
+)
+def test_what_is_no_tensor_is_refused_by_name_and_type(
+    function: str, argument: str, in_place: str, value: Any
+) -> None:
+    arguments = dict(GOOD if function == "apply" else TABLES)
+    arguments[argument] = value
+    optional = argument == "inv_freq" or (function == "apply_cos_sin" and argument == "positions")
+    rule = "be a tensor or a (q, k) tuple" if argument == "x" else "be a tensor"
+    rule += " or None" if optional else ""
+    got = type(value).__name__ if not isinstance(value, np.ndarray) else "numpy.ndarray"
+    if argument == "x" and isinstance(value, list):
+        pytest.skip("a pair")
+    message = f"rope::{function}{in_place}(): expected {argument} to {rule}, but got {got}"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
+        getattr(torch_rope, function + in_place)(*arguments.values())
+
+
+@pytest.mark.parametrize("function", ["apply", "apply_", "apply_cos_sin", "apply_cos_sin_"])
+def test_none_is_refused_where_a_tensor_is_needed(function: str) -> None:
+    arguments = dict(TABLES if "cos_sin" in function else GOOD)
+    for name in ("x", "cos" if "cos_sin" in function else "positions"):
+        with pytest.raises(TypeError, match=rf"expected {name} to be a tensor.*, but got None"):
+            getattr(torch_rope, function)(*{**arguments, name: None}.values())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "rule"),
+    [
+        ("embedding_axis", (-1,), "be an integer"),
+        ("embedding_axis", None, "be an integer"),
+        ("embedding_axis", -1.0, "be an integer"),
+        ("rotary_dim", 4.0, "be an integer or None"),
+        ("rotary_dim", "4", "be an integer or None"),
+        ("rotary_offset", 0.5, "be an integer"),
+        ("max_wavelength", "1e5", "be a number"),
+        ("max_wavelength", None, "be a number"),
+        ("scale_factor", [1.0], "be a number"),
+        ("attention_factor", "big", "be a number"),
+        ("interleaved", "neox", "be a bool"),
+        ("interleaved", None, "be a bool"),
+        ("conjugate", torch.tensor(True), "be a bool"),
+        ("full_width", "yes", "be a bool"),
+    ],
+    ids=str,
+)
+def test_an_option_of_another_type_is_refused_by_name_and_type(
+    option: str, value: Any, rule: str
+) -> None:
+    got = "None" if value is None else type(value).__name__
+    of_angles = ("max_wavelength", "scale_factor", "attention_factor")
+    for function, arguments in (("apply", GOOD), ("apply_cos_sin", TABLES)):
+        if option in (("full_width",) if function == "apply" else of_angles):
+            continue
+        message = f"rope::{function}(): expected {option} to {rule}, but got {got}"
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            getattr(torch_rope, function)(*arguments.values(), **{option: value})
+
+
+def test_options_of_numpy_and_of_one_element_are_taken() -> None:
+    x, positions = floats(3, 8), torch.arange(3)
+    expected = torch_rope.apply(x, positions, rotary_dim=4, max_wavelength=500.0, interleaved=True)
+    options = {"rotary_dim": np.int64(4), "max_wavelength": np.float32(500), "interleaved": 1}
+    assert_same_bits(torch_rope.apply(x, positions, **options), expected)
+
+
+def test_a_wrong_argument_is_told_without_the_values_of_tensors() -> None:
+    x = floats(2, 1024, 8, 64)
+    with pytest.raises(TypeError) as caught:
+        torch_rope.apply((x, x), [1])
+    assert len(str(caught.value)) < 150
+
+
+def test_the_base_given_as_inv_freq_is_told_where_it_goes() -> None:
+    with pytest.raises(TypeError, match="max_wavelength="):
+        torch_rope.apply(floats(3, 8), torch.arange(3), 500000.0)
+
+
+@pytest.mark.parametrize("function", ["apply", "apply_", "apply_cos_sin", "apply_cos_sin_"])
+@pytest.mark.parametrize("kind", [tuple, list])
+@pytest.mark.parametrize("length", [0, 1, 3])
+def test_a_pair_has_two_tensors(function: str, kind: type, length: int) -> None:
+    arguments = list((TABLES if "cos_sin" in function else GOOD).values())[1:]
+    message = (
+        f"rope::{function}(): expected x to be a tensor or a (q, k) tuple of two tensors, but got "
+        f"a {kind.__name__} of {length}"
+    )
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        getattr(torch_rope, function)(kind([floats(3, 8)] * length), *arguments)
+
+
+@pytest.mark.parametrize("x", [{"q": 1}, "qk", None, 3, {1, 2}], ids=str)
+def test_what_is_neither_a_tensor_nor_a_pair_is_refused(x: Any) -> None:
+    got = "None" if x is None else type(x).__name__
+    message = f"rope::apply(): expected x to be a tensor or a (q, k) tuple, but got {got}"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        torch_rope.apply(x, torch.arange(3))
+
+
+def test_a_wrong_member_of_a_pair_is_named() -> None:
+    with pytest.raises(TypeError, match=r"^rope::apply_qk\(\): expected k to be a tensor, but got"):
+        torch_rope.apply((floats(3, 8), 3), torch.arange(3))
+
+
+@pytest.mark.parametrize("operator", [*APPLY, *APPLY_COS_SIN])
+def test_a_storage_that_is_too_small_is_refused(operator: str) -> None:
+    """A storage may be resized under a tensor; FSDP frees parameters so."""
+
+    def emptied(tensor: Tensor) -> Tensor:
+        copy = tensor.clone()
+        copy.untyped_storage().resize_(copy.untyped_storage().nbytes() - 1)
+        return copy
+
+    tensors = [floats(3, 8), floats(3, 8)][: 1 + ("_qk" in operator)]
+    arguments = [floats(9, 4), floats(9, 4), torch.arange(3)]
+    names = ["cos", "sin", "positions"]
+    if "cos_sin" not in operator:
+        arguments, names = [torch.arange(3), floats(4)], ["positions", "inv_freq"]
+    names = ["qk"[i] if "_qk" in operator else "x" for i in range(len(tensors))] + names
+    everything = [*tensors, *arguments]
+    for place, name in enumerate(names):
+        call = [emptied(one) if i == place else one for i, one in enumerate(everything)]
+        message = rf"^rope::{operator}\(\): expected {name} to lie within its storage, but got"
+        with pytest.raises(ValueError, match=message):
+            getattr(torch.ops.rope, operator)(*call)
+
+
+@pytest.mark.parametrize("suffix", ["", "_", "_qk", "_qk_", "_composed"])
+@pytest.mark.parametrize("family", ["apply", "apply_cos_sin"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_strided_nested_tensors_are_refused_alike(
+    family: str, suffix: str, requires_grad: bool
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # The layout is a prototype.
+        nested = torch.nested.nested_tensor(
+            [floats(2, 8), floats(3, 8)], requires_grad=requires_grad
+        )
+    arguments = (torch.arange(1),) if family == "apply" else (floats(1, 4), floats(1, 4))
+    tensors = (nested, nested) if "_qk" in suffix else (nested,)
+    message = "expected nested tensors to have the layout torch.jagged, but got torch.strided"
+    with pytest.raises(NotImplementedError, match=message):
+        getattr(torch.ops.rope, family + suffix)(*tensors, *arguments)
 
 
 def other_than(device: str) -> str:

@@ -70,6 +70,36 @@ def test_sums_follow_their_formula(
         torch.testing.assert_close(actual.cpu().double(), expected, **limits)
 
 
+@pytest.mark.parametrize("tokens", [(), (5, 1), (2, 5, 3)], ids=str)
+@pytest.mark.parametrize("options", SLICES, ids=str)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_full_width_sums_follow_their_formula(
+    device: str, dtype: torch.dtype, options: Slice, tokens: tuple[int, ...]
+) -> None:
+    axis, offset, interleaved, conjugate = options
+    grad, x = inputs(device, dtype)
+    cos, sin = cos_sin_gradient(grad, x, (*tokens, 10), *options, full_width=True)
+    n = torch.arange(5)
+    first = 2 * n if interleaved else n
+    second = first + (1 if interleaved else 5)
+    g, y = (
+        tensor.cpu().double().movedim(axis, -1)[..., offset : offset + 10] for tensor in (grad, x)
+    )
+    expected_cos, expected_sin = g * y, torch.empty_like(g)
+    if conjugate:
+        expected_sin[..., first] = -g[..., second] * y[..., first]
+        expected_sin[..., second] = g[..., first] * y[..., second]
+    else:
+        expected_sin[..., first] = -g[..., first] * y[..., second]
+        expected_sin[..., second] = g[..., second] * y[..., first]
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    limits = {"rtol": 0.0, "atol": 64 * torch.finfo(real).eps * 4 * 4}
+    for actual, expected in ((cos, expected_cos), (sin, expected_sin)):
+        assert actual.dtype == real
+        summed = expected.sum_to_size((*tokens, 10))
+        torch.testing.assert_close(actual.cpu().double(), summed, **limits)
+
+
 @pytest.mark.parametrize("operator", OPERATORS, ids=str)
 def test_operators_pass_opcheck(device: str, operator: Any) -> None:
     grad, x = inputs(device, requires_grad=True)

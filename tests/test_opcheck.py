@@ -58,7 +58,9 @@ def test_given_frequencies(
 
 
 @pytest.mark.parametrize("by_position", [False, True])
-@pytest.mark.parametrize("options", OPTION_SETS, ids=str)
+@pytest.mark.parametrize(
+    "options", [*OPTION_SETS, {"rotary_dim": 2, "full_width": True, "conjugate": True}], ids=str
+)
 @pytest.mark.parametrize("operator", APPLY_COS_SIN)
 def test_tables(device: str, operator: str, options: dict[str, Any], by_position: bool) -> None:
     x = rotated_tensors(operator, torch.float64, device)
