@@ -429,7 +429,7 @@ struct Angles {
   Rotation<Vector> vectors[size];
 
   template <typename Real>
-  static ROPE_INLINE Angles load(const Real* cos, const Real* sin) {
+  static ROPE_INLINE Angles load(const Real* cos, const Real* sin, std::int64_t /*half*/ = 0) {
     Angles loaded;
     for (int v = 0; v < size; ++v) {
       loaded.vectors[v] = {Vector::loadu(cos + v * Vector::size()),
@@ -537,12 +537,16 @@ struct Interleaved {
 template <typename scalar_t, bool interleaved>
 using Turn = std::conditional_t<interleaved, Interleaved<scalar_t>, Halves<scalar_t>>;
 
+template <typename Turn, bool full_width>
+using AnglesOf =
+    std::conditional_t<full_width, typename Turn::TurnFullAngles, typename Turn::TurnAngles>;
+
 // Rows of a few steps, of which the last one may overlap the one before. See NOTE [ Last step of a
 // row ]
-template <typename scalar_t, bool interleaved, bool overlaps, std::int64_t... step>
+template <typename scalar_t, bool interleaved, bool full_width, bool overlaps, std::int64_t... step>
 struct RowOfSteps {
   using Turn = rope::cpu::Turn<scalar_t, interleaved>;
-  using TurnAngles = typename Turn::TurnAngles;
+  using TurnAngles = AnglesOf<Turn, full_width>;
   static constexpr std::int64_t kPairs = kPairsPerStep<scalar_t, interleaved>;
   static constexpr std::int64_t kLast = sizeof...(step) - 1;
   // Steps that are loaded before the first of them is stored: as many as registers have room for. A
@@ -552,8 +556,8 @@ struct RowOfSteps {
   TurnAngles angles[sizeof...(step)];
 
   template <typename Real>
-  static ROPE_INLINE RowOfSteps load(const Real* cos, const Real* sin) {
-    return {{TurnAngles::load(cos + step * kPairs, sin + step * kPairs)...}};
+  static ROPE_INLINE RowOfSteps load(const Real* cos, const Real* sin, std::int64_t half) {
+    return {{TurnAngles::load(cos + step * kPairs, sin + step * kPairs, half)...}};
   }
   template <bool streams>
   ROPE_INLINE void rotate(const scalar_t* in, scalar_t* out, std::int64_t num_pairs) const {
@@ -590,15 +594,16 @@ struct RowOfSteps {
 };
 
 // The angles of a token stay in registers for all its rows, as far as there are so many.
-template <typename scalar_t, bool interleaved, bool copies, bool overlaps, std::int64_t... step>
+template <typename scalar_t, bool interleaved, bool full_width, bool copies, bool overlaps,
+          std::int64_t... step>
 ROPE_LOOP void rotate_slices_of_steps(const Rows<scalar_t>& all_rows, std::int64_t num_pairs,
                                       bool may_stream,
                                       std::integer_sequence<std::int64_t, step...>) {
   const Rows<scalar_t> rows = all_rows;
-  using Angles = RowOfSteps<scalar_t, interleaved, overlaps, step...>;
+  using Angles = RowOfSteps<scalar_t, interleaved, full_width, overlaps, step...>;
   for (std::int64_t token = 0; token < rows.num_tokens; ++token) {
     const std::int64_t place = token * rows.angles_stride;
-    const Angles angles = Angles::load(rows.cos + place, rows.sin + place);
+    const Angles angles = Angles::load(rows.cos + place, rows.sin + place, padded(num_pairs));
     const std::int64_t ahead = rows.ahead_of(token);
     rows.for_each_of(token, [&](const Row<scalar_t>& row) __attribute__((always_inline)) {
       begin_row<copies>(rows, row, 2 * num_pairs, ahead, may_stream);
@@ -617,11 +622,7 @@ ROPE_INLINE void rotate_slice(const scalar_t* in, scalar_t* out, const Real* cos
                               std::int64_t num_pairs, bool may_stream) {
   using Turn = rope::cpu::Turn<scalar_t, interleaved>;
   const auto load_angles = [&](std::int64_t place) __attribute__((always_inline)) {
-    if constexpr (full_width) {
-      return Turn::TurnFullAngles::load(cos + place, sin + place, padded(num_pairs));
-    } else {
-      return Turn::TurnAngles::load(cos + place, sin + place);
-    }
+    return AnglesOf<Turn, full_width>::load(cos + place, sin + place, padded(num_pairs));
   };
   constexpr std::int64_t kPairs = kPairsPerStep<scalar_t, interleaved>;
   const std::int64_t whole = num_pairs / kPairs * kPairs;
@@ -656,31 +657,33 @@ ROPE_LOOP void rotate_slices_of_any_size(const Rows<scalar_t>& rows, std::int64_
 }
 
 // Rows of at least `count` steps.
-template <typename scalar_t, bool interleaved, bool copies, std::int64_t count = 1>
+template <typename scalar_t, bool interleaved, bool full_width, bool copies, std::int64_t count = 1>
 ROPE_INLINE void rotate_slices(const Rows<scalar_t>& rows, std::int64_t num_pairs,
                                bool may_stream) {
   // Loops of their own for rows of so few vectors of cosines; float64 is not worth its own.
-  constexpr std::int64_t kMostVectors = std::is_same_v<scalar_t, double> ? 0 : 8;
+  constexpr std::int64_t kMostVectors = std::is_same_v<scalar_t, double> ? 0 : full_width ? 4 : 8;
   constexpr std::int64_t kPairs = kPairsPerStep<scalar_t, interleaved>;
   constexpr std::int64_t kVectors = sizeof(typename Turn<scalar_t, interleaved>::TurnAngles) /
                                     sizeof(typename Turn<scalar_t, interleaved>::Vector) / 2;
   if constexpr (count * kVectors <= kMostVectors) {
     constexpr std::make_integer_sequence<std::int64_t, count> kSteps;
     if (num_pairs == count * kPairs) {
-      rotate_slices_of_steps<scalar_t, interleaved, copies, false>(rows, num_pairs, may_stream,
-                                                                   kSteps);
+      rotate_slices_of_steps<scalar_t, interleaved, full_width, copies, false>(rows, num_pairs,
+                                                                               may_stream, kSteps);
       return;
     }
     if constexpr (count > 1) {
       if ((count - 1) * kPairs < num_pairs && num_pairs < count * kPairs) {
-        rotate_slices_of_steps<scalar_t, interleaved, copies, true>(rows, num_pairs, may_stream,
-                                                                    kSteps);
+        rotate_slices_of_steps<scalar_t, interleaved, full_width, copies, true>(rows, num_pairs,
+                                                                                may_stream, kSteps);
         return;
       }
     }
-    rotate_slices<scalar_t, interleaved, copies, count + 1>(rows, num_pairs, may_stream);
+    rotate_slices<scalar_t, interleaved, full_width, copies, count + 1>(rows, num_pairs,
+                                                                        may_stream);
   } else {
-    rotate_slices_of_any_size<scalar_t, interleaved, false, copies>(rows, num_pairs, may_stream);
+    rotate_slices_of_any_size<scalar_t, interleaved, full_width, copies>(rows, num_pairs,
+                                                                         may_stream);
   }
 }
 
@@ -882,32 +885,23 @@ ROPE_LOOP void rotate_rows_with_gaps(const Launch& launch, const Operand& operan
 }
 
 // Rows of the embedding axis, wherever their elements lie.
-template <typename scalar_t, bool interleaved>
+template <typename scalar_t, bool interleaved, bool full_width>
 ROPE_INLINE void rotate_rows(const Launch& launch, const Operand& operand,
                              const Workspace& workspace, Rows<scalar_t> rows) {
-  const bool full_width = has_full_width(launch);
   if (operand.in_axis_stride != 1 || operand.out_axis_stride != 1) {
-    full_width
-        ? rotate_rows_with_gaps<scalar_t, interleaved, true>(launch, operand, workspace, rows)
-        : rotate_rows_with_gaps<scalar_t, interleaved, false>(launch, operand, workspace, rows);
+    rotate_rows_with_gaps<scalar_t, interleaved, full_width>(launch, operand, workspace, rows);
     return;
   }
   rows.first.in += launch.rotary_offset;
   rows.first.out += launch.rotary_offset;
   rows.before = launch.rotary_offset;
   rows.behind = operand.axis_size - launch.rotary_offset - 2 * launch.num_pairs;
-  const bool copies = operand.in != operand.out && rows.before + rows.behind > 0;
-  if (full_width) {
-    copies ? rotate_slices_of_any_size<scalar_t, interleaved, true, true>(rows, launch.num_pairs,
-                                                                          workspace.may_stream)
-           : rotate_slices_of_any_size<scalar_t, interleaved, true, false>(rows, launch.num_pairs,
-                                                                           workspace.may_stream);
-    return;
-  }
-  if (copies) {
-    rotate_slices<scalar_t, interleaved, true>(rows, launch.num_pairs, workspace.may_stream);
+  if (operand.in != operand.out && rows.before + rows.behind > 0) {
+    rotate_slices<scalar_t, interleaved, full_width, true>(rows, launch.num_pairs,
+                                                           workspace.may_stream);
   } else {
-    rotate_slices<scalar_t, interleaved, false>(rows, launch.num_pairs, workspace.may_stream);
+    rotate_slices<scalar_t, interleaved, full_width, false>(rows, launch.num_pairs,
+                                                            workspace.may_stream);
   }
 }
 
@@ -943,19 +937,21 @@ ROPE_INLINE void rotate_operand(const Launch& launch, int index, const Workspace
       workspace.shared_offsets[2 * s] = offsets[0];
       workspace.shared_offsets[2 * s + 1] = offsets[1];
     }
-    rotate_rows<scalar_t, interleaved>(
-        launch, operand, workspace,
-        {{static_cast<const scalar_t*>(operand.in), static_cast<scalar_t*>(operand.out)},
-         workspace.token_offsets + kIn + 2 * index,
-         block.token_end - block.token_begin,
-         workspace.shared_offsets,
-         num_chunk,
-         static_cast<const Real*>(workspace.cos),
-         static_cast<const Real*>(workspace.sin),
-         angles_length(launch),
-         block.thread_end - block.token_begin,
-         read_ahead,
-         1 + read_ahead / (token_bytes + 1)});
+    const Rows<scalar_t> rows{
+        {static_cast<const scalar_t*>(operand.in), static_cast<scalar_t*>(operand.out)},
+        workspace.token_offsets + kIn + 2 * index,
+        block.token_end - block.token_begin,
+        workspace.shared_offsets,
+        num_chunk,
+        static_cast<const Real*>(workspace.cos),
+        static_cast<const Real*>(workspace.sin),
+        angles_length(launch),
+        block.thread_end - block.token_begin,
+        read_ahead,
+        1 + read_ahead / (token_bytes + 1)};
+    has_full_width(launch)
+        ? rotate_rows<scalar_t, interleaved, true>(launch, operand, workspace, rows)
+        : rotate_rows<scalar_t, interleaved, false>(launch, operand, workspace, rows);
   }
 }
 
