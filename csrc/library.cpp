@@ -42,7 +42,8 @@
 // - dtype: of the frequencies, float32 or float64.
 // - cu_seqlens: where packed sequences begin and the last one ends, int32 or int64 (B + 1).
 // - total_length: the number of tokens, those of padding at the end too.
-// - attention_mask: bool or integer (..., S), true where there is a token.
+// - attention_mask: bool or integer (..., S), not 0 where there is a token.
+// - packed: attention_mask numbers samples, each of which has positions of its own.
 // - rank, world_size: which of how many processes.
 // - zigzag: a rank holds a chunk from the front and one from the back.
 // - sizes: of a grid along each axis.
@@ -84,7 +85,8 @@ TORCH_LIBRARY(rope, library) {
          "_dynamic_frequencies(Tensor seq_len, int rotary_dim, float rope_theta, float factor, "
          "int max_position_embeddings, ScalarType dtype) -> Tensor");
   define(library, "_positions_from_cu_seqlens(Tensor cu_seqlens, SymInt total_length) -> Tensor");
-  define(library, "_positions_from_attention_mask(Tensor attention_mask) -> Tensor");
+  define(library,
+         "_positions_from_attention_mask(Tensor attention_mask, bool packed=False) -> Tensor");
   define(library,
          "_context_parallel_positions(SymInt seq_len, int rank, int world_size, bool zigzag, "
          "Device device) -> Tensor");

@@ -4,31 +4,54 @@
 #include <torch/library.h>
 
 #include <array>
+#include <string>
 #include <vector>
 
 namespace rope {
 
 namespace {
 
-void check(const char* function, const at::Tensor& weight, std::int64_t head_dim,
-           std::int64_t rotary_dim, std::int64_t rotary_offset) {
-  TORCH_CHECK_VALUE(weight.dim() > 0 && head_dim > 0 && weight.sym_size(0) % head_dim == 0,
-                    "rope::", function,
-                    "(): expected weight to have a multiple of head_dim = ", head_dim,
-                    " rows, but got shape ", weight.sym_sizes());
-  TORCH_CHECK_VALUE(rotary_offset >= 0 && rotary_dim >= 0 && rotary_dim % 2 == 0 &&
-                        rotary_dim <= head_dim - rotary_offset,
-                    "rope::", function, "(): expected rotary_dim to be even and at most ", head_dim,
-                    " - rotary_offset, but got rotary_dim = ", rotary_dim,
-                    " and rotary_offset = ", rotary_offset);
+// "rope::permute_half_to_interleaved(): expected head_dim to ", as every message begins.
+std::string expected(const char* function, const char* argument) {
+  return c10::str("rope::", function, "(): expected ", argument, " to ");
+}
+
+void check_weight(const char* function, const at::Tensor& weight, std::int64_t head_dim) {
+  TORCH_CHECK_TYPE(weight.defined(), expected(function, "weight"), "be a tensor, but got none");
+  TORCH_CHECK_VALUE(head_dim >= 1, expected(function, "head_dim"), "be at least 1, but got ",
+                    head_dim);
+  TORCH_CHECK_VALUE(weight.dim() >= 1, expected(function, "weight"),
+                    "have at least 1 dimension, but got ", weight.dim());
+  TORCH_CHECK_VALUE(weight.sym_size(0) % head_dim == 0, expected(function, "weight"),
+                    "have a multiple of head_dim = ", head_dim, " rows, but got shape ",
+                    weight.sym_sizes());
+}
+
+void check_slice(const char* function, std::int64_t head_dim, std::int64_t rotary_dim,
+                 std::int64_t rotary_offset) {
+  TORCH_CHECK_VALUE(rotary_dim >= 0, expected(function, "rotary_dim"), "be at least 0, but got ",
+                    rotary_dim);
+  TORCH_CHECK_VALUE(rotary_dim % 2 == 0, expected(function, "rotary_dim"), "be even, but got ",
+                    rotary_dim);
+  TORCH_CHECK_VALUE(rotary_dim <= head_dim - rotary_offset, expected(function, "rotary_dim"),
+                    "be at most ", head_dim - rotary_offset,
+                    ", head_dim without rotary_offset, but got ", rotary_dim);
+}
+
+void check_offset(const char* function, std::int64_t head_dim, std::int64_t rotary_offset) {
+  TORCH_CHECK_VALUE(0 <= rotary_offset && rotary_offset <= head_dim,
+                    expected(function, "rotary_offset"), "be in [0, ", head_dim, "], but got ",
+                    rotary_offset);
 }
 
 // Transposes the rotated rows of each head: 2 rows of N, or where they are pairs, N of 2.
 at::Tensor permute(const char* function, const at::Tensor& weight, std::int64_t head_dim,
                    const PermuteOptions& options, bool interleave) {
   const std::int64_t offset = options.rotary_offset;
+  check_weight(function, weight, head_dim);
+  check_offset(function, head_dim, offset);
   const std::int64_t rotary_dim = options.rotary_dim.value_or(head_dim - offset);
-  check(function, weight, head_dim, rotary_dim, offset);
+  check_slice(function, head_dim, rotary_dim, offset);
 
   const std::int64_t num_pairs = rotary_dim / 2;
   const std::int64_t end = offset + rotary_dim;
@@ -67,6 +90,12 @@ at::Tensor permute_interleaved_to_half(const at::Tensor& weight, std::int64_t he
 }  // namespace rope
 
 TORCH_LIBRARY_IMPL(rope, CompositeImplicitAutograd, library) {
+  library.impl("_permute_half_to_interleaved", TORCH_FN(rope::to_interleaved));
+  library.impl("_permute_interleaved_to_half", TORCH_FN(rope::to_half));
+}
+
+// vmap, which would otherwise loop over the batch.
+TORCH_LIBRARY_IMPL(rope, FuncTorchBatchedDecomposition, library) {
   library.impl("_permute_half_to_interleaved", TORCH_FN(rope::to_interleaved));
   library.impl("_permute_interleaved_to_half", TORCH_FN(rope::to_half));
 }

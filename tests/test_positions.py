@@ -1,9 +1,12 @@
-"""Positions of packed, padded, shared and gridded tokens; weights between the pair conventions."""
+"""Positions of packed, padded, shared and gridded tokens."""
 
 import itertools
+import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch_rope
@@ -45,6 +48,87 @@ def test_packed_sequences_rotate_as_they_do_alone(device: str) -> None:
     assert_same_bits(packed, torch.cat(alone))
 
 
+CU_SEQLENS = "rope::positions_from_cu_seqlens(): expected cu_seqlens to "
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "total_length", "message"),
+    [
+        ([0, 5, 3], 5, "ascend, but got 3 after 5"),
+        ([0, 3, 5], 4, "end at or before total_length = 4, but got 5"),
+        ([0, 1], 0, "end at or before total_length = 0, but got 1"),
+        ([3, 5], 5, "begin with 0, but got 3"),
+        ([-1, 5], 5, "begin with 0, but got -1"),
+        ([0, -1], 5, "ascend, but got -1 after 0"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("step", [1, 2])
+def test_cu_seqlens_on_cpu_ascend_from_0_to_at_most_the_total_length(
+    cu_seqlens: list[int], total_length: int, message: str, dtype: torch.dtype, step: int
+) -> None:
+    given = torch.tensor(cu_seqlens, dtype=dtype).repeat_interleave(step)[::step]
+    with pytest.raises(ValueError, match=f"^{re.escape(CU_SEQLENS + message)}$"):
+        torch_rope.positions_from_cu_seqlens(given, total_length)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (2, 3), (1, 1)])
+def test_cu_seqlens_of_another_shape_are_refused(device: str, shape: tuple[int, ...]) -> None:
+    message = f"{CU_SEQLENS}have the shape (B + 1), one number more than sequences, but got "
+    message += str(list(shape))
+    for place in (device, "meta"):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            torch_rope.positions_from_cu_seqlens(
+                torch.zeros(shape, dtype=torch.int32, device=place), 5
+            )
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.bool, torch.int8]
+)
+def test_cu_seqlens_of_another_dtype_are_refused(device: str, dtype: torch.dtype) -> None:
+    message = f"{CU_SEQLENS}be int32 or int64, but got {str(dtype).removeprefix('torch.')}"
+    for place in (device, "meta"):
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            torch_rope.positions_from_cu_seqlens(torch.tensor([0, 1], dtype=dtype, device=place), 1)
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "kind"), [([0, 3, 5], "list"), (np.array([0, 3, 5]), "ndarray"), (None, "None")]
+)
+def test_cu_seqlens_are_a_tensor(cu_seqlens: Any, kind: str) -> None:
+    message = f"{CU_SEQLENS}be a tensor, but got {kind}"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        torch_rope.positions_from_cu_seqlens(cu_seqlens, 5)
+
+
+def test_a_total_length_is_an_integer_of_at_least_0(device: str) -> None:
+    expected = r"^rope::positions_from_cu_seqlens\(\): expected total_length to "
+    for place in (device, "meta"):
+        cu_seqlens = torch.tensor([0, 3, 5], device=place)
+        with pytest.raises(ValueError, match=f"{expected}be at least 0, but got -2$"):
+            torch_rope.positions_from_cu_seqlens(cu_seqlens, -2)
+        for total_length, kind in ((5.0, "float"), (cu_seqlens[-1], "Tensor"), (None, "None")):
+            with pytest.raises(TypeError, match=f"{expected}be an integer, but got {kind}$"):
+                torch_rope.positions_from_cu_seqlens(cu_seqlens, total_length)  # type: ignore[arg-type]
+
+
+def test_a_batch_of_cu_seqlens_is_numbered_without_a_look_at_its_values(device: str) -> None:
+    cu_seqlens = torch.tensor([[0, 2, 5], [0, 3, 4], [0, 5, 3]], device=device)
+    actual = torch.vmap(lambda row: torch_rope.positions_from_cu_seqlens(row, 5))(cu_seqlens)
+    assert actual[:2].tolist() == [[0, 1, 0, 1, 2], [0, 1, 2, 0, 0]]
+
+
+def test_a_compiled_program_numbers_whatever_it_is_given(device: str) -> None:
+    number = torch.compile(
+        lambda ends: torch_rope.positions_from_cu_seqlens(ends, 5),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    assert number(torch.tensor([0, 3, 5], device=device)).tolist() == [0, 1, 2, 0, 1]
+    number(torch.tensor([0, 5, 3], device=device))  # Not read, and no error.
+
+
 # ---- Padded sequences ----
 
 
@@ -65,6 +149,113 @@ def test_padded_sequences_are_numbered_from_their_first_token(
     actual = torch_rope.positions_from_attention_mask(attention_mask)
     assert actual.dtype == torch.int64
     assert actual.tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("mask", "padded", "packed"),
+    [
+        ([[1, 1, 2, 2, 2, 0]], [[0, 1, 2, 3, 4, 4]], [[0, 1, 0, 1, 2, 0]]),
+        ([[0, 0, 7, 7, 3]], [[0, 0, 0, 1, 2]], [[0, 0, 0, 1, 0]]),
+        # Padding between runs, of one number or of two.
+        ([[0, 1, 1, 0, 0, 1, 1, 0]], [[0, 0, 1, 1, 1, 2, 3, 3]], [[0, 0, 1, 0, 0, 0, 1, 0]]),
+        ([[1, 0, 2, 2, 0, 3]], [[0, 0, 1, 2, 2, 3]], [[0, 0, 0, 1, 0, 0]]),
+        # A first number that is also the last.
+        ([[1, 1, 2, 1, 1, 1]], [[0, 1, 2, 3, 4, 5]], [[0, 1, 0, 0, 1, 2]]),
+        ([5, 5, 0], [0, 1, 1], [0, 1, 0]),
+        ([4], [0], [0]),
+        (
+            [[[1, 2], [0, 0]], [[2, 2], [0, 1]]],
+            [[[0, 1], [0, 0]], [[0, 1], [0, 0]]],
+            [[[0, 0], [0, 0]], [[0, 1], [0, 0]]],
+        ),
+    ],
+)
+def test_a_mask_may_number_the_samples_of_a_row(
+    device: str, dtype: torch.dtype, mask: list[Any], padded: list[Any], packed: list[Any]
+) -> None:
+    number = torch_rope.positions_from_attention_mask
+    attention_mask = torch.tensor(mask, dtype=dtype, device=device)
+    assert number(attention_mask).tolist() == padded
+    actual = number(attention_mask, packed=True)
+    assert actual.dtype == torch.int64
+    assert actual.tolist() == packed
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_any_number_but_0_is_a_token(device: str, packed: bool) -> None:
+    mask = torch.tensor([[-1, -1, -1, 0], [2**40, 2**40, 0, 0]], device=device)
+    actual = torch_rope.positions_from_attention_mask(mask, packed)
+    assert actual.tolist() == [
+        [0, 1, 2, 0 if packed else 2],
+        [0, 1, *([0, 0] if packed else [1, 1])],
+    ]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)])
+def test_a_mask_without_elements_gives_no_positions(
+    device: str, shape: tuple[int, ...], packed: bool
+) -> None:
+    mask = torch.zeros(shape, dtype=torch.int64, device=device)
+    assert torch_rope.positions_from_attention_mask(mask, packed).shape == shape
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dimension", [0, 1])
+def test_masks_are_numbered_under_vmap_without_a_loop(
+    device: str, packed: bool, dimension: int
+) -> None:
+    def number(mask: Tensor) -> Tensor:
+        return torch_rope.positions_from_attention_mask(mask, packed)
+
+    masks = torch.tensor([[[1, 1, 2], [0, 1, 1]], [[1, 2, 2], [5, 5, 5]]], device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PyTorch warns of a loop.
+        actual = torch.vmap(number, in_dims=dimension, out_dims=dimension)(masks)
+    assert torch.equal(actual, number(masks))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        [[float("-inf"), 0.0, 0.0]],
+        [[0.0, 1.0, 1.0]],
+        torch.ones(3, dtype=torch.bfloat16),
+        torch.ones(3, dtype=torch.complex64),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_mask_that_is_not_of_integers_is_refused(device: str, mask: Any, packed: bool) -> None:
+    attention_mask = torch.as_tensor(mask, device=device)
+    dtype = str(attention_mask.dtype).removeprefix("torch.")
+    message = (
+        r"^rope::positions_from_attention_mask\(\): expected attention_mask to be bool or an "
+        f"integer dtype, but got {dtype}$"
+    )
+    for place in (device, "meta"):
+        with pytest.raises(TypeError, match=message):
+            torch_rope.positions_from_attention_mask(attention_mask.to(place), packed)
+
+
+def test_a_mask_has_a_dimension(device: str) -> None:
+    message = "expected attention_mask to have at least 1 dimension, but got 0$"
+    with pytest.raises(ValueError, match=message):
+        torch_rope.positions_from_attention_mask(torch.tensor(True, device=device))
+
+
+@pytest.mark.parametrize(
+    ("mask", "packed", "message"),
+    [
+        (np.ones(3, dtype=bool), False, "attention_mask to be a tensor, but got ndarray"),
+        ([1, 1], False, "attention_mask to be a tensor, but got list"),
+        (torch.ones(3, dtype=torch.bool), 1, "packed to be a bool, but got int"),
+    ],
+)
+def test_a_mask_is_a_tensor_and_packed_a_bool(mask: Any, packed: Any, message: str) -> None:
+    match = rf"^rope::positions_from_attention_mask\(\): expected {message}$"
+    with pytest.raises(TypeError, match=match):
+        torch_rope.positions_from_attention_mask(mask, packed)
 
 
 # ---- Context parallel ----
@@ -99,11 +290,32 @@ def test_a_rank_holds_a_chunk_or_one_from_the_front_and_one_from_the_back() -> N
         ((16, 4, 4), r"expected rank to be in \[0, 4\), but got 4"),
         ((16, -1, 4), r"expected rank to be in \[0, 4\), but got -1"),
         ((12, 0, 4), "expected seq_len to be at least 0 and a multiple of 8, but got 12"),
+        ((-8, 0, 4), "expected seq_len to be at least 0 and a multiple of 8, but got -8"),
+        ((16, 0, 0), "expected world_size to be at least 1, but got 0"),
+        ((16, -3, -2), "expected world_size to be at least 1, but got -2"),
     ],
 )
 def test_ranks_that_cannot_share_are_refused(arguments: tuple[int, int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         torch_rope.context_parallel_positions(*arguments, zigzag=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((16.0, 0, 4), {}, "seq_len to be an integer, but got float"),
+        ((16, None, 4), {}, "rank to be an integer, but got None"),
+        ((16, 0, "4"), {}, "world_size to be an integer, but got str"),
+        ((16, 0, True), {}, "world_size to be an integer, but got bool"),
+        ((16, 0, 4), {"zigzag": "no"}, "zigzag to be a bool, but got str"),
+    ],
+)
+def test_ranks_are_integers(
+    arguments: tuple[Any, ...], options: dict[str, Any], message: str
+) -> None:
+    match = rf"^rope::context_parallel_positions\(\): expected {message}$"
+    with pytest.raises(TypeError, match=match):
+        torch_rope.context_parallel_positions(*arguments, **options)
 
 
 # ---- Grids ----
@@ -146,6 +358,7 @@ def test_helpers_do_not_wait_for_the_device(device: str) -> None:
     def run(place: str) -> None:
         torch_rope.positions_from_cu_seqlens(cu_seqlens.to(place), 5)
         torch_rope.positions_from_attention_mask(mask.to(place))
+        torch_rope.positions_from_attention_mask(mask.to(place), packed=True)
         torch_rope.context_parallel_positions(8, 1, 2, zigzag=True, device=place)
         torch_rope.grid_positions((2, 3), device=place)
 
@@ -164,6 +377,7 @@ def test_helpers_compile_to_one_graph_for_every_length(device: str) -> None:
         return (
             torch_rope.positions_from_cu_seqlens(cu_seqlens, tokens),
             torch_rope.positions_from_attention_mask(mask),
+            torch_rope.positions_from_attention_mask(mask, packed=True),
             torch_rope.context_parallel_positions(2 * tokens, 1, 2, device=device),
             torch_rope.context_parallel_positions(4 * tokens, 1, 2, zigzag=True),
             torch_rope.grid_positions((tokens, 3), device=device),
@@ -178,7 +392,10 @@ def test_helpers_compile_to_one_graph_for_every_length(device: str) -> None:
 
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=keep)
     for tokens in (5, 7, 12):
-        arguments = torch.tensor([0, 2, 5], device=device), torch.ones(2, tokens, device=device)
+        arguments = (
+            torch.tensor([0, 2, 5], device=device),
+            torch.ones(2, tokens, dtype=torch.bool, device=device),
+        )
         for actual, expected in zip(compiled(*arguments), run(*arguments), strict=True):
             assert torch.equal(actual, expected)
     assert len(graphs) == 1
@@ -194,13 +411,11 @@ def test_the_operators_behind_the_helpers_pass_opcheck(device: str) -> None:
     ops = torch.ops.rope
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]], device=device)
     place = torch.device(device)
-    weight = random_values((16, 3), device=device).requires_grad_()
     opcheck(ops._positions_from_cu_seqlens.default, (torch.tensor([0, 2, 5], device=device), 6))
     opcheck(ops._positions_from_attention_mask.default, (mask,))
+    opcheck(ops._positions_from_attention_mask.default, (mask, True))
     opcheck(ops._context_parallel_positions.default, (8, 1, 2, True, place))
     opcheck(ops._grid_positions.default, ((2, 3), place))
-    opcheck(ops._permute_half_to_interleaved.default, (weight, 8, 4, 2))
-    opcheck(ops._permute_interleaved_to_half.default, (weight, 8, None, 0))
 
 
 def test_a_grid_without_axes_is_refused() -> None:
@@ -208,75 +423,68 @@ def test_a_grid_without_axes_is_refused() -> None:
         torch_rope.grid_positions(())
 
 
-# ---- Weights ----
-
-SLICES = [{}, {"rotary_dim": 4}, {"rotary_dim": 4, "rotary_offset": 2}, {"rotary_offset": 6}]
-
-
-@pytest.mark.parametrize("options", SLICES)
-@pytest.mark.parametrize("shape", [(24, 10), (24,), (24, 3, 2)])
-def test_a_permutation_and_its_inverse_cancel(
-    device: str, options: dict[str, int], shape: tuple[int, ...]
-) -> None:
-    weight = random_values(shape, device=device)
-    there = torch_rope.permute_half_to_interleaved(weight, 8, **options)
-    assert_same_bits(torch_rope.permute_interleaved_to_half(there, 8, **options), weight)
-    back = torch_rope.permute_interleaved_to_half(weight, 8, **options)
-    assert_same_bits(torch_rope.permute_half_to_interleaved(back, 8, **options), weight)
-
-
-@pytest.mark.parametrize("options", SLICES)
-def test_permuted_projections_give_the_same_scores(device: str, options: dict[str, int]) -> None:
-    heads, head_dim, tokens = 3, 8, 5
-    x = random_values((tokens, 10), torch.float64, device)
-    positions = torch.arange(tokens, device=device).unsqueeze(-1)
-    weights = [random_values((heads * head_dim, 10), x.dtype, device, seed=s) for s in (1, 2)]
-    biases = [random_values((heads * head_dim,), x.dtype, device, seed=s) for s in (3, 4)]
-
-    def scores(interleaved: bool) -> Tensor:
-        permute = torch_rope.permute_half_to_interleaved
-        rotated = []
-        for weight, bias in zip(weights, biases, strict=True):
-            if interleaved:
-                weight = permute(weight, head_dim, **options)
-                bias = permute(bias, head_dim, **options)
-            projected = torch.nn.functional.linear(x, weight, bias).unflatten(-1, (heads, head_dim))
-            rotated.append(
-                torch_rope.apply(projected, positions, interleaved=interleaved, **options)
-            )
-        return torch.einsum("qhd,khd->hqk", *rotated)
-
-    torch.testing.assert_close(scores(True), scores(False), rtol=0, atol=1e-10)
-
-
-def test_a_permutation_is_a_copy_and_differentiable() -> None:
-    weight = random_values((16, 3)).requires_grad_()
-    permuted = torch_rope.permute_half_to_interleaved(weight, 8)
-    factors = random_values((16, 3), seed=1)
-    (permuted * factors).sum().backward()
-    assert_same_bits(weight.grad, torch_rope.permute_interleaved_to_half(factors, 8))
+@pytest.mark.parametrize(("sizes", "size"), [((-1, 2), -1), ((2, -3), -3)])
+def test_a_negative_size_of_a_grid_is_refused(sizes: tuple[int, ...], size: int) -> None:
+    message = rf"^rope::grid_positions\(\): expected sizes to be at least 0, but got {size}$"
+    with pytest.raises(ValueError, match=message):
+        torch_rope.grid_positions(sizes)
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "options", "message"),
+    ("sizes", "kind"),
     [
-        (7, {}, "expected weight to have a multiple of head_dim = 7 rows, but got shape .24, 10."),
-        (0, {}, "expected weight to have a multiple of head_dim = 0 rows, but got shape .24, 10."),
-        (8, {"rotary_dim": 3}, "expected rotary_dim to be even and at most 8 - rotary_offset"),
-        (8, {"rotary_dim": 10}, "expected rotary_dim to be even and at most 8 - rotary_offset"),
-        (
-            8,
-            {"rotary_dim": 8, "rotary_offset": 2},
-            ".*but got rotary_dim = 8 and rotary_offset = 2",
-        ),
-        (8, {"rotary_offset": -2}, ".*but got rotary_dim = 10 and rotary_offset = -2"),
+        (14, "int"),
+        ("14", "str"),
+        (None, "None"),
+        (torch.tensor([2, 3]), "Tensor"),
+        ((2.0, 3), "a tuple with float"),
+        ([2, (3, 4)], "a list with tuple"),
     ],
 )
-@pytest.mark.parametrize(
-    "permute", [torch_rope.permute_half_to_interleaved, torch_rope.permute_interleaved_to_half]
-)
-def test_sizes_that_do_not_fit_are_refused(
-    permute: Any, head_dim: int, options: dict[str, int], message: str
-) -> None:
-    with pytest.raises(ValueError, match=rf"rope::{permute.__name__}\(\): {message}"):
-        permute(torch.zeros(24, 10), head_dim, **options)
+def test_sizes_of_a_grid_are_integers(sizes: Any, kind: str) -> None:
+    message = (
+        rf"^rope::grid_positions\(\): expected sizes to be a sequence of integers, but got {kind}$"
+    )
+    with pytest.raises(TypeError, match=message):
+        torch_rope.grid_positions(sizes)
+
+
+# ---- Every helper ----
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    two, four = np.int64(2), np.int32(4)
+    grid: Tensor = torch_rope.grid_positions((two, 3))
+    assert grid.shape == (2, 2, 3)
+    assert torch_rope.context_parallel_positions(four, np.int8(1), two).tolist() == [2, 3]
+
+
+def test_helpers_are_traced_by_fx() -> None:
+    def run(cu_seqlens: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        rows, tokens = mask.shape[0], mask.shape[1]
+        return (
+            torch_rope.positions_from_cu_seqlens(cu_seqlens, tokens),
+            torch_rope.positions_from_attention_mask(mask),
+            torch_rope.positions_from_attention_mask(mask, packed=True),
+            torch_rope.context_parallel_positions(tokens, 1, 2),
+            torch_rope.grid_positions((rows, tokens)),
+            torch_rope.permute_half_to_interleaved(cu_seqlens, 4),
+        )
+
+    arguments = torch.tensor([0, 2, 5, 6]), torch.tensor([[1, 1, 2, 2, 0, 0], [0, 1, 1, 1, 1, 1]])
+    traced = torch.fx.symbolic_trace(run)
+    for actual, expected in zip(traced(*arguments), run(*arguments), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_helpers_without_keywords_of_their_own_are_scripted() -> None:
+    def run(cu_seqlens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            torch_rope.positions_from_cu_seqlens(cu_seqlens, mask.size(-1)),
+            torch_rope.positions_from_attention_mask(mask, packed=True),
+        )
+
+    arguments = torch.tensor([0, 2, 5]), torch.tensor([1, 1, 2, 2, 0])
+    for actual, expected in zip(torch.jit.script(run)(*arguments), run(*arguments), strict=True):
+        assert torch.equal(actual, expected)

@@ -24,7 +24,8 @@ struct PermuteOptions {
 
 // Orders the outputs of a projection whose pairs are halves (GPT-NeoX, Llama of Hugging Face) for
 // interleaved pairs. The weight is (num_heads * head_dim, ...), a bias (num_heads * head_dim); the
-// result is a copy. Throws c10::ValueError where sizes do not fit.
+// result is a copy. Throws c10::ValueError where head_dim is not positive or does not divide the
+// rows, rotary_dim is odd, or the slice does not lie within a head.
 ROPE_API at::Tensor permute_half_to_interleaved(const at::Tensor& weight, std::int64_t head_dim,
                                                 const PermuteOptions& options = {});
 

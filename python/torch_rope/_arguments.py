@@ -30,7 +30,7 @@ def kind_of(value: object) -> str:
 
 def check_tensor(function: str, argument: str, value: Any, hint: str = "") -> None:
     """Raises TypeError for what is no tensor, nor stands for one (a Proxy of ``torch.fx``)."""
-    if not (isinstance(value, Tensor) or hasattr(type(value), "__torch_function__")):
+    if not (isinstance(value, Tensor) or _stands_for_another(value)):
         raise TypeError(message(function, argument, f"be a tensor{hint}", kind_of(value)))
 
 
@@ -42,6 +42,8 @@ def check_integer(function: str, argument: str, value: Any) -> None:
 
 def check_integers(function: str, argument: str, values: Any) -> None:
     """Raises TypeError for what is no sequence of integers."""
+    if _stands_for_another(values):
+        return
     if isinstance(values, str | bytes) or not isinstance(values, Sequence):
         raise TypeError(message(function, argument, "be a sequence of integers", kind_of(values)))
     for value in values:
@@ -56,7 +58,20 @@ def check_number(function: str, argument: str, value: Any) -> None:
         raise TypeError(message(function, argument, "be a number", kind_of(value)))
 
 
+def check_bool(function: str, argument: str, value: Any) -> None:
+    """Raises TypeError for what is no bool."""
+    if not (isinstance(value, bool) or _stands_for_another(value)):
+        raise TypeError(message(function, argument, "be a bool", kind_of(value)))
+
+
+def _stands_for_another(value: Any) -> bool:
+    """Whether it is a Proxy of ``torch.fx``, whose value is not known yet."""
+    return not isinstance(value, Tensor) and hasattr(type(value), "__torch_function__")
+
+
 def _is_integer(value: Any) -> bool:
     if isinstance(value, bool | Tensor):
         return False
-    return isinstance(value, torch.SymInt) or hasattr(type(value), "__index__")
+    if isinstance(value, torch.SymInt) or hasattr(type(value), "__index__"):
+        return True
+    return _stands_for_another(value)

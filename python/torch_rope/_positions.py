@@ -4,12 +4,18 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._jit_internal import is_scripting
 
+from torch_rope._arguments import check_bool, check_integer, check_integers, check_tensor
 from torch_rope._frequencies import default_device
 
 
 def positions_from_cu_seqlens(cu_seqlens: Tensor, total_length: int) -> Tensor:
     """Numbers the tokens of packed sequences, each sequence from 0.
+
+    On CPU the values of ``cu_seqlens`` are checked. On other devices, in compiled programs and
+    under ``torch.vmap`` that would take a wait for the device or is not possible: there, values
+    that do not ascend from 0 to at most ``total_length`` give meaningless positions.
 
     Args:
         cu_seqlens: Where each sequence begins and the last one ends, int32 or int64 of shape
@@ -20,33 +26,59 @@ def positions_from_cu_seqlens(cu_seqlens: Tensor, total_length: int) -> Tensor:
     Returns:
         Positions of shape ``(total_length,)`` and the dtype of ``cu_seqlens``.
 
+    Raises:
+        ValueError: If ``cu_seqlens`` does not have one dimension, or is empty; if
+            ``total_length`` is negative; on CPU, if ``cu_seqlens`` does not begin with 0, descends,
+            or ends after ``total_length``.
+        TypeError: If ``cu_seqlens`` is not a tensor of int32 or int64, or ``total_length`` not an
+            integer.
+
     Example:
         >>> import torch, torch_rope
         >>> torch_rope.positions_from_cu_seqlens(torch.tensor([0, 3, 5]), 5)
         tensor([0, 1, 2, 0, 1])
     """
+    if not is_scripting():
+        check_tensor("rope::positions_from_cu_seqlens", "cu_seqlens", cu_seqlens)
+        check_integer("rope::positions_from_cu_seqlens", "total_length", total_length)
     positions: Tensor = torch.ops.rope._positions_from_cu_seqlens(cu_seqlens, total_length)
     return positions
 
 
-def positions_from_attention_mask(attention_mask: Tensor) -> Tensor:
+def positions_from_attention_mask(attention_mask: Tensor, packed: bool = False) -> Tensor:
     """Numbers the tokens of padded sequences, each sequence from 0.
 
     Args:
-        attention_mask: Whether each place holds a token (1 or True) or padding (0 or False), on
-            whichever side: bool or integer of shape ``(..., S)``.
+        attention_mask: Whether each place holds a token (True, or any number but 0) or padding
+            (False or 0), on whichever side: bool or integer of shape ``(..., S)``. Masks that are
+            added to scores (0 and ``-inf``) are of another kind: pass ``mask == 0``.
+        packed: Whether the mask numbers samples that are packed into one row, as in ``[[1, 1, 2,
+            2, 2, 0]]``. A run of equal numbers is then a sample, and begins at position 0 again.
 
     Returns:
         int64 positions of the same shape. Padding has the position of the last token before it, or
-        0.
+        0; with ``packed`` always 0.
+
+    Raises:
+        ValueError: If ``attention_mask`` has no dimension.
+        TypeError: If ``attention_mask`` is not a tensor of bool or an integer dtype, or ``packed``
+            not a bool.
 
     Example:
         >>> import torch, torch_rope
         >>> torch_rope.positions_from_attention_mask(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]))
         tensor([[0, 0, 0, 1],
                 [0, 1, 2, 3]])
+        >>> samples = torch.tensor([[1, 1, 2, 2, 2, 0]])
+        >>> torch_rope.positions_from_attention_mask(samples)
+        tensor([[0, 1, 2, 3, 4, 4]])
+        >>> torch_rope.positions_from_attention_mask(samples, packed=True)
+        tensor([[0, 1, 0, 1, 2, 0]])
     """
-    positions: Tensor = torch.ops.rope._positions_from_attention_mask(attention_mask)
+    if not is_scripting():
+        check_tensor("rope::positions_from_attention_mask", "attention_mask", attention_mask)
+        check_bool("rope::positions_from_attention_mask", "packed", packed)
+    positions: Tensor = torch.ops.rope._positions_from_attention_mask(attention_mask, packed)
     return positions
 
 
@@ -74,7 +106,10 @@ def context_parallel_positions(
         int64 positions of shape ``(seq_len / world_size,)``.
 
     Raises:
-        ValueError: If the ranks cannot share the sequence equally, or ``rank`` is out of range.
+        ValueError: If the ranks cannot share the sequence equally, ``world_size`` is not positive,
+            or ``rank`` is out of range.
+        TypeError: If ``seq_len``, ``rank`` or ``world_size`` is not an integer, or ``zigzag`` not a
+            bool.
 
     Example:
         >>> import torch, torch_rope
@@ -83,6 +118,11 @@ def context_parallel_positions(
         >>> torch_rope.context_parallel_positions(8, 1, 2, zigzag=True)
         tensor([2, 3, 4, 5])
     """
+    function = "rope::context_parallel_positions"
+    check_integer(function, "seq_len", seq_len)
+    check_integer(function, "rank", rank)
+    check_integer(function, "world_size", world_size)
+    check_bool(function, "zigzag", zigzag)
     positions: Tensor = torch.ops.rope._context_parallel_positions(
         seq_len, rank, world_size, zigzag, default_device(device)
     )
@@ -103,7 +143,8 @@ def grid_positions(sizes: Sequence[int], *, device: torch.device | str | None = 
         after row, take ``.flatten(1)``.
 
     Raises:
-        ValueError: If there is no axis.
+        ValueError: If there is no axis, or a size is negative.
+        TypeError: If ``sizes`` is not a sequence of integers.
 
     Example:
         >>> import torch, torch_rope
@@ -111,5 +152,6 @@ def grid_positions(sizes: Sequence[int], *, device: torch.device | str | None = 
         tensor([[0, 0, 0, 1, 1, 1],
                 [0, 1, 2, 0, 1, 2]])
     """
+    check_integers("rope::grid_positions", "sizes", sizes)
     positions: Tensor = torch.ops.rope._grid_positions(sizes, default_device(device))
     return positions

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from torch_rope._arguments import check_integer, check_tensor
+
 
 def permute_half_to_interleaved(
     weight: Tensor, head_dim: int, *, rotary_dim: int | None = None, rotary_offset: int = 0
@@ -24,13 +26,16 @@ def permute_half_to_interleaved(
         A copy with other rows in each head: those of pair ``n`` are ``2 * n`` and ``2 * n + 1``.
 
     Raises:
-        ValueError: If the sizes do not fit.
+        ValueError: If ``head_dim`` is not positive or does not divide the rows; if ``rotary_dim``
+            is odd or negative; if ``rotary_offset`` is negative, or the slice ends beyond the head.
+        TypeError: If ``weight`` is not a tensor, or a number not an integer.
 
     Example:
         >>> import torch, torch_rope
         >>> torch_rope.permute_half_to_interleaved(torch.arange(8), 8)
         tensor([0, 4, 1, 5, 2, 6, 3, 7])
     """
+    _check("rope::permute_half_to_interleaved", weight, head_dim, rotary_dim, rotary_offset)
     permuted: Tensor = torch.ops.rope._permute_half_to_interleaved(
         weight, head_dim, rotary_dim, rotary_offset
     )
@@ -56,14 +61,27 @@ def permute_interleaved_to_half(
         ``n + rotary_dim / 2``.
 
     Raises:
-        ValueError: If the sizes do not fit.
+        ValueError: As for :func:`permute_half_to_interleaved`.
+        TypeError: As for :func:`permute_half_to_interleaved`.
 
     Example:
         >>> import torch, torch_rope
         >>> torch_rope.permute_interleaved_to_half(torch.arange(8), 8)
         tensor([0, 2, 4, 6, 1, 3, 5, 7])
     """
+    _check("rope::permute_interleaved_to_half", weight, head_dim, rotary_dim, rotary_offset)
     permuted: Tensor = torch.ops.rope._permute_interleaved_to_half(
         weight, head_dim, rotary_dim, rotary_offset
     )
     return permuted
+
+
+def _check(
+    function: str, weight: Tensor, head_dim: int, rotary_dim: int | None, rotary_offset: int
+) -> None:
+    hint = " (of a layer, its .weight)" if isinstance(weight, torch.nn.Module) else ""
+    check_tensor(function, "weight", weight, hint)
+    check_integer(function, "head_dim", head_dim)
+    if rotary_dim is not None:
+        check_integer(function, "rotary_dim", rotary_dim)
+    check_integer(function, "rotary_offset", rotary_offset)
