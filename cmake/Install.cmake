@@ -28,6 +28,13 @@ if(ROPE_PYTHON)
   set_target_properties(_C PROPERTIES
     INSTALL_RPATH "$ORIGIN/lib;${python_rpath}" INSTALL_RPATH_USE_LINK_PATH ${rpath_use_link_path})
   install(TARGETS _C LIBRARY DESTINATION .)
+  # Read before _C is loaded (python/torch_rope/_built_for.py).
+  set(built_for "torch ${LibTorch_VERSION}\n")
+  if(ROPE_CUDA_ENABLED)
+    string(APPEND built_for "cuda ${cuda_major}\n")
+  endif()
+  file(CONFIGURE OUTPUT built_for CONTENT "${built_for}")
+  install(FILES ${PROJECT_BINARY_DIR}/built_for DESTINATION share/rope)
 endif()
 
 install(EXPORT ropeTargets NAMESPACE rope:: DESTINATION ${package_dir})

@@ -220,6 +220,43 @@ def test_a_parameter_is_taken(device: str) -> None:
     assert rotated.requires_grad
 
 
+def test_dir_lists_what_is_public() -> None:
+    listed = [name for name in dir(torch_rope) if not name.startswith("__")]
+    assert listed == sorted([*torch_rope.__all__, "integrations"])
+    assert "__version__" in dir(torch_rope)
+    modules = [name for name in dir(torch_rope.integrations) if not name.startswith("__")]
+    assert modules == ["flash_attn", "onnx", "torchtitan", "torchtune", "transformers"]
+    for name in modules:
+        module = getattr(torch_rope.integrations, name)
+        assert dir(module) == sorted(module.__all__)
+
+
+def run_python(program: str) -> str:
+    """Returns what a program prints that runs in a process of its own."""
+    completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr
+    return completed.stdout
+
+
+def test_integrations_are_imported_when_they_are_asked_for() -> None:
+    heavy = ["transformers", "onnx", "onnxscript", "torch.distributed.tensor", "torchtune"]
+    program = f"""
+import sys, torch, torch_rope
+print([name for name in sys.modules if name.startswith("torch_rope.integrations")])
+print([name for name in {heavy} if name in sys.modules])
+dir(torch_rope), dir(torch_rope.integrations)
+print([name for name in sys.modules if name.startswith("torch_rope.integrations.")])
+print(torch_rope.integrations.transformers.patch.__name__)
+"""
+    assert run_python(program).splitlines() == ["[]", "[]", "[]", "patch"]
+
+
+@pytest.mark.parametrize("package", [torch_rope, torch_rope.integrations])
+def test_a_name_that_is_not_there_is_an_attribute_error(package: Any) -> None:
+    with pytest.raises(AttributeError, match=f"^module '{package.__name__}' has no attribute 'x'$"):
+        _ = package.x
+
+
 def test_the_version_is_that_of_the_distribution() -> None:
     assert torch_rope.__version__ == importlib.metadata.version("torch-rope")
 

@@ -2,6 +2,8 @@
 
 import shutil
 import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,96 @@ def test_the_library_exports_its_own_names_only() -> None:
     ).splitlines()
     strong = [symbol for symbol in symbols if symbol.split(maxsplit=2)[1] in "TDB"]
     assert not [symbol for symbol in strong if "rope::" not in symbol]
+
+
+def import_with(prepare: str) -> subprocess.CompletedProcess[str]:
+    """Imports torch_rope in a process of its own, after lines that prepare it."""
+    program = f"import pathlib, torch\n{prepare}\nimport torch_rope"
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+
+def test_the_torch_that_the_library_was_built_for_is_written_down() -> None:
+    words = (FOLDER / "share" / "rope" / "built_for").read_text().split()
+    assert words[0] == "torch"
+    assert words[1].split(".")[:2] == torch.__version__.split(".")[:2]
+    assert words[2:3] == (["cuda"] if torch_rope._C.has_cuda else [])
+
+
+@pytest.mark.parametrize("version", ["2.1.0+cpu", "2.99.0.dev20301231", "3.0.1"])
+def test_another_torch_than_the_library_was_built_for_is_named(version: str) -> None:
+    built_for = (FOLDER / "share" / "rope" / "built_for").read_text().split()[1]
+    completed = import_with(f"torch.__version__ = {version!r}")
+    error = completed.stderr.splitlines()[-1]
+    assert error.startswith(f"ImportError: torch_rope was built for torch {built_for}")
+    assert f"but torch {version}" in error
+    assert "pip install --no-build-isolation ." in error
+
+
+BUILT_FOR = """
+def read_text(path, *arguments, read_text=pathlib.Path.read_text, **options):
+    if path.name != "built_for":
+        return read_text(path, *arguments, **options)
+    {statement}
+
+pathlib.Path.read_text = read_text
+"""
+
+
+@pytest.mark.parametrize("cuda", ["None", "'12.8'"])
+def test_another_cuda_than_the_kernels_were_built_for_is_named(cuda: str) -> None:
+    minor = ".".join(torch.__version__.split(".")[:2])
+    statement = f"return 'torch {minor}.0\\ncuda 13\\n'"
+    completed = import_with(f"torch.version.cuda = {cuda}\n{BUILT_FOR.format(statement=statement)}")
+    error = completed.stderr.splitlines()[-1]
+    assert f"built for torch {minor}.0 with CUDA 13, but torch {torch.__version__}" in error
+    assert (" with CUDA 12.8 is installed" in error) == (cuda != "None")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "raise FileNotFoundError(path)",
+        # Another patch of the same minor version.
+        "return 'torch ' + '.'.join(torch.__version__.split('.')[:2]) + '.99'",
+    ],
+)
+def test_the_package_is_imported_with_a_torch_that_suits_or_is_not_known(statement: str) -> None:
+    completed = import_with(BUILT_FOR.format(statement=statement))
+    assert completed.returncode == 0, completed.stderr
+
+
+def test_a_cpp_program_is_refused_another_libtorch(tmp_path: Path) -> None:
+    if shutil.which("cmake") is None:
+        pytest.skip("no cmake here")
+    shutil.copytree(PREFIX / "share", tmp_path / "share")
+    config = tmp_path / "share" / "cmake" / "rope" / "ropeConfig.cmake"
+    minor = ".".join(torch.__version__.split(".")[:2])
+    text = config.read_text()
+    for text_of_version in (f'MATCHES "^{minor}', f"built for LibTorch {minor}"):
+        assert text_of_version in text
+        text = text.replace(text_of_version, text_of_version.replace(minor, "2.1"))
+    config.write_text(text)
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.25)\n"
+        "project(consumer LANGUAGES NONE)\n"
+        "find_package(rope REQUIRED)\n"
+    )
+    spec = find_spec("torch")
+    assert spec is not None
+    assert spec.origin is not None
+    completed = subprocess.run(
+        [
+            "cmake",
+            "-S",
+            tmp_path,
+            "-B",
+            tmp_path / "build",
+            f"-DCMAKE_PREFIX_PATH={tmp_path};{Path(spec.origin).parent}",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert completed.returncode != 0
+    message = " ".join(completed.stderr.split())
+    assert "it was built for LibTorch 2.1, but" in message
+    assert f"is {minor}." in message

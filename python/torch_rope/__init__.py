@@ -6,10 +6,22 @@ TorchScript, and ``rope::apply`` in C++. The layers ``RotaryEmbedding`` and ``Ap
 with the frequencies of ``frequencies`` and its like.
 """
 
+import sys as _sys
+import warnings as _warnings
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING
 
-import torch  # noqa: F401  Loads the libraries of PyTorch, wherever they are, before librope.so.
+# `python -m torch_rope` imports this file first. It needs no NumPy, and PyTorch warns without one.
+if _sys.argv[:1] == ["-m"] and "torch_rope" in _sys.orig_argv:
+    _warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+
+# This also loads the libraries of PyTorch, wherever they are, before librope.so.
+from torch_rope._built_for import mismatch as _mismatch
+
+if _message := _mismatch():
+    raise ImportError(_message)
 
 from torch_rope import _C as _C
 from torch_rope import _nested as _nested
@@ -60,6 +72,21 @@ __all__ = [
     "positions_from_attention_mask",
     "positions_from_cu_seqlens",
 ]
+
+if TYPE_CHECKING:
+    from torch_rope import integrations as integrations
+else:
+
+    def __getattr__(name: str) -> object:
+        """Imports the integrations when they are first asked for."""
+        if name == "integrations":
+            return _import_module("torch_rope.integrations")
+        raise AttributeError(f"module 'torch_rope' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "integrations", *(name for name in globals() if name[:2] == "__")])
+
 
 __version__ = _version("torch-rope")
 

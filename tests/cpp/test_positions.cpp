@@ -33,7 +33,7 @@ TEST(Positions, OfPackedSamplesBeginAtZeroInEach) {
 TEST(Positions, OfUnusableTensorsAreRefused) {
   EXPECT_THROW(rope::positions_from_cu_seqlens(at::Tensor(), 5), c10::TypeError);
   EXPECT_THROW(rope::positions_from_cu_seqlens(at::tensor({0.0, 3.0}), 3), c10::TypeError);
-  EXPECT_THROW(rope::positions_from_cu_seqlens(at::tensor(0), 3), c10::ValueError);
+  EXPECT_THROW(rope::positions_from_cu_seqlens(at::zeros({}, at::kLong), 3), c10::ValueError);
   EXPECT_THROW(rope::positions_from_cu_seqlens(at::empty({0}, at::kLong), 0), c10::ValueError);
   EXPECT_THROW(rope::positions_from_cu_seqlens(at::tensor({3, 5}), 5), c10::ValueError);
   EXPECT_THROW(rope::positions_from_cu_seqlens(at::tensor({0, 5, 3}), 5), c10::ValueError);
@@ -41,7 +41,7 @@ TEST(Positions, OfUnusableTensorsAreRefused) {
   EXPECT_THROW(rope::positions_from_cu_seqlens(at::tensor({0, 3, 5}), -2), c10::ValueError);
   EXPECT_THROW(rope::positions_from_attention_mask(at::Tensor()), c10::TypeError);
   EXPECT_THROW(rope::positions_from_attention_mask(at::tensor({0.0, 1.0})), c10::TypeError);
-  EXPECT_THROW(rope::positions_from_attention_mask(at::tensor(1)), c10::ValueError);
+  EXPECT_THROW(rope::positions_from_attention_mask(at::ones({}, at::kLong)), c10::ValueError);
 }
 
 TEST(Positions, OfARankAreAChunkOrTwo) {

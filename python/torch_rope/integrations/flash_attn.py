@@ -71,3 +71,7 @@ def apply_rotary_emb(
         offsets = seqlen_offsets
         positions = positions + (offsets[sequence] if isinstance(offsets, Tensor) else offsets)
     return rotate(x, cos, sin, positions.unsqueeze(-1), interleaved=interleaved)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

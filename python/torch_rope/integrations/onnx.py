@@ -164,3 +164,7 @@ def _rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) ->
     merged = x.float().flatten(2)
     rotated = rotary_embedding(merged, cos, sin, num_heads=tokens_or_heads, **options)
     return rotated.reshape(x.shape).to(x.dtype)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

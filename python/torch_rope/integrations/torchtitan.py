@@ -100,3 +100,7 @@ def _rows(
             f"one for each token, but got {cos.shape[0]}"
         )
     return cos[: x.shape[1]].unsqueeze(1), sin[: x.shape[1]].unsqueeze(1), None
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -73,3 +73,7 @@ class RotaryPositionalEmbeddings(nn.Module):
         if self.theta.dtype != before.dtype:
             self.theta = before.to(self.theta.device)
         return self
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -257,3 +257,7 @@ def kernel_mapping() -> dict[str, dict[str, dict[Any, Any]]]:
         mode.TRAINING | mode.TORCH_COMPILE: repository,
     }
     return {"rotary_pos_emb": {device: dict(modes) for device in ("cpu", "cuda")}}
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
