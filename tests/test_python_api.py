@@ -3,7 +3,9 @@
 import doctest
 import importlib.metadata
 import json
+import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +18,7 @@ import torch_rope
 from observe import FunctionsSeen
 from reference import assert_same_bits, random_values
 from torch import Tensor
+from torch_rope.__main__ import Row, describe
 
 FUNCTIONS = (
     torch_rope.apply,
@@ -307,18 +310,61 @@ def test_the_first_run_measures_torch_rope_and_what_it_is_compared_with(
     assert len(rows) >= 3
     assert any("torch-rope" in row["name"] for row in rows)
     for row in rows:
-        assert set(row) == {"name", "milliseconds", "gigabytes_per_second", "max_error"}
+        assert set(row) == {
+            "name",
+            "milliseconds",
+            "gigabytes_per_second",
+            "max_error",
+            "max_error_ulp",
+        }
         assert row["milliseconds"] > 0
         assert row["gigabytes_per_second"] > 0
 
 
+def test_the_first_run_gives_errors_in_units_of_the_last_place(first_run: dict[str, Any]) -> None:
+    errors = {row["name"]: row["max_error_ulp"] for row in first_run["rows"]}
+    # One rounding to the nearest costs half a unit, and the computation in float32 next to nothing.
+    assert 0.49 < errors["torch-rope"] < 0.501
+    assert errors["eager PyTorch"] > 1
+    assert errors["clone"] is errors["copy"] is None
+
+
 def test_the_first_run_for_people_prints_a_table(tmp_path: Path) -> None:
+    numpy = tmp_path / "numpy.py"
+    numpy.write_text("raise ModuleNotFoundError(\"No module named 'numpy'\", name='numpy')")
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     completed = subprocess.run(
         [sys.executable, "-m", "torch_rope"],
         cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         check=True,
         capture_output=True,
         text=True,
     )
+    assert completed.stderr == ""  # PyTorch warns where there is no NumPy.
     assert torch_rope.__version__ in completed.stdout
     assert "GB/s" in completed.stdout
+    lines = completed.stdout.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert [line.split()[0] for line in lines if line.endswith(" ulp")] == ["torch-rope", "eager"]
+    assert re.match(r"torch-rope is \d+\.\d times as fast as eager PyTorch", lines[-2])
+    assert "help(torch_rope.apply)" in lines[-1]
+
+
+@pytest.mark.parametrize("time", [{"clone": 3.0, "copy": 1.0}, {"clone": 1.0, "copy": 1.0}])
+@pytest.mark.parametrize("rope", [0.8, 2.0, 4.0])
+def test_the_first_run_says_why_where_it_is_faster_than_a_copy(
+    rope: float, time: dict[str, float]
+) -> None:
+    milliseconds = {"torch-rope": rope, "eager PyTorch": 8.0, **time}
+    rows = [Row(name, ms, 1.0, None, None) for name, ms in milliseconds.items()]
+    versions = dict.fromkeys(
+        ("torch_rope", "torch", "python", "cpu_capability", "cuda_kernels", "cuda_device")
+    )
+    text = describe(versions, "cpu", rows)
+    assert ("non-temporal stores" in text) == (rope < time["copy"])
+    assert ("huge pages" in text) == (time["clone"] > time["copy"] and rope < time["clone"])
+    assert f"in the time of {rope:.1f} copies" in text
+    text = describe(versions, "cuda", rows)
+    assert "stores" not in text
+    assert "pages" not in text
