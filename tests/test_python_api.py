@@ -254,6 +254,23 @@ print(torch_rope.integrations.transformers.patch.__name__)
     assert run_python(program).splitlines() == ["[]", "[]", "[]", "patch"]
 
 
+def test_a_saved_program_is_loaded_once_the_package_is_imported(tmp_path: Path) -> None:
+    class Rotate(torch.nn.Module):
+        def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+            return torch_rope.apply(x, positions)  # type: ignore[no-any-return]
+
+    program = torch.export.export(Rotate(), (torch.ones(3, 8), torch.arange(3)))
+    path = str(tmp_path / "rotate.pt2")
+    torch.export.save(program, path)
+    load = f"import torch{{}}; print(type(torch.export.load({path!r})).__name__)"
+    assert run_python(load.format(", torch_rope")).strip() == "ExportedProgram"
+    without = subprocess.run(
+        [sys.executable, "-c", load.format("")], capture_output=True, text=True
+    )
+    assert without.returncode != 0
+    assert "rope" in without.stderr
+
+
 @pytest.mark.parametrize("package", [torch_rope, torch_rope.integrations])
 def test_a_name_that_is_not_there_is_an_attribute_error(package: Any) -> None:
     with pytest.raises(AttributeError, match=f"^module '{package.__name__}' has no attribute 'x'$"):
