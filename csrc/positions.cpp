@@ -32,6 +32,7 @@ void check_defined(const char* function, const char* argument, const at::Tensor&
 bool can_be_read(const at::Tensor& tensor) {
   return tensor.device().is_cpu() && tensor.layout() == at::kStrided &&
          !at::isTensorSubclassLike(tensor) && !tensor.is_neg() && !tensor._is_zerotensor() &&
+         tensor.has_storage() &&
          tensor.storage().nbytes() >=
              at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.itemsize(),
                                               tensor.storage_offset());
@@ -40,17 +41,17 @@ bool can_be_read(const at::Tensor& tensor) {
 // Reads memory, not through operators, which tracers would record.
 template <typename Integer>
 void check_ends(const at::Tensor& cu_seqlens, const c10::SymInt& total_length) {
-  const std::string kExpected = expected("positions_from_cu_seqlens", "cu_seqlens");
+  const std::string prefix = expected("positions_from_cu_seqlens", "cu_seqlens");
   const auto* ends = cu_seqlens.const_data_ptr<Integer>();
   const std::int64_t stride = cu_seqlens.stride(0);
-  TORCH_CHECK_VALUE(ends[0] == 0, kExpected, "begin with 0, but got ", ends[0]);
+  TORCH_CHECK_VALUE(ends[0] == 0, prefix, "begin with 0, but got ", ends[0]);
   for (std::int64_t i = 1; i < cu_seqlens.size(0); ++i) {
-    TORCH_CHECK_VALUE(ends[(i - 1) * stride] <= ends[i * stride], kExpected, "ascend, but got ",
+    TORCH_CHECK_VALUE(ends[(i - 1) * stride] <= ends[i * stride], prefix, "ascend, but got ",
                       ends[i * stride], " after ", ends[(i - 1) * stride]);
   }
   const Integer last = ends[(cu_seqlens.size(0) - 1) * stride];
   const std::optional<std::int64_t> total = total_length.maybe_as_int();
-  TORCH_CHECK_VALUE(!total.has_value() || last <= *total, kExpected,
+  TORCH_CHECK_VALUE(!total.has_value() || last <= *total, prefix,
                     "end at or before total_length = ", total_length, ", but got ", last);
 }
 

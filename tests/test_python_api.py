@@ -257,7 +257,7 @@ print(torch_rope.integrations.transformers.patch.__name__)
 def test_a_saved_program_is_loaded_once_the_package_is_imported(tmp_path: Path) -> None:
     class Rotate(torch.nn.Module):
         def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-            return torch_rope.apply(x, positions)  # type: ignore[no-any-return]
+            return torch_rope.apply(x, positions)
 
     program = torch.export.export(Rotate(), (torch.ones(3, 8), torch.arange(3)))
     path = str(tmp_path / "rotate.pt2")
