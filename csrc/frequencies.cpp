@@ -35,6 +35,11 @@ void check_positive(const char* function, std::string_view argument, double valu
                     "be positive and finite, but got ", value);
 }
 
+void check_finite(const char* function, std::string_view argument, std::optional<double> value) {
+  TORCH_CHECK_VALUE(std::isfinite(value.value_or(0.0)), expected(function, argument),
+                    "be finite, but got ", *value);
+}
+
 void check_dim(const char* function, std::string_view argument, std::int64_t dim,
                std::int64_t divisor = 2) {
   TORCH_CHECK_VALUE(dim > 0 && dim % divisor == 0, expected(function, argument),
@@ -103,6 +108,16 @@ double dim_of_turns(const FrequencyOptions& options, double turns) {
 }
 
 Frequencies yarn(const FrequencyOptions& options) {
+  TORCH_CHECK_VALUE(*options.rope_theta > 1, expected("frequencies", "rope_theta"),
+                    "be greater than 1 for rope_type yarn, but got ", *options.rope_theta);
+  for (const auto& [name, turns] :
+       {std::pair("beta_fast", options.beta_fast), {"beta_slow", options.beta_slow}}) {
+    if (turns.value_or(0.0) != 0.0) {
+      check_positive("frequencies", name, *turns);
+    }
+  }
+  check_finite("frequencies", "mscale", options.mscale);
+  check_finite("frequencies", "mscale_all_dim", options.mscale_all_dim);
   const auto or_default = [](std::optional<double> value, double otherwise) {
     return value.value_or(0.0) != 0.0 ? *value : otherwise;
   };
@@ -150,6 +165,10 @@ Frequencies longrope(const FrequencyOptions& options) {
                       expected("frequencies", name),
                       "have rotary_dim / 2 = ", options.rotary_dim / 2, " elements, but got ",
                       (*divisors)->size());
+    for (const double divisor : **divisors) {
+      TORCH_CHECK_VALUE(divisor > 0 && std::isfinite(divisor), expected("frequencies", name),
+                        "have positive and finite elements, but got ", divisor);
+    }
   }
   const bool is_long = options.seq_len.value_or(0) > *options.original_max_position_embeddings;
   const std::vector<double>& divisors = is_long ? *options.long_factor : *options.short_factor;
@@ -163,6 +182,8 @@ Frequencies llama3(const FrequencyOptions& options) {
   const double high = *options.high_freq_factor;
   const auto trained = static_cast<double>(*options.original_max_position_embeddings);
 
+  TORCH_CHECK_VALUE(high > low, expected("frequencies", "high_freq_factor"),
+                    "be greater than low_freq_factor = ", low, ", but got ", high);
   const at::Tensor inv_freq = unscaled(options);
   const at::Tensor wavelengths = quotient(2 * std::numbers::pi, inv_freq);
   const at::Tensor is_long = wavelengths.gt(trained / low);
@@ -271,7 +292,14 @@ const Scheme& checked_scheme(const FrequencyOptions& options) {
 Frequencies frequencies(const FrequencyOptions& options) {
   check_dtype("frequencies", options.dtype);
   check_dim("frequencies", "rotary_dim", options.rotary_dim);
-  Frequencies result = checked_scheme(options).form(options);
+  TORCH_CHECK_VALUE(options.seq_len.value_or(0) >= 0, expected("frequencies", "seq_len"),
+                    "be at least 0, but got ", *options.seq_len);
+  const Scheme& scheme = checked_scheme(options);
+  check_finite("frequencies", "attention_factor", options.attention_factor);
+  Frequencies result = scheme.form(options);
+  TORCH_CHECK_VALUE(std::isfinite(result.attention_factor),
+                    expected("frequencies", "rope_parameters"),
+                    "give a finite attention_factor, but got ", result.attention_factor);
   result.inv_freq = result.inv_freq.to(options.device);
   return result;
 }
@@ -312,6 +340,9 @@ at::Tensor axial_frequencies(at::IntArrayRef rotary_dims, const AxialOptions& op
 at::Tensor mrope_frequencies(const at::Tensor& inv_freq, at::IntArrayRef sections,
                              bool interleaved) {
   constexpr const char* kFunction = "mrope_frequencies";
+  TORCH_CHECK_TYPE(inv_freq.scalar_type() == at::kFloat || inv_freq.scalar_type() == at::kDouble,
+                   expected(kFunction, "inv_freq"), "be float32 or float64, but got ",
+                   c10::getDtypeNames(inv_freq.scalar_type()).first);
   TORCH_CHECK_VALUE(inv_freq.dim() == 1, expected(kFunction, "inv_freq"),
                     "have shape (N), but got ", inv_freq.sizes());
   const auto num_axes = static_cast<std::int64_t>(sections.size());
@@ -352,6 +383,9 @@ at::Tensor mixed_frequencies(std::int64_t rotary_dim, const MixedOptions& option
   check_positive(kFunction, "max_wavelength", options.max_wavelength);
   TORCH_CHECK_VALUE(options.num_heads > 0, expected(kFunction, "num_heads"),
                     "be positive, but got ", options.num_heads);
+  TORCH_CHECK_TYPE(!options.generator.has_value() || options.generator->device().is_cpu(),
+                   expected(kFunction, "generator"), "be on the CPU, but got one on ",
+                   options.generator->device());
   const at::Tensor magnitudes = quotient(
       1.0,
       at::pow(options.max_wavelength, exponents(rotary_dim / 4, rotary_dim / 2, options.dtype)));

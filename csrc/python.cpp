@@ -112,13 +112,18 @@ void read(const py::dict& rope_parameters, const char* name, Member& member) {
     constexpr bool kIsFlag = std::is_same_v<Member, std::optional<bool>>;
     constexpr bool kIsInteger = std::is_same_v<Member, std::optional<std::int64_t>>;
     constexpr bool kIsList = std::is_same_v<Member, std::optional<std::vector<double>>>;
+    // Of other things the type, since a tensor's values may be many and on another device.
+    const bool is_short =
+        py::isinstance<py::str>(value) || PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr());
+    const py::object got =
+        is_short ? py::object(py::repr(value)) : py::type::of(value).attr("__name__");
     TORCH_CHECK_TYPE(false, "rope::frequencies(): expected ", name, " to be ",
                      kIsText      ? "a string"
                      : kIsFlag    ? "a bool"
                      : kIsInteger ? "an integer"
                      : kIsList    ? "a list of numbers"
                                   : "a number",
-                     ", but got ", py::repr(value).cast<std::string>());
+                     ", but got ", got.cast<std::string>());
   }
 }
 

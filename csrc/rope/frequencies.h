@@ -78,8 +78,8 @@ struct Frequencies {
   double attention_factor;  // 1 but for yarn and longrope
 };
 
-// Throws c10::ValueError for an unknown rope_type, a missing or unfit number, c10::TypeError for
-// another dtype.
+// Throws c10::ValueError for an unknown rope_type, a missing or unfit number, c10::TypeError for a
+// dtype that is neither float32 nor float64.
 ROPE_API Frequencies frequencies(const FrequencyOptions& options);
 
 struct AxialOptions {

@@ -7,6 +7,75 @@ import torch
 from torch import Tensor
 
 from torch_rope import _C
+from torch_rope._arguments import (
+    check_integer,
+    check_integers,
+    check_number,
+    check_tensor,
+    kind_of,
+    message,
+)
+
+# What a dictionary of rope parameters may hold: the keys of every scheme, and three that have gone
+# into other arguments where they matter.
+_KEYS = (
+    "rope_type",
+    "type",
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "max_position_embeddings",
+    "short_factor",
+    "long_factor",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+    "partial_rotary_factor",
+    "mrope_section",
+    "mrope_interleaved",
+)
+
+# By these a whole configuration is told from its rope parameters.
+_KEYS_OF_CONFIGURATIONS = frozenset(
+    [
+        "architectures",
+        "attention_head_dim",
+        "d_model",
+        "head_dim",
+        "hidden_act",
+        "hidden_size",
+        "initializer_range",
+        "intermediate_size",
+        "kv_channels",
+        "layer_types",
+        "model_type",
+        "n_embd",
+        "n_head",
+        "n_heads",
+        "n_layer",
+        "n_positions",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "qk_rope_head_dim",
+        "rms_norm_eps",
+        "rope_interleave",
+        "rope_parameters",
+        "rope_scaling",
+        "rotary_dim",
+        "rotary_emb_base",
+        "rotary_pct",
+        "text_config",
+        "torch_dtype",
+        "transformers_version",
+        "vocab_size",
+    ]
+)
 
 
 class Frequencies(NamedTuple):
@@ -56,8 +125,11 @@ def frequencies(
 
     Args:
         rope_parameters: The dictionary, with the keys above; ``rope_type`` (or its older name
-            ``type``) is ``default`` where it is missing. A value of None is a missing key; other
-            keys are ignored.
+            ``type``) is ``default`` where it is missing. A value of None is a missing key. Keys
+            that another type takes are ignored, and so are ``mrope_section`` and
+            ``mrope_interleaved``; ``max_position_embeddings`` stands for the argument where that
+            is not given. Other keys are refused: for a whole configuration there is
+            :meth:`RotaryEmbedding.from_config`.
         rotary_dim: The number of elements that are rotated, positive and even, of which the result
             has half. For every type but ``proportional``, ``partial_rotary_factor`` must have gone
             into it: ``int(head_dim * partial_rotary_factor)``.
@@ -72,8 +144,8 @@ def frequencies(
         ``inv_freq`` of shape ``(rotary_dim / 2,)``, and ``attention_factor``.
 
     Raises:
-        ValueError: If the type is unknown, a key is missing, or a value does not fit.
-        TypeError: If a value or ``dtype`` is of the wrong type.
+        ValueError: If the type or a key is unknown, a key is missing, or a value does not fit.
+        TypeError: If an argument, a value or ``dtype`` is of the wrong type.
 
     Example:
         >>> import torch, torch_rope
@@ -83,6 +155,16 @@ def frequencies(
         (torch.Size([32]), 1.0)
         >>> y = torch_rope.apply(torch.randn(2, 5, 8, 64), torch.arange(5)[:, None], inv_freq)
     """
+    function = "rope::frequencies"
+    check_rope_parameters(function, rope_parameters)
+    check_integer(function, "rotary_dim", rotary_dim)
+    if max_position_embeddings is None:
+        max_position_embeddings = rope_parameters.get("max_position_embeddings")
+    if max_position_embeddings is not None:
+        check_integer(function, "max_position_embeddings", max_position_embeddings)
+    if seq_len is not None:
+        check_integer(function, "seq_len", seq_len)
+    check_dtype(function, dtype)
     return Frequencies(
         *_C.frequencies(
             dict(rope_parameters),
@@ -90,7 +172,7 @@ def frequencies(
             max_position_embeddings,
             seq_len,
             dtype,
-            default_device(device),
+            default_device(device, function),
         )
     )
 
@@ -120,7 +202,7 @@ def axial_frequencies(
 
     Raises:
         ValueError: If a size or ``max_wavelength`` does not fit.
-        TypeError: If ``dtype`` is another.
+        TypeError: If an argument is of the wrong type, or ``dtype`` is another.
 
     Example:
         >>> import torch, torch_rope
@@ -130,7 +212,12 @@ def axial_frequencies(
         >>> torch_rope.apply(patches, positions.unsqueeze(-1), inv_freq).shape
         torch.Size([2, 14, 14, 6, 64])
     """
-    return _C.axial_frequencies(tuple(rotary_dims), max_wavelength, dtype, default_device(device))
+    function = "rope::axial_frequencies"
+    check_integers(function, "rotary_dims", rotary_dims)
+    check_number(function, "max_wavelength", max_wavelength)
+    check_dtype(function, dtype)
+    device = default_device(device, function)
+    return _C.axial_frequencies(tuple(rotary_dims), max_wavelength, dtype, device)
 
 
 def mrope_frequencies(
@@ -141,7 +228,7 @@ def mrope_frequencies(
     Every pair keeps its frequency and turns with the position along one axis (time, height, width).
 
     Args:
-        inv_freq: Frequencies of shape ``(N,)``, as from :func:`frequencies`.
+        inv_freq: Frequencies of shape ``(N,)``, float32 or float64, as from :func:`frequencies`.
         sections: How many pairs turn with each axis, with the sum ``N`` (``mrope_section`` of
             Hugging Face's configurations).
         interleaved: Whether the axes take turns (Qwen3-VL): of ``A`` axes, axis ``a`` has the
@@ -154,6 +241,7 @@ def mrope_frequencies(
 
     Raises:
         ValueError: If shapes do not fit.
+        TypeError: If an argument is of the wrong type, or the dtype of ``inv_freq`` is another.
 
     Example:
         >>> import torch, torch_rope
@@ -168,6 +256,10 @@ def mrope_frequencies(
         ... )
         True
     """
+    function = "rope::mrope_frequencies"
+    check_tensor(function, "inv_freq", inv_freq)
+    check_integers(function, "sections", sections)
+    check_bool(function, "interleaved", interleaved)
     return _C.mrope_frequencies(inv_freq, tuple(sections), interleaved)
 
 
@@ -200,7 +292,7 @@ def mixed_frequencies(
 
     Raises:
         ValueError: If a size or ``max_wavelength`` does not fit.
-        TypeError: If ``dtype`` is another.
+        TypeError: If an argument is of the wrong type, or ``dtype`` is another.
 
     Example:
         >>> import torch, torch_rope
@@ -211,12 +303,76 @@ def mixed_frequencies(
         >>> rotated.unflatten(-1, (6, 64)).shape
         torch.Size([2, 196, 6, 64])
     """
+    function = "rope::mixed_frequencies"
+    check_integer(function, "rotary_dim", rotary_dim)
+    check_integer(function, "num_heads", num_heads)
+    check_number(function, "max_wavelength", max_wavelength)
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        rule = "be a torch.Generator on the CPU"
+        raise TypeError(message(function, "generator", rule, kind_of(generator)))
+    check_dtype(function, dtype)
     return _C.mixed_frequencies(
-        rotary_dim, num_heads, max_wavelength, generator, dtype, default_device(device)
+        rotary_dim, num_heads, max_wavelength, generator, dtype, default_device(device, function)
     )
 
 
-def default_device(device: torch.device | str | None) -> torch.device:
-    """Returns the device that a factory function of PyTorch would use."""
-    # Not torch.get_default_device(), which torch.compile cannot trace.
-    return torch.empty(0).device if device is None else torch.device(device)
+def default_device(
+    device: torch.device | str | None, function: str = "torch.device"
+) -> torch.device:
+    """Returns the device that a factory function of PyTorch would use.
+
+    Args:
+        device: What was given.
+        function: The public name of the function it was given to, for an error.
+    """
+    if isinstance(device, torch.device):
+        return device
+    if device is None:
+        # Not torch.get_default_device(), which torch.compile cannot trace.
+        return torch.empty(0).device
+    if isinstance(device, bool) or not isinstance(device, str | int):
+        raise TypeError(message(function, "device", "be a device", kind_of(device)))
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        rule = "be a device that PyTorch knows"
+        raise ValueError(message(function, "device", rule, repr(device))) from None
+
+
+def check_rope_parameters(function: str, rope_parameters: Any, hint: str = "") -> None:
+    """Refuses what is no dictionary of the parameters of one scheme.
+
+    Args:
+        function: The public name, for an error.
+        rope_parameters: What was given.
+        hint: What to add where it is a number.
+    """
+    if not isinstance(rope_parameters, Mapping):
+        got = kind_of(rope_parameters)
+        if isinstance(rope_parameters, int | float):
+            got += hint
+        elif hasattr(rope_parameters, "model_type"):
+            got += " (a configuration is for RotaryEmbedding.from_config)"
+        raise TypeError(message(function, "rope_parameters", "be a dictionary", got))
+    for key, value in rope_parameters.items():
+        if key in _KEYS or value is None:
+            continue
+        if key in _KEYS_OF_CONFIGURATIONS:
+            rule = "be those of a scheme (for a whole configuration: RotaryEmbedding.from_config)"
+        elif isinstance(value, Mapping):
+            rule = f"be those of one type of layers (such as rope_parameters[{key!r}])"
+        else:
+            rule = f"have no keys but {', '.join(_KEYS)}"
+        raise ValueError(message(function, "rope_parameters", rule, f"the key {key!r}"))
+
+
+def check_dtype(function: str, dtype: Any) -> None:
+    """Raises TypeError for what is no dtype. C++ tells which dtypes frequencies have."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(message(function, "dtype", "be float32 or float64", kind_of(dtype)))
+
+
+def check_bool(function: str, argument: str, value: Any) -> None:
+    """Raises TypeError for what is no bool."""
+    if not isinstance(value, bool):
+        raise TypeError(message(function, argument, "be a bool", kind_of(value)))
