@@ -4,6 +4,8 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
+#include <cmath>
 #include <map>
 #include <utility>
 
@@ -17,11 +19,86 @@ bool is_dynamic(const FrequencyOptions& scheme) { return scheme.rope_type == "dy
 
 bool is_longrope(const FrequencyOptions& scheme) { return scheme.rope_type == "longrope"; }
 
+// Refuses what no call would take.
+void check_options(std::int64_t rotary_dim, const RotaryEmbeddingOptions& options) {
+  TORCH_CHECK_VALUE(rotary_dim > 0 && rotary_dim % 2 == 0,
+                    "rope::RotaryEmbedding(): expected rotary_dim to be positive and a multiple of "
+                    "2, but got ",
+                    rotary_dim);
+  TORCH_CHECK_VALUE(options.max_wavelength > 0 && std::isfinite(options.max_wavelength),
+                    "rope::RotaryEmbedding(): expected max_wavelength to be positive and finite, "
+                    "but got ",
+                    options.max_wavelength);
+  TORCH_CHECK_VALUE(std::isfinite(options.attention_factor.value_or(1.0)),
+                    "rope::RotaryEmbedding(): expected attention_factor to be finite, but got ",
+                    *options.attention_factor);
+  TORCH_CHECK_VALUE(options.rotary_offset >= 0,
+                    "rope::RotaryEmbedding(): expected rotary_offset to be at least 0, but got ",
+                    options.rotary_offset);
+}
+
+void check_inv_freq(std::int64_t rotary_dim, const at::Tensor& inv_freq) {
+  TORCH_CHECK_TYPE(
+      inv_freq.defined(),
+      "rope::RotaryEmbedding(): expected inv_freq to be a tensor, but got an undefined "
+      "one");
+  TORCH_CHECK_TYPE(inv_freq.scalar_type() == at::kFloat || inv_freq.scalar_type() == at::kDouble,
+                   "rope::RotaryEmbedding(): expected inv_freq to be float32 or float64, but got ",
+                   c10::getDtypeNames(inv_freq.scalar_type()).first);
+  TORCH_CHECK_VALUE(inv_freq.dim() == 1 || inv_freq.dim() == 2,
+                    "rope::RotaryEmbedding(): expected inv_freq to have shape (N) or (A, N), but "
+                    "got ",
+                    inv_freq.sizes());
+  TORCH_CHECK_VALUE(inv_freq.size(-1) == rotary_dim / 2,
+                    "rope::RotaryEmbedding(): expected inv_freq to have rotary_dim / 2 = ",
+                    rotary_dim / 2, " columns, but got ", inv_freq.size(-1));
+}
+
+template <typename Value>
+void print_value(std::ostream& stream, const Value& value) {
+  stream << value;
+}
+
+void print_value(std::ostream& stream, const std::vector<double>& values) {
+  constexpr std::size_t kShown = 6;
+  const c10::ArrayRef<double> all(values);
+  stream << all.slice(0, std::min(kShown, all.size())) << (all.size() > kShown ? "..." : "");
+}
+
+// Prints a member of a scheme that is given.
+template <typename Value>
+void print_if_given(std::ostream& stream, const char* name, const std::optional<Value>& value) {
+  if (value.has_value()) {
+    stream << ", " << name << "=";
+    print_value(stream, *value);
+  }
+}
+
+void print_scheme(std::ostream& stream, const FrequencyOptions& scheme) {
+  stream << ", rope_type=" << scheme.rope_type;
+  print_if_given(stream, "rope_theta", scheme.rope_theta);
+  print_if_given(stream, "factor", scheme.factor);
+  print_if_given(stream, "low_freq_factor", scheme.low_freq_factor);
+  print_if_given(stream, "high_freq_factor", scheme.high_freq_factor);
+  print_if_given(stream, "original_max_position_embeddings",
+                 scheme.original_max_position_embeddings);
+  print_if_given(stream, "short_factor", scheme.short_factor);
+  print_if_given(stream, "long_factor", scheme.long_factor);
+  print_if_given(stream, "beta_fast", scheme.beta_fast);
+  print_if_given(stream, "beta_slow", scheme.beta_slow);
+  print_if_given(stream, "mscale", scheme.mscale);
+  print_if_given(stream, "mscale_all_dim", scheme.mscale_all_dim);
+  print_if_given(stream, "truncate", scheme.truncate);
+  print_if_given(stream, "partial_rotary_factor", scheme.partial_rotary_factor);
+  print_if_given(stream, "max_position_embeddings", scheme.max_position_embeddings);
+}
+
 }  // namespace
 
 RotaryEmbeddingImpl::RotaryEmbeddingImpl(std::int64_t rotary_dim, RotaryEmbeddingOptions given)
     : options(std::move(given)) {
   FrequencyOptions& scheme = options.rope_parameters;
+  check_options(rotary_dim, options);
   TORCH_CHECK_VALUE(
       !options.inv_freq.has_value() || scheme.rope_type == FrequencyOptions().rope_type,
       "rope::RotaryEmbedding(): expected rope_parameters or inv_freq, but got both");
@@ -36,6 +113,9 @@ RotaryEmbeddingImpl::RotaryEmbeddingImpl(std::int64_t rotary_dim, RotaryEmbeddin
       "rope::RotaryEmbedding(): expected learned to be false for a rope_type whose frequencies "
       "follow the length, but got true for ",
       scheme.rope_type);
+  if (options.inv_freq.has_value()) {
+    check_inv_freq(rotary_dim, *options.inv_freq);
+  }
   scheme.rotary_dim = rotary_dim;
   scheme.rope_theta = scheme.rope_theta.value_or(options.max_wavelength);
   scheme.seq_len = std::nullopt;
@@ -102,22 +182,54 @@ std::tuple<at::Tensor, at::Tensor> RotaryEmbeddingImpl::forward(
 }
 
 void RotaryEmbeddingImpl::to(torch::Device device, torch::Dtype /*dtype*/, bool non_blocking) {
-  Module::to(device, non_blocking);
+  to(device, non_blocking);
 }
 
 void RotaryEmbeddingImpl::to(torch::Dtype /*dtype*/, bool /*non_blocking*/) {}
 
 void RotaryEmbeddingImpl::to(torch::Device device, bool non_blocking) {
-  Module::to(device, non_blocking);
+  if (!inv_freq.is_meta() || options.inv_freq.has_value()) {
+    Module::to(device, non_blocking);
+    return;
+  }
+  // There is nothing to copy, and the scheme is known.
+  FrequencyOptions scheme = options.rope_parameters;
+  scheme.device = device;
+  inv_freq.set_data(frequencies(scheme).inv_freq);
+  if (long_inv_freq.defined()) {
+    scheme.seq_len = *scheme.original_max_position_embeddings + 1;
+    long_inv_freq.set_data(frequencies(scheme).inv_freq);
+  }
 }
 
 bool RotaryEmbeddingImpl::is_serializable() const { return options.learned; }
 
 void RotaryEmbeddingImpl::pretty_print(std::ostream& stream) const {
-  stream << std::boolalpha << "rope::RotaryEmbedding(" << options.rope_parameters.rotary_dim
-         << ", rope_type=" << (options.inv_freq ? "none" : options.rope_parameters.rope_type)
-         << ", attention_factor=" << attention_factor << ", interleaved=" << options.interleaved
-         << ", learned=" << options.learned << ")";
+  stream << std::boolalpha << "rope::RotaryEmbedding(" << options.rope_parameters.rotary_dim;
+  if (options.inv_freq.has_value()) {
+    stream << ", inv_freq of shape " << inv_freq.sizes();
+  } else {
+    print_scheme(stream, options.rope_parameters);
+  }
+  if (attention_factor != 1.0) {
+    stream << ", attention_factor=" << attention_factor;
+  }
+  if (options.embedding_axis != -1) {
+    stream << ", embedding_axis=" << options.embedding_axis;
+  }
+  if (options.rotary_offset != 0) {
+    stream << ", rotary_offset=" << options.rotary_offset;
+  }
+  if (options.interleaved) {
+    stream << ", interleaved=true";
+  }
+  if (options.learned) {
+    stream << ", learned=true";
+  }
+  if (inv_freq.scalar_type() != at::kFloat) {
+    stream << ", dtype=" << c10::getDtypeNames(inv_freq.scalar_type()).first;
+  }
+  stream << ")";
 }
 
 // ---- Side inputs ----
@@ -153,7 +265,14 @@ class Provided {
 
 WithSideInputsFromInputTupleImpl::WithSideInputsFromInputTupleImpl(torch::nn::Sequential model,
                                                                    std::vector<std::string> tags)
-    : model(register_module("model", std::move(model))), tags(std::move(tags)) {}
+    : model(register_module("model", std::move(model))), tags(std::move(tags)) {
+  for (auto tag = this->tags.begin(); tag != this->tags.end(); ++tag) {
+    TORCH_CHECK_VALUE(std::find(this->tags.begin(), tag, *tag) == tag,
+                      "rope::WithSideInputsFromInputTuple(): expected each tag to be provided "
+                      "once, but got ",
+                      *tag, " twice");
+  }
+}
 
 at::Tensor WithSideInputsFromInputTupleImpl::forward(const at::Tensor& x,
                                                      const std::vector<at::Tensor>& side_inputs) {
@@ -177,6 +296,9 @@ ApplyRoPEImpl::ApplyRoPEImpl(std::int64_t embedding_axis, ApplyRoPEOptions optio
     : embedding_axis(embedding_axis), options(std::move(options)) {}
 
 at::Tensor ApplyRoPEImpl::forward(const at::Tensor& x, const at::Tensor& positions) {
+  TORCH_CHECK_VALUE(positions.defined() || options.positions_tag.has_value(),
+                    "rope::ApplyRoPE(): expected positions to be given to a layer without "
+                    "positions_tag, but got an undefined tensor");
   at::Tensor used = positions;
   if (!used.defined() && options.positions_tag.has_value()) {
     const auto provided = side_inputs_here.find(*options.positions_tag);
@@ -197,6 +319,15 @@ at::Tensor ApplyRoPEImpl::forward(const at::Tensor& x, const at::Tensor& positio
 void ApplyRoPEImpl::pretty_print(std::ostream& stream) const {
   stream << "rope::ApplyRoPE(embedding_axis=" << embedding_axis
          << ", max_wavelength=" << options.max_wavelength;
+  if (options.scale_factor != 1.0) {
+    stream << ", scale_factor=" << options.scale_factor;
+  }
+  if (options.rotary_dim.has_value()) {
+    stream << ", rotary_dim=" << *options.rotary_dim;
+  }
+  if (options.interleaved) {
+    stream << ", interleaved=true";
+  }
   if (options.positions_tag.has_value()) {
     stream << ", positions_tag=" << *options.positions_tag;
   }

@@ -32,7 +32,9 @@ namespace rope {
 
 struct RotaryEmbeddingOptions {
   // The scheme of the frequencies. Its rotary_dim is the module's and its rope_theta, where it has
-  // none, max_wavelength; seq_len comes with each call.
+  // none, max_wavelength; seq_len comes with each call. Its dtype is that of the frequencies and of
+  // the angles: float32, as models were trained with, or float64, which is closer to rope::apply
+  // without inv_freq (by up to 2e-4 at position 4095 and a base of 5e5).
   FrequencyOptions rope_parameters = {};
   double max_wavelength = 10000.0;
   // Frequencies of your own in place of a scheme: (N) or (A, N), float32 or float64.
@@ -48,7 +50,9 @@ struct RotaryEmbeddingOptions {
 
 // Holds frequencies and rotates by them. They keep their dtype whatever to(dtype) does, and are
 // saved only where they are learned. With dynamic and longrope they follow seq_len, or the greatest
-// position plus one where it is not given (found on the device, without a wait for it).
+// position plus one where it is not given (found on the device, without a wait for it). A module
+// whose scheme is on the meta device forms its frequencies in to(device). torch::load skips
+// frequencies in an archive where they are not learned.
 class ROPE_API RotaryEmbeddingImpl : public torch::nn::Cloneable<RotaryEmbeddingImpl> {
  public:
   explicit RotaryEmbeddingImpl(std::int64_t rotary_dim, RotaryEmbeddingOptions options = {});
