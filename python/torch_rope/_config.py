@@ -1,13 +1,96 @@
 """What a Hugging Face configuration says about rotary position embedding."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from torch_rope._arguments import kind_of, message
+
+_FUNCTION = "torch_rope.RotaryEmbedding.from_config"
 
 # The types whose trained length is the configuration's where the dictionary has none.
 _WITH_TRAINED_LENGTH = ("llama3", "yarn", "longrope")
 
 # Names that types had in configurations of their time.
 _NEWER_TYPES = {"mrope": "default", "su": "longrope"}
+
+# Keys of rope_parameters that the angles do not depend on. Llama 4's and Ministral 3's beta scales
+# queries by position after the rotation; the trained length is read from the configuration itself.
+_NOT_OF_ANGLES = ("type", "finetuned", "llama_4_scaling_beta", "max_position_embeddings")
+
+# Keys of a whole configuration of code outside transformers that change the angles, with the
+# values that do not.
+_UNREADABLE = {
+    "rope_ratio": (1, 1.0),  # ChatGLM
+    "rotary_emb_scale_base": (),  # NomicBERT, XPos
+    "rotary_scaling_factor": (1, 1.0),  # NomicBERT
+}
+
+# The model types whose code pairs neighbouring elements (2n, 2n + 1) of queries and keys, in
+# transformers 5.24. Some move pairs to halves on the way, which changes no score. Of a model of
+# several parts these are the text part and the whole.
+INTERLEAVED_MODEL_TYPES = frozenset(
+    [
+        "axk1",
+        "axk2",
+        "bailing_hybrid",
+        "blt",
+        "blt_global_transformer",
+        "blt_local_decoder",
+        "blt_local_encoder",
+        "blt_patcher",
+        "codegen",
+        "cohere",
+        "cohere2",
+        "cohere2_moe",
+        "deepseek_v2",
+        "deepseek_v3",
+        "deepseek_v32",
+        "deepseek_v4",
+        "dots3_note",
+        "dots3_note_text",
+        "efficientloftr",
+        "ernie4_5",
+        "ernie4_5_moe",
+        "ernie4_5_vl_moe",
+        "ernie4_5_vl_moe_text",
+        "glm",
+        "glm4",
+        "glm4_moe_lite",
+        "glm4v",
+        "glm4v_text",
+        "glm_moe_dsa",
+        "glm_ocr",
+        "glm_ocr_text",
+        "gptj",
+        "helium",
+        "hy_v4_vl",
+        "hy_v4_vl_text",
+        "llama4",
+        "llama4_text",
+        "longcat_flash",
+        "mistral4",
+        "mistral_large4",
+        "mistral_large4_text",
+        "moonshine",
+        "moonshine_streaming",
+        "openai_privacy_filter",
+        "pe_audio_encoder",
+        "pe_audio_video_encoder",
+        "pe_video_encoder",
+        "roformer",
+        "sarvam_mla",
+        "youtu",
+    ]
+)
+
+# M-RoPE that mrope_frequencies does not express: the members of a pair turn with different axes,
+# or height and width alternate before time.
+_OTHER_SECTIONS = frozenset(
+    ("hunyuan_vl", "hunyuan_vl_text", "ernie4_5_vl_moe", "ernie4_5_vl_moe_text")
+)
 
 # Names that sizes have in dictionaries; an object has the first of each.
 _HEAD_DIM = ("head_dim", "qk_rope_head_dim", "attention_head_dim", "kv_channels")
@@ -16,17 +99,22 @@ _NUM_HEADS = ("num_attention_heads", "n_head", "n_heads")
 
 
 class RotaryConfig(NamedTuple):
-    """The arguments of ``frequencies``, and the sections of M-RoPE."""
+    """The arguments of ``frequencies``, the sections of M-RoPE, and how elements pair up."""
 
     rotary_dim: int
     rope_parameters: dict[str, Any]
     max_position_embeddings: int | None
     mrope_section: list[int] | None
+    interleaved: bool
 
 
 def read_config(config: Any, layer_type: str | None) -> RotaryConfig:
     """Reads a configuration, an object or a dictionary, of newer or older form."""
+    _check_config(config)
+    model_type = _get(config, "model_type")
     config = _get(config, "text_config") or config
+    model_type = _get(config, "model_type") or model_type
+    _check_readable(config)
     parameters = _rope_parameters(config, layer_type)
     if layer_type is not None:
         config = _of_layer_type(config, layer_type)
@@ -34,7 +122,12 @@ def read_config(config: Any, layer_type: str | None) -> RotaryConfig:
     max_position_embeddings = _get(config, "max_position_embeddings")
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
     parameters["rope_type"] = _NEWER_TYPES.get(rope_type, rope_type)
-    _set_default(parameters, "rope_theta", config, "rope_theta", "rotary_emb_base")
+    if rope_type == "axial":
+        rule = "be that of positions along one axis (images: axial_frequencies)"
+        raise ValueError(message(_FUNCTION, "rope_type", rule, repr(rope_type)))
+    _set_default(
+        parameters, "rope_theta", config, "rope_theta", "rotary_emb_base", "rotary_embedding_base"
+    )
     if parameters["rope_theta"] is None:
         parameters["rope_theta"] = 10000.0
     _set_default(parameters, "partial_rotary_factor", config, "partial_rotary_factor", "rotary_pct")
@@ -50,12 +143,80 @@ def read_config(config: Any, layer_type: str | None) -> RotaryConfig:
         trained = parameters.get("original_max_position_embeddings")
         if trained is not None and max_position_embeddings is not None:
             parameters["factor"] = max_position_embeddings / trained
+    rotary_dim = _rotary_dim(config, parameters)
+    _read_own_keys(parameters, rotary_dim)
+    sections = parameters.get("mrope_section")
+    if sections is not None and model_type in _OTHER_SECTIONS:
+        rule = "have sections that mrope_frequencies expresses"
+        raise ValueError(message(_FUNCTION, "config", rule, f"those of {model_type}"))
     return RotaryConfig(
-        _rotary_dim(config, parameters),
+        rotary_dim,
         parameters,
         max_position_embeddings,
-        parameters.get("mrope_section"),
+        sections,
+        _is_interleaved(config, model_type),
     )
+
+
+def _check_config(config: Any) -> None:
+    """Refuses what is neither a configuration nor a dictionary of one."""
+    hint = ""
+    if isinstance(config, nn.Module):
+        hint = " (its configuration is model.config)"
+    elif isinstance(config, type):
+        hint = f" {config.__name__} (an instance is needed)"
+    elif isinstance(config, str | bytes | os.PathLike):
+        hint = " (a file is read by json.load)"
+    elif isinstance(config, Mapping) or not (
+        config is None
+        or isinstance(config, Tensor | Sequence | float)
+        or hasattr(config, "__int__")
+    ):
+        return
+    rule = "be a configuration of Hugging Face or its dictionary"
+    raise TypeError(message(_FUNCTION, "config", rule, f"{kind_of(config)}{hint}"))
+
+
+def _check_readable(config: Any) -> None:
+    """Refuses keys that change the angles in a way that is not known here."""
+    for key, harmless in _UNREADABLE.items():
+        value = _get(config, key)
+        if value is not None and value not in harmless:
+            rule = "be left out, since what it does to the angles is not known here"
+            raise ValueError(message(_FUNCTION, key, rule, repr(value)))
+
+
+def _read_own_keys(parameters: dict[str, Any], rotary_dim: int) -> None:
+    """Turns what single models have for keys into those of ``frequencies``, where that can be."""
+    if parameters.get("attn_factor") == 1:
+        del parameters["attn_factor"]
+    # HunYuan: "dynamic" with alpha has a base that does not follow the length.
+    alpha = parameters.get("alpha")
+    if not alpha:
+        parameters.pop("alpha", None)
+    elif parameters["rope_type"] == "dynamic":
+        parameters["rope_type"] = "default"
+        parameters["rope_theta"] *= parameters.pop("alpha") ** (rotary_dim / (rotary_dim - 2))
+    # Phi-3.5-MoE: attention factors within and beyond the trained length.
+    if parameters["rope_type"] == "longrope":
+        short_mscale = parameters.get("short_mscale")
+        if short_mscale is not None and short_mscale == parameters.get("long_mscale"):
+            parameters["attention_factor"] = parameters.pop("short_mscale")
+            del parameters["long_mscale"]
+    elif parameters["rope_type"] == "default":
+        for key in ("short_mscale", "long_mscale"):
+            parameters.pop(key, None)
+    # Qwen3-Omni has both keys.
+    interleaved = parameters.pop("interleaved", None)
+    if parameters.get("mrope_interleaved") is None and parameters.get("mrope_section") is not None:
+        parameters["mrope_interleaved"] = interleaved
+    for key in _NOT_OF_ANGLES:
+        parameters.pop(key, None)
+
+
+def _is_interleaved(config: Any, model_type: str | None) -> bool:
+    given = _get(config, "rope_interleave")
+    return bool(given) if given is not None else model_type in INTERLEAVED_MODEL_TYPES
 
 
 def _get(config: Any, key: str) -> Any:
@@ -76,6 +237,9 @@ def _set_default(parameters: dict[str, Any], key: str, config: Any, *keys: str) 
 def _rope_parameters(config: Any, layer_type: str | None) -> dict[str, Any]:
     """Returns a copy of the dictionary, for a layer type where each has its own."""
     parameters = _get(config, "rope_parameters") or _get(config, "rope_scaling") or {}
+    if not isinstance(parameters, Mapping):
+        rule = "be a dictionary"
+        raise TypeError(message(_FUNCTION, "rope_parameters", rule, kind_of(parameters)))
     by_type = {key: value for key, value in parameters.items() if isinstance(value, Mapping)}
     if not by_type and layer_type is None:
         return dict(parameters)

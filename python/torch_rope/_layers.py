@@ -1,16 +1,31 @@
 """The layers. None rotates by itself: the operators do."""
 
+import math
+import reprlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch._jit_internal import is_scripting
 
+from torch_rope._arguments import check_integer, check_number, check_tensor, kind_of, message
 from torch_rope._config import read_config
-from torch_rope._frequencies import Frequencies, frequencies, mrope_frequencies
+from torch_rope._frequencies import (
+    Frequencies,
+    check_bool,
+    check_dtype,
+    check_rope_parameters,
+    default_device,
+    frequencies,
+    mrope_frequencies,
+)
 from torch_rope._operators import apply
 from torch_rope._side_inputs import side_input
+
+_APPLY_ROPE = "torch_rope.ApplyRoPE"
+_ROTARY = "torch_rope.RotaryEmbedding"
 
 _MAX_WAVELENGTH = 10000.0
 
@@ -39,6 +54,10 @@ class ApplyRoPE(nn.Module):
         names: The names of the dimensions of the input, for an ``embedding_axis`` that is a name.
         positions_names: The names of the dimensions of the positions.
 
+    Raises:
+        ValueError: If names are given for an ``embedding_axis`` that is a number, or one twice.
+        TypeError: If an option is of the wrong type.
+
     Example:
         >>> import torch, torch_rope
         >>> x, positions = torch.randn(2, 5, 8, 64), torch.arange(10).view(2, 5)
@@ -65,6 +84,23 @@ class ApplyRoPE(nn.Module):
         positions_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(embedding_axis, str):
+            check_integer(_APPLY_ROPE, "embedding_axis", embedding_axis)
+            for option, given in (("names", names), ("positions_names", positions_names)):
+                if given is not None:
+                    rule = "be left out for an embedding_axis that is a number"
+                    raise ValueError(message(_APPLY_ROPE, option, rule, repr(given)))
+        check_number(_APPLY_ROPE, "max_wavelength", max_wavelength)
+        check_number(_APPLY_ROPE, "scale_factor", scale_factor)
+        if rotary_dim is not None:
+            check_integer(_APPLY_ROPE, "rotary_dim", rotary_dim)
+        check_bool(_APPLY_ROPE, "interleaved", interleaved)
+        if not isinstance(positions_tag, Hashable):
+            raise TypeError(
+                message(_APPLY_ROPE, "positions_tag", "be hashable", kind_of(positions_tag))
+            )
+        _check_strings("names", names)
+        _check_strings("positions_names", positions_names)
         self.embedding_axis = embedding_axis
         self.max_wavelength = max_wavelength
         self.scale_factor = scale_factor
@@ -168,18 +204,36 @@ class ApplyRoPE(nn.Module):
         return ", ".join(shown)
 
 
+def _check_strings(option: str, names: Any) -> None:
+    """Refuses what is no sequence of different names."""
+    if names is None:
+        return
+    rule = "be a sequence of strings"
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(message(_APPLY_ROPE, option, rule, kind_of(names)))
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(message(_APPLY_ROPE, option, rule, f"one with {kind_of(name)}"))
+        if names.count(name) > 1:
+            raise ValueError(message(_APPLY_ROPE, option, "be different", f"{name!r} twice"))
+
+
+@torch.fx.wrap  # A tracer does not know how many dimensions there are.
+def _check_dims(tensor: Tensor, names: tuple[str, ...], argument: str) -> Tensor:
+    if len(names) != tensor.dim():
+        rule = f"have a dimension for each of {names}"
+        raise ValueError(message(_APPLY_ROPE, argument, rule, f"shape {tuple(tensor.shape)}"))
+    return tensor
+
+
 def _without_names(
     tensor: Any, given: tuple[str, ...] | None, option: str, argument: str
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Returns a tensor without names, and the names of its dimensions: those given, or its own."""
-    expected = "torch_rope.ApplyRoPE(): expected"
     if given is not None:
-        if len(given) != tensor.dim():
-            raise ValueError(
-                f"{expected} {argument} to have a dimension for each of {given}, but got shape "
-                f"{tuple(tensor.shape)}"
-            )
-        return tensor, given
+        return _check_dims(tensor, given, argument), given
+    expected = "torch_rope.ApplyRoPE(): expected"
+    check_tensor(_APPLY_ROPE, argument, tensor)
     if not hasattr(tensor, "names"):
         raise ValueError(
             f"{expected} {option} to be given for an embedding_axis that is a name, since this "
@@ -218,6 +272,16 @@ class RotaryEmbedding(nn.Module):
     would turn distant tokens by wrong angles. Mixed precision of FSDP2 casts every parameter of a
     group: where frequencies are a parameter, ``fully_shard`` this module by itself, without it.
 
+    By default frequencies are float32, and so are the angles, position times frequency: what models
+    were trained with. At position 4095 and a base of 5e5 they differ by up to 2e-4 from those of
+    :func:`apply` without ``inv_freq``, which are formed in float64, as ``dtype=torch.float64`` does
+    here too.
+
+    A module that comes from the meta device (``to_empty``) forms the frequencies of its scheme
+    again. Frequencies of your own cannot be formed: calls raise an error until they are set.
+    ``load_state_dict`` skips ``inv_freq`` of older checkpoints where the frequencies are not
+    learned.
+
     With the types ``dynamic`` and ``longrope``, frequencies follow ``seq_len`` of each call, or
     where that is not given the greatest position plus one, found on the device without a wait for
     it. Nothing is remembered from call to call.
@@ -239,11 +303,14 @@ class RotaryEmbedding(nn.Module):
         embedding_axis: The dimension that is rotated.
         rotary_offset: The first element that is rotated.
         interleaved: Whether pairs are adjacent elements instead of the two halves.
-        device: The device of the frequencies; by default PyTorch's default device.
+        dtype: The dtype of the frequencies of a scheme, float32 or float64, whatever ``to`` and the
+            like do; ``inv_freq`` keeps its own.
+        device: The device of the frequencies; by default PyTorch's default device, or that of
+            ``inv_freq``.
 
     Raises:
         ValueError: If options do not fit, and as for :func:`frequencies`.
-        TypeError: As for :func:`frequencies`.
+        TypeError: If an option is of the wrong type, and as for :func:`frequencies`.
 
     Example:
         >>> import torch, torch_rope
@@ -271,16 +338,32 @@ class RotaryEmbedding(nn.Module):
         embedding_axis: int = -1,
         rotary_offset: int = 0,
         interleaved: bool = False,
+        dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        _check_rotary_options(
+            rotary_dim, max_wavelength, attention_factor, embedding_axis, rotary_offset
+        )
+        check_bool(_ROTARY, "interleaved", interleaved)
+        check_bool(_ROTARY, "learned", learned)
+        check_dtype(_ROTARY, dtype)
+        if device is not None:
+            device = default_device(device, _ROTARY)
+        if rope_parameters is not None:
+            hint = " (the base is max_wavelength=)"
+            check_rope_parameters(_ROTARY, rope_parameters, hint)
+        if inv_freq is not None:
+            _check_inv_freq(inv_freq, rotary_dim, dtype)
         self.rotary_dim = rotary_dim
         self.embedding_axis = embedding_axis
         self.rotary_offset = rotary_offset
         self.interleaved = interleaved
         self.learned = learned
-        self.max_position_embeddings = max_position_embeddings
         self.rope_parameters = _with_theta(rope_parameters, max_wavelength, inv_freq)
+        if max_position_embeddings is None:
+            max_position_embeddings = self.rope_parameters.get("max_position_embeddings")
+        self.max_position_embeddings = max_position_embeddings
         self.rope_type = None if inv_freq is not None else _type_of(self.rope_parameters)
         if learned and self.rope_type in _FOLLOWING_LENGTH:
             raise ValueError(
@@ -288,8 +371,11 @@ class RotaryEmbedding(nn.Module):
                 f"frequencies follow the length, but got True for {self.rope_type}"
             )
 
+        # Of M-RoPE: how many pairs turn with each axis, and whether the axes take turns.
+        self._sections: tuple[int, ...] | None = None
+        self._sections_take_turns = False
         if inv_freq is None:
-            formed = self._form(None, device)
+            formed = self._form(None, dtype, device)
         else:
             copy = inv_freq.detach().clone()
             formed = Frequencies(copy if device is None else copy.to(device), 1.0)
@@ -301,18 +387,22 @@ class RotaryEmbedding(nn.Module):
         else:
             self.register_buffer("inv_freq", formed.inv_freq, persistent=False)
 
-        # The length beyond which the frequencies change, 0 where they never do; and what they then
-        # are, or are formed from.
+        # The length beyond which the frequencies change, 0 where they never do, -1 where they are
+        # still to be set; and what they then are, or are formed from.
         self._trained_length, self._rope_theta, self._factor = 0, 0.0, 0.0
         self.register_buffer("long_inv_freq", None, persistent=False)
         if self.rope_type == "longrope":
             self._trained_length = self.rope_parameters["original_max_position_embeddings"]
-            self.long_inv_freq = self._form(self._trained_length + 1, device).inv_freq
+            self.long_inv_freq = self._form(self._trained_length + 1, dtype, device).inv_freq
         elif self.rope_type == "dynamic":
             assert max_position_embeddings is not None  # frequencies() has seen to it.
             self._trained_length = max_position_embeddings
             self._rope_theta = float(self.rope_parameters["rope_theta"])
             self._factor = float(self.rope_parameters["factor"])
+        # The tensor of frequencies that nobody has set, and its version. A tuple, since a parameter
+        # by itself would become one of the module's.
+        self._unset: tuple[Tensor, ...] = ()
+        self._unset_version = 0
 
     @classmethod
     def from_config(
@@ -325,9 +415,14 @@ class RotaryEmbedding(nn.Module):
     ) -> "RotaryEmbedding":
         """Returns the layer of a Hugging Face model.
 
-        Which elements form a pair is a matter of the model's code and not of its configuration:
-        most have halves, and for the others (GPT-J, Cohere, GLM) ``interleaved=True`` is to be
-        given.
+        Which elements form a pair is a matter of the model's code. ``interleaved`` is what the
+        configuration says (``rope_interleave`` of DeepSeek-V3 and its like), or else whether
+        transformers' code for its ``model_type`` pairs neighbours (GPT-J, Cohere, GLM-4, Llama 4,
+        ERNIE 4.5 and others). For a model type that transformers does not have, such as those with
+        code of their own on the Hub, halves are assumed: give ``interleaved=`` where that is wrong.
+
+        Keys of the rope parameters that change nothing about the angles (``llama_4_scaling_beta``,
+        ``finetuned``) are passed over; keys that are not known here are refused.
 
         An object is surer than a dictionary, where models have names of their own for sizes.
 
@@ -341,55 +436,95 @@ class RotaryEmbedding(nn.Module):
                 differ from one type to the other.
             mrope_interleaved: Where the configuration has an ``mrope_section``, whether axes take
                 turns (see :func:`mrope_frequencies`); by default what the configuration says.
-            options: ``interleaved`` and other options of the class.
+            options: ``interleaved``, ``dtype`` and other options of the class.
 
         Raises:
-            ValueError: If the configuration lacks what is needed, or ``layer_type`` is missing or
-                unknown.
+            ValueError: If the configuration lacks what is needed or has keys that are not known, or
+                ``layer_type`` is missing or unknown.
+            TypeError: If ``config`` is no configuration.
 
         Example:
             >>> import torch_rope
             >>> config = {"hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 500000.0}
             >>> torch_rope.RotaryEmbedding.from_config(config)
-            RotaryEmbedding(128, rope_type='default')
+            RotaryEmbedding(128, rope_type='default', rope_theta=500000.0)
         """
-        rotary_dim, parameters, max_position_embeddings, sections = read_config(config, layer_type)
-        if sections is None:
-            return cls(
-                rotary_dim, parameters, max_position_embeddings=max_position_embeddings, **options
-            )
-
-        name = "torch_rope.RotaryEmbedding.from_config()"
-        if mrope_interleaved is None:
-            mrope_interleaved = parameters.get("mrope_interleaved")
-        if mrope_interleaved is None:
-            raise ValueError(
-                f"{name}: expected mrope_interleaved to be given for a config with mrope_section "
-                "that does not say it, but got None"
-            )
-        if parameters["rope_type"] in _FOLLOWING_LENGTH:
-            raise ValueError(
-                f"{name}: expected rope_type not to be one of {_FOLLOWING_LENGTH} together with "
-                f"mrope_section, but got {parameters['rope_type']!r}"
-            )
-        inv_freq, attention_factor = frequencies(
-            parameters, rotary_dim, max_position_embeddings=max_position_embeddings
+        name = "torch_rope.RotaryEmbedding.from_config"
+        if layer_type is not None and not isinstance(layer_type, str):
+            raise TypeError(message(name, "layer_type", "be a string", kind_of(layer_type)))
+        if mrope_interleaved is not None:
+            check_bool(name, "mrope_interleaved", mrope_interleaved)
+        read = read_config(config, layer_type)
+        parameters, sections = read.rope_parameters, read.mrope_section
+        if sections is not None:
+            if mrope_interleaved is None:
+                mrope_interleaved = parameters.get("mrope_interleaved")
+            if mrope_interleaved is None:
+                raise ValueError(
+                    f"{name}(): expected mrope_interleaved to be given for a config with "
+                    "mrope_section that does not say it, but got None"
+                )
+            if parameters["rope_type"] in _FOLLOWING_LENGTH:
+                raise ValueError(
+                    f"{name}(): expected rope_type not to be one of {_FOLLOWING_LENGTH} together "
+                    f"with mrope_section, but got {parameters['rope_type']!r}"
+                )
+        options.setdefault("interleaved", read.interleaved)
+        rotary = cls(
+            read.rotary_dim,
+            parameters,
+            max_position_embeddings=read.max_position_embeddings,
+            **options,
         )
-        inv_freq = mrope_frequencies(inv_freq, sections, interleaved=mrope_interleaved)
-        options.setdefault("attention_factor", attention_factor)
-        return cls(rotary_dim, inv_freq=inv_freq, **options)
+        if sections is not None:
+            rotary._share_among_axes(sections, cast(bool, mrope_interleaved))
+        return rotary
+
+    def _share_among_axes(self, sections: Sequence[int], take_turns: bool) -> None:
+        rows = mrope_frequencies(self.inv_freq.detach(), sections, interleaved=take_turns)
+        self.inv_freq = nn.Parameter(rows) if self.learned else rows
+        self._sections, self._sections_take_turns = tuple(sections), take_turns
 
     if TYPE_CHECKING:
 
         @overload
         def __call__(
-            self, x: Tensor, positions: Tensor, /, *, seq_len: int | None = None
+            self, q: Tensor, k: Tensor, positions: Tensor, seq_len: int | None = None
+        ) -> tuple[Tensor, Tensor]: ...
+
+        @overload
+        def __call__(
+            self,
+            q: tuple[Tensor, Tensor] | list[Tensor],
+            k: Tensor,
+            positions: None = None,
+            seq_len: int | None = None,
+        ) -> tuple[Tensor, Tensor]: ...
+
+        @overload
+        def __call__(
+            self,
+            q: tuple[Tensor, Tensor] | list[Tensor],
+            k: None = None,
+            *,
+            positions: Tensor,
+            seq_len: int | None = None,
+        ) -> tuple[Tensor, Tensor]: ...
+
+        @overload
+        def __call__(
+            self, q: Tensor, k: Tensor, positions: None = None, seq_len: int | None = None
         ) -> Tensor: ...
 
         @overload
         def __call__(
-            self, q: Tensor, k: Tensor, positions: Tensor, seq_len: int | None = None
-        ) -> tuple[Tensor, Tensor]: ...
+            self, q: Tensor, k: None = None, *, positions: Tensor, seq_len: int | None = None
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self, q: Tensor, k: None, positions: Tensor, seq_len: int | None = None
+        ) -> Tensor: ...
 
         def __call__(self, *arguments: Any, **options: Any) -> Any: ...
 
@@ -402,6 +537,9 @@ class RotaryEmbedding(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Returns queries and keys rotated; of ``forward(x, positions)`` one tensor.
 
+        Outside TorchScript ``forward((q, k), positions)`` is the same as
+        ``forward(q, k, positions)``.
+
         Args:
             q: As ``x`` for :func:`apply`.
             k: As ``q``; rotated by the same angles.
@@ -413,19 +551,15 @@ class RotaryEmbedding(nn.Module):
             Tensors like ``q`` and ``k``.
 
         Raises:
-            ValueError: As for :func:`apply`.
+            ValueError: As for :func:`apply`; or if frequencies of your own, which came from the
+                meta device, were not set.
             TypeError: As for :func:`apply`.
             IndexError: As for :func:`apply`.
         """
         if not is_scripting():
             if positions is None or k is None:
                 given = k if positions is None else positions
-                if given is None:
-                    raise TypeError(
-                        "torch_rope.RotaryEmbedding(): expected positions to be a tensor, but got "
-                        "None"
-                    )
-                rotated: Any = self.rotate(q, given, seq_len)
+                rotated: Any = self._rotate_first(q, given, seq_len)
                 return cast(tuple[Tensor, Tensor], rotated)
             return apply(
                 (q, k),
@@ -472,30 +606,34 @@ class RotaryEmbedding(nn.Module):
             interleaved=self.interleaved,
         )
 
+    def _rotate_first(self, q: Any, positions: Any, seq_len: int | None) -> Any:
+        """Rotates the first argument of ``forward``, a tensor or a pair."""
+        if positions is None:
+            raise TypeError(message(_ROTARY, "positions", "be a tensor", "None"))
+        if not isinstance(q, tuple | list):
+            return self.rotate(q, positions, seq_len)
+        if len(q) != 2:
+            got = f"a {kind_of(q)} of {len(q)}"
+            raise TypeError(message(_ROTARY, "q", "be a tensor or a (q, k) tuple", got))
+        return self.forward(q[0], q[1], positions, seq_len)
+
     def _inv_freq_at(self, positions: Tensor, seq_len: int | None) -> Tensor:
         """Returns the frequencies for a length: seq_len, or the greatest position plus one."""
-        if self._trained_length == 0 or positions.numel() == 0:
+        if self._trained_length == 0:
             return self.inv_freq
-        if seq_len is not None and seq_len <= self._trained_length:
+        if self._trained_length < 0:
+            self._refuse_unset()
             return self.inv_freq
-        long_inv_freq = self.long_inv_freq
-        if seq_len is not None and long_inv_freq is not None:
-            return long_inv_freq
-        if seq_len is None:
-            length = positions.max() + 1
-        else:
-            length = torch.full((), seq_len, dtype=torch.int64, device=positions.device)
-        if long_inv_freq is not None:
-            return torch.where(length > self._trained_length, long_inv_freq, self.inv_freq)
-        inv_freq: Tensor = torch.ops.rope._dynamic_frequencies(
-            length,
+        return _follow_length(
+            self.inv_freq,
+            self.long_inv_freq,
+            positions,
+            seq_len,
+            self._trained_length,
             self.rotary_dim,
             self._rope_theta,
             self._factor,
-            self._trained_length,
-            self.inv_freq.dtype,
         )
-        return inv_freq
 
     def reset_parameters(self) -> None:
         """Forms the frequencies anew, in place; for modules built on the meta device.
@@ -508,39 +646,240 @@ class RotaryEmbedding(nn.Module):
                 "torch_rope.RotaryEmbedding.reset_parameters(): expected the frequencies to be of "
                 "a scheme, but they were given as inv_freq: copy them to module.inv_freq"
             )
+        dtype = self.inv_freq.dtype
         with torch.no_grad():
-            self.inv_freq.copy_(self._form(None, "cpu").inv_freq)
+            _fill(self.inv_freq, self._form(None, dtype, "cpu").inv_freq)
             if self.long_inv_freq is not None:
-                self.long_inv_freq.copy_(self._form(self._trained_length + 1, "cpu").inv_freq)
+                beyond = self._form(self._trained_length + 1, dtype, "cpu")
+                _fill(self.long_inv_freq, beyond.inv_freq)
 
     def extra_repr(self) -> str:
-        """Shows the options that are not at their defaults."""
-        shown = [str(self.rotary_dim), f"rope_type={self.rope_type!r}"]
-        if self.attention_factor != 1.0:
+        """Shows the scheme with its numbers, and the options that are not at their defaults."""
+        shown = [str(self.rotary_dim)]
+        if self.rope_type is None:
+            shown.append(f"inv_freq of shape {tuple(self.inv_freq.shape)}")
+        else:
+            numbers = {"rope_type": self.rope_type, "rope_theta": None, **self.rope_parameters}
+            numbers.pop("type", None)
+            if self.rope_type in _FOLLOWING_LENGTH:
+                numbers["max_position_embeddings"] = self.max_position_embeddings
+            numbers["rope_type"] = self.rope_type
+            if self._sections is not None:
+                numbers["mrope_section"] = self._sections
+                numbers["mrope_interleaved"] = self._sections_take_turns
+            shown += [f"{k}={reprlib.repr(v)}" for k, v in numbers.items() if v is not None]
+        if self.attention_factor != 1.0 and "attention_factor" not in self.rope_parameters:
             shown.append(f"attention_factor={self.attention_factor}")
+        if self.embedding_axis != -1:
+            shown.append(f"embedding_axis={self.embedding_axis}")
+        if self.rotary_offset != 0:
+            shown.append(f"rotary_offset={self.rotary_offset}")
         for name in ("interleaved", "learned"):
             if getattr(self, name):
                 shown.append(f"{name}=True")
+        if self.inv_freq.dtype != torch.float32:
+            shown.append(f"dtype={self.inv_freq.dtype}")
         return ", ".join(shown)
 
-    def _form(self, seq_len: int | None, device: torch.device | str | None) -> Frequencies:
-        return frequencies(
+    def _form(
+        self, seq_len: int | None, dtype: torch.dtype, device: torch.device | str | None
+    ) -> Frequencies:
+        formed = frequencies(
             self.rope_parameters,
             self.rotary_dim,
             max_position_embeddings=self.max_position_embeddings,
             seq_len=seq_len,
+            dtype=dtype,
             device=device,
         )
+        if self._sections is None:
+            return formed
+        rows = mrope_frequencies(
+            formed.inv_freq, self._sections, interleaved=self._sections_take_turns
+        )
+        return Frequencies(rows, formed.attention_factor)
+
+    # ---- From the meta device and from checkpoints ----
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
-        """Moves the frequencies where fn does, and keeps their dtype."""
+        """Moves the frequencies where fn does, and keeps their dtype and values."""
+        is_to_come = self.inv_freq.is_meta or self._is_unset()
+        buffers = [buffer for buffer in self._buffers.values() if buffer is not None]
 
-        def keep_dtype(tensor: Tensor) -> Tensor:
+        def keep(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+            if moved.dtype != tensor.dtype:
+                return tensor.to(moved.device)
+            # to_empty() leaves the values behind, and no state dict brings those of a buffer.
+            is_buffer = type(moved) is Tensor and any(tensor is buffer for buffer in buffers)
+            if is_buffer and moved is not tensor and not (tensor.is_meta or moved.is_meta):
+                moved.copy_(tensor)
+            return moved
 
-        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
+        if is_to_come and not self.inv_freq.is_meta:
+            if self.rope_type is None:
+                self._mark_unset()
+            else:
+                self.reset_parameters()
         return self
+
+    def _mark_unset(self) -> None:
+        """Has calls raise an error until somebody sets the frequencies."""
+        self._unset, self._unset_version = (self.inv_freq,), self.inv_freq._version
+        self._trained_length = -1
+
+    def _is_unset(self) -> bool:
+        """Returns whether the frequencies are still to be set; never reads them."""
+        if self._unset and not self._is_as_it_was():
+            self._unset, self._trained_length = (), 0
+        return bool(self._unset)
+
+    def _is_as_it_was(self) -> bool:
+        inv_freq = self.inv_freq
+        return self._unset[0] is inv_freq and inv_freq._version == self._unset_version
+
+    # What torch.compiler.assume_constant_result does, without its import of the compiler.
+    _is_as_it_was._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    @torch.jit.unused
+    def _refuse_unset(self) -> None:
+        is_unset = self._is_as_it_was() if torch.compiler.is_compiling() else self._is_unset()
+        if is_unset:
+            rule = "be set after it came from the meta device (module.inv_freq.copy_)"
+            raise ValueError(message(_ROTARY, "inv_freq", rule, "uninitialised memory"))
+
+    def __prepare_scriptable__(self) -> "RotaryEmbedding":
+        self._is_unset()
+        return self
+
+    def __getstate__(self) -> Any:
+        self._is_unset()
+        return super().__getstate__()  # type: ignore[no-untyped-call]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self._unset:
+            self._mark_unset()  # The version of a copy is another.
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *arguments: Any,
+    ) -> None:
+        """Loads learned frequencies, or those that are still to be set; skips others."""
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        if not self.learned:
+            saved = state_dict.pop(f"{prefix}inv_freq", None)
+            is_to_come = self.inv_freq.is_meta or self._is_unset()
+            if saved is not None and self.rope_type is None and is_to_come:
+                self._load_own(saved, assign)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
+        if assign and not self.learned and self.rope_type is not None and self.inv_freq.is_meta:
+            # Nothing else will make them real: a state dict has none.
+            dtype = self.inv_freq.dtype
+            self.inv_freq = self._form(None, dtype, None).inv_freq
+            if self.long_inv_freq is not None:
+                beyond = self._form(self._trained_length + 1, dtype, None)
+                self.long_inv_freq = beyond.inv_freq
+
+    def _load_own(self, saved: Tensor, assign: bool) -> None:
+        if saved.shape != self.inv_freq.shape:
+            rule = f"have shape {tuple(self.inv_freq.shape)} in the state dict"
+            raise ValueError(message(_ROTARY, "inv_freq", rule, tuple(saved.shape)))
+        if assign:
+            self.inv_freq = saved.detach().to(self.inv_freq.dtype)
+        else:
+            self.inv_freq.copy_(saved.detach())
+
+
+@torch.fx.wrap  # A tracer cannot follow what depends on seq_len and the number of positions.
+def _follow_length(
+    inv_freq: Tensor,
+    long_inv_freq: Tensor | None,
+    positions: Tensor,
+    seq_len: int | None,
+    trained_length: int,
+    rotary_dim: int,
+    rope_theta: float,
+    factor: float,
+) -> Tensor:
+    """Returns the frequencies of longrope (with ``long_inv_freq``) or dynamic for a length."""
+    if not is_scripting():
+        check_tensor(_ROTARY, "positions", positions)
+    if positions.numel() == 0:
+        return inv_freq
+    if seq_len is not None and seq_len <= trained_length:
+        return inv_freq
+    if seq_len is not None and long_inv_freq is not None:
+        return long_inv_freq
+    if seq_len is None:
+        length = positions.max() + 1
+    else:
+        length = torch.full((), seq_len, dtype=torch.int64, device=positions.device)
+    if long_inv_freq is not None:
+        return torch.where(length > trained_length, long_inv_freq, inv_freq)
+    followed: Tensor = torch.ops.rope._dynamic_frequencies(
+        length, rotary_dim, rope_theta, factor, trained_length, inv_freq.dtype
+    )
+    return followed
+
+
+def _fill(tensor: Any, values: Tensor) -> None:
+    """Copies values to a tensor, which may be a DTensor; without communication."""
+    if hasattr(tensor, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        values = distribute_tensor(
+            values.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
+        )
+    tensor.copy_(values)
+
+
+def _check_rotary_options(
+    rotary_dim: Any,
+    max_wavelength: Any,
+    attention_factor: Any,
+    embedding_axis: Any,
+    rotary_offset: Any,
+) -> None:
+    """Refuses the numbers that no layer has."""
+    check_integer(_ROTARY, "rotary_dim", rotary_dim)
+    if rotary_dim <= 0 or rotary_dim % 2:
+        rule = "be positive and a multiple of 2"
+        raise ValueError(message(_ROTARY, "rotary_dim", rule, rotary_dim))
+    check_number(_ROTARY, "max_wavelength", max_wavelength)
+    if not (max_wavelength > 0 and math.isfinite(max_wavelength)):
+        rule = "be positive and finite"
+        raise ValueError(message(_ROTARY, "max_wavelength", rule, max_wavelength))
+    if attention_factor is not None:
+        check_number(_ROTARY, "attention_factor", attention_factor)
+        if not math.isfinite(attention_factor):
+            raise ValueError(message(_ROTARY, "attention_factor", "be finite", attention_factor))
+    check_integer(_ROTARY, "embedding_axis", embedding_axis)
+    check_integer(_ROTARY, "rotary_offset", rotary_offset)
+    if rotary_offset < 0:
+        raise ValueError(message(_ROTARY, "rotary_offset", "be at least 0", rotary_offset))
+
+
+def _check_inv_freq(inv_freq: Any, rotary_dim: int, dtype: torch.dtype) -> None:
+    """Refuses frequencies that no call would take."""
+    if not isinstance(inv_freq, Tensor):
+        raise TypeError(message(_ROTARY, "inv_freq", "be a tensor", kind_of(inv_freq)))
+    if inv_freq.dtype not in (torch.float32, torch.float64):
+        got = str(inv_freq.dtype).removeprefix("torch.")
+        raise TypeError(message(_ROTARY, "inv_freq", "be float32 or float64", got))
+    if inv_freq.dim() not in (1, 2):
+        rule = "have shape (N) or (A, N)"
+        raise ValueError(message(_ROTARY, "inv_freq", rule, tuple(inv_freq.shape)))
+    if inv_freq.shape[-1] != rotary_dim // 2:
+        rule = f"have rotary_dim / 2 = {rotary_dim // 2} columns"
+        raise ValueError(message(_ROTARY, "inv_freq", rule, inv_freq.shape[-1]))
+    if dtype not in (torch.float32, inv_freq.dtype):
+        rule = "be left at its default together with inv_freq"
+        raise ValueError(message(_ROTARY, "dtype", rule, dtype))
 
 
 def _with_theta(
