@@ -73,6 +73,73 @@ def test_positions_are_needed() -> None:
         ApplyRoPE(-1)(x)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"embedding_axis": 1.0}, TypeError, "embedding_axis to be an integer, but got float"),
+        ({"embedding_axis": None}, TypeError, "embedding_axis to be an integer, but got None"),
+        ({"embedding_axis": (-1,)}, TypeError, "embedding_axis to be an integer, but got tuple"),
+        ({"max_wavelength": "1e5"}, TypeError, "max_wavelength to be a number, but got str"),
+        ({"scale_factor": None}, TypeError, "scale_factor to be a number, but got None"),
+        ({"rotary_dim": 4.0}, TypeError, "rotary_dim to be an integer, but got float"),
+        ({"interleaved": "neox"}, TypeError, "interleaved to be a bool, but got str"),
+        ({"positions_tag": ["tokens"]}, TypeError, "positions_tag to be hashable, but got list"),
+        ({"names": NAMES}, ValueError, "names to be left out for an embedding_axis that is a"),
+        (
+            {"positions_names": ("batch",)},
+            ValueError,
+            "positions_names to be left out for an embedding_axis that is a number",
+        ),
+        (
+            {"embedding_axis": "d", "names": "abcd"},
+            TypeError,
+            "names to be a sequence of strings, but got str",
+        ),
+        (
+            {"embedding_axis": "d", "positions_names": (1, 2)},
+            TypeError,
+            "positions_names to be a sequence of strings, but got one with int",
+        ),
+        (
+            {"embedding_axis": "d", "names": ("a", "d", "a")},
+            ValueError,
+            "names to be different, but got 'a' twice",
+        ),
+    ],
+)
+def test_options_of_no_use_are_refused(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=rf"torch_rope\.ApplyRoPE\(\): expected {message}"):
+        ApplyRoPE(**{"embedding_axis": -1, **options})
+
+
+def test_a_layer_of_a_tag_needs_the_tag() -> None:
+    with pytest.raises(TypeError, match=r"from_config\(\): expected positions_tag to be a tag"):
+        ApplyRoPE.from_config(None, -1)
+
+
+@pytest.mark.parametrize("positions", [3, [0, 1, 2, 3, 4], range(5)])
+@pytest.mark.parametrize("embedding_axis", [-1, "head_dim"])
+def test_positions_that_are_no_tensor_are_refused(positions: Any, embedding_axis: Any) -> None:
+    x, _ = inputs()
+    names = {} if embedding_axis == -1 else {"names": NAMES, "positions_names": ("sequence",)}
+    layer = ApplyRoPE(embedding_axis, **names)
+    kind = type(positions).__name__
+    with pytest.raises(TypeError, match=f"expected positions to be a tensor, but got {kind}"):
+        layer(x, positions)
+
+
+def test_it_can_be_traced_symbolically() -> None:
+    x, positions = inputs()
+    for layer, given in (
+        (ApplyRoPE(-1, 500.0, rotary_dim=8), positions.unsqueeze(-1)),
+        (ApplyRoPE("head_dim", names=NAMES, positions_names=("batch", "sequence")), positions),
+    ):
+        traced = torch.fx.symbolic_trace(layer)
+        assert_same_bits(traced(x, given), layer(x, given))
+
+
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_a_copy_rotates_alike(copy_of: Any) -> None:
     x, positions = inputs()
@@ -88,6 +155,7 @@ def test_the_representation_shows_the_options() -> None:
         "ApplyRoPE(embedding_axis=-1, max_wavelength=500.0, rotary_dim=8, positions_tag='tokens', "
         "interleaved=True)"
     )
+    assert repr(ApplyRoPE(-1)) != repr(ApplyRoPE(-1, scale_factor=2.0))
 
 
 # ---- Names ----

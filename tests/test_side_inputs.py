@@ -131,6 +131,28 @@ def test_tags_that_are_one_string_are_refused() -> None:
         handling(layers("first"), tags="first")
 
 
+@pytest.mark.parametrize(
+    ("model", "tags", "message"),
+    [
+        (lambda x: x, ["first"], "expected model to be a module, but got function"),
+        (nn.Tanh(), None, "expected tags to be a sequence of tags, but got None"),
+        (nn.Tanh(), {"first"}, "expected tags to be a sequence of tags, but got set"),
+        (nn.Tanh(), [["first"]], "expected tags to be hashable and not None, .* that is list"),
+        (nn.Tanh(), ["first", None], "expected tags to be hashable and not None, .* that is None"),
+    ],
+)
+def test_what_is_no_model_and_no_tags_is_refused(model: Any, tags: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=rf"torch_rope\.WithSideInputs.*\(\): {message}"):
+        handling(model, tags)
+
+
+@pytest.mark.parametrize("side_input", [None, 3, [0, 1, 2, 3, 4]])
+def test_a_side_input_that_is_no_tensor_is_refused(side_input: Any) -> None:
+    x, _, _ = inputs()
+    with pytest.raises(TypeError, match="expected positions to be a tensor, but got"):
+        handling(layers("first"), tags=["first"])(x, side_input)
+
+
 # ---- Nested handlers ----
 
 

@@ -131,6 +131,9 @@ class ApplyRoPE(nn.Module):
             >>> torch_rope.ApplyRoPE.from_config("tokens", embedding_axis=-1)
             ApplyRoPE(embedding_axis=-1, max_wavelength=10000.0, positions_tag='tokens')
         """
+        if positions_tag is None:
+            rule = "be a tag"
+            raise TypeError(message(f"{_APPLY_ROPE}.from_config", "positions_tag", rule, "None"))
         return cls(embedding_axis, max_wavelength, positions_tag=positions_tag, **options)
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -220,6 +223,7 @@ def _check_strings(option: str, names: Any) -> None:
 
 @torch.fx.wrap  # A tracer does not know how many dimensions there are.
 def _check_dims(tensor: Tensor, names: tuple[str, ...], argument: str) -> Tensor:
+    check_tensor(_APPLY_ROPE, argument, tensor)
     if len(names) != tensor.dim():
         rule = f"have a dimension for each of {names}"
         raise ValueError(message(_APPLY_ROPE, argument, rule, f"shape {tuple(tensor.shape)}"))

@@ -7,6 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torch_rope._arguments import kind_of, message
+
+_FUNCTION = "torch_rope.WithSideInputsFromInputTuple"
+
 
 class _Here(threading.local):
     """The side inputs of the handlers around what runs on this thread."""
@@ -54,7 +58,7 @@ class WithSideInputsFromInputTuple(nn.Module):
 
     Raises:
         ValueError: If a tag is given twice.
-        TypeError: If ``tags`` is one string.
+        TypeError: If ``model`` is no module, or ``tags`` is no sequence of hashable tags.
 
     Example:
         >>> import torch, torch_rope
@@ -70,11 +74,17 @@ class WithSideInputsFromInputTuple(nn.Module):
 
     def __init__(self, model: nn.Module, tags: Sequence[Hashable]) -> None:
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(message(_FUNCTION, "model", "be a module", kind_of(model)))
         if isinstance(tags, str):
-            raise TypeError(
-                "torch_rope.WithSideInputsFromInputTuple(): expected tags to be a sequence of tags,"
-                f" but got the string {tags!r}"
-            )
+            rule = "be a sequence of tags"
+            raise TypeError(message(_FUNCTION, "tags", rule, f"the string {tags!r}"))
+        if not isinstance(tags, Sequence):
+            raise TypeError(message(_FUNCTION, "tags", "be a sequence of tags", kind_of(tags)))
+        for tag in tags:
+            if tag is None or not isinstance(tag, Hashable):
+                rule = "be hashable and not None"
+                raise TypeError(message(_FUNCTION, "tags", rule, f"one that is {kind_of(tag)}"))
         self.model = model
         self.tags = tuple(tags)
         for tag in self.tags:
