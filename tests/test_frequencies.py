@@ -193,6 +193,54 @@ def test_keys_of_other_things_are_ignored() -> None:
     assert_same_bits(torch_rope.frequencies(marked, 64).inv_freq, plain.inv_freq)
 
 
+def test_a_key_without_a_value_is_a_missing_one() -> None:
+    plain = torch_rope.frequencies({"rope_theta": 1e4}, 64).inv_freq
+    scheme = {"rope_theta": 1e4, "rope_type": None, "xdrope_section": None, "hidden_size": None}
+    assert_same_bits(torch_rope.frequencies(scheme, 64).inv_freq, plain)
+
+
+def test_the_trained_length_may_be_a_key() -> None:
+    scheme = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    expected = torch_rope.frequencies(scheme, 64, max_position_embeddings=512, seq_len=999)
+    with_key = {**scheme, "max_position_embeddings": 512}
+    assert_same_bits(torch_rope.frequencies(with_key, 64, seq_len=999).inv_freq, expected.inv_freq)
+    other = {**scheme, "max_position_embeddings": 7}
+    given = torch_rope.frequencies(other, 64, max_position_embeddings=512, seq_len=999)
+    assert_same_bits(given.inv_freq, expected.inv_freq)
+
+
+@pytest.mark.parametrize(
+    ("rope_parameters", "message"),
+    [
+        (
+            {"head_dim": 64, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            r"those of a scheme \(for a whole configuration: RotaryEmbedding.from_config\), "
+            "but got the key 'head_dim'",
+        ),
+        (
+            {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "from_config.*, but got the key 'rope_scaling'",
+        ),
+        (LlamaConfig().to_dict(), "from_config"),
+        (
+            {"full_attention": {"rope_theta": 1e4}, "sliding_attention": {"rope_theta": 1e3}},
+            r"those of one type of layers \(such as rope_parameters\['full_attention'\]\)",
+        ),
+        (
+            {"rope_theta": 1e4, "factr": 2.0},
+            "have no keys but rope_type, .*factor.*, but got the key 'factr'",
+        ),
+    ],
+)
+def test_keys_that_are_not_of_a_scheme_are_refused(
+    rope_parameters: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        torch_rope.frequencies(rope_parameters, 64)
+    with pytest.raises(ValueError, match=message):
+        torch_rope.RotaryEmbedding(64, rope_parameters)
+
+
 def test_the_dictionary_is_left_as_it_was() -> None:
     scheme = {"type": "linear", "rope_theta": 1e4, "factor": 2.0}
     torch_rope.frequencies(scheme, 64)
@@ -309,6 +357,168 @@ def test_what_does_not_fit_is_refused(
     scheme = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, **changes}
     with pytest.raises(error, match=message):
         torch_rope.frequencies(scheme, rotary_dim, max_position_embeddings=512)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        ({"rope_type": "yarn", "attention_factor": math.nan}, "attention_factor to be finite"),
+        ({"rope_type": "yarn", "beta_fast": -1.0}, "beta_fast to be positive and finite"),
+        ({"rope_type": "yarn", "beta_slow": math.nan}, "beta_slow to be positive and finite"),
+        ({"rope_type": "yarn", "mscale": math.inf}, "mscale to be finite, but got inf"),
+        ({"rope_type": "yarn", "rope_theta": 1.0}, "rope_theta to be greater than 1"),
+        (
+            {"rope_type": "llama3", "low_freq_factor": 4.0, "high_freq_factor": 4.0},
+            "high_freq_factor to be greater than low_freq_factor = 4, but got 4",
+        ),
+        (
+            {"rope_type": "longrope", "short_factor": [0.0] * 32, "long_factor": [1.0] * 32},
+            "short_factor to have positive and finite elements, but got 0",
+        ),
+        (
+            {"rope_type": "longrope", "short_factor": [1.0] * 32, "long_factor": [math.nan] * 32},
+            "long_factor to have positive and finite elements, but got nan",
+        ),
+        (
+            {"rope_type": "proportional", "partial_rotary_factor": math.nan},
+            r"partial_rotary_factor to be in \[0, 1\]",
+        ),
+    ],
+)
+def test_numbers_that_would_give_no_frequencies_are_refused(
+    scheme: dict[str, Any], message: str
+) -> None:
+    common = {"rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+    with pytest.raises(ValueError, match=rf"rope::frequencies\(\): expected {message}"):
+        torch_rope.frequencies({**common, **scheme}, 64)
+
+
+def test_a_negative_length_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected seq_len to be at least 0, but got -1"):
+        torch_rope.frequencies({"rope_theta": 1e4}, 64, seq_len=-1)
+
+
+def test_a_message_never_shows_the_values_of_a_tensor() -> None:
+    with pytest.raises(TypeError, match=r"rope_theta to be a number, but got Tensor$"):
+        torch_rope.frequencies({"rope_theta": torch.ones(3)}, 64)
+
+
+PLAIN = {"rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: torch_rope.frequencies(LlamaConfig(), 128),
+            "frequencies(): expected rope_parameters to be a dictionary, but got LlamaConfig "
+            "(a configuration is for RotaryEmbedding.from_config)",
+        ),
+        (
+            lambda: torch_rope.frequencies(128, PLAIN),
+            "frequencies(): expected rope_parameters to be a dictionary, but got int",
+        ),
+        (
+            lambda: torch_rope.frequencies(None, 128),
+            "frequencies(): expected rope_parameters to be a dictionary, but got None",
+        ),
+        (
+            lambda: torch_rope.frequencies(PLAIN, 512 / 8),
+            "frequencies(): expected rotary_dim to be an integer, but got float",
+        ),
+        (
+            lambda: torch_rope.frequencies(PLAIN, 64, seq_len=torch.tensor(3)),
+            "frequencies(): expected seq_len to be an integer, but got Tensor",
+        ),
+        (
+            lambda: torch_rope.frequencies(PLAIN, 64, max_position_embeddings=2e3),
+            "frequencies(): expected max_position_embeddings to be an integer, but got float",
+        ),
+        (
+            lambda: torch_rope.frequencies(PLAIN, 64, dtype="float32"),
+            "frequencies(): expected dtype to be float32 or float64, but got str",
+        ),
+        (
+            lambda: torch_rope.frequencies(PLAIN, 64, device=1.5),
+            "frequencies(): expected device to be a device, but got float",
+        ),
+        (
+            lambda: torch_rope.axial_frequencies(32),
+            "axial_frequencies(): expected rotary_dims to be a sequence of integers, but got int",
+        ),
+        (
+            lambda: torch_rope.axial_frequencies((32, 16.0)),
+            "axial_frequencies(): expected rotary_dims to be a sequence of integers, but got a "
+            "tuple with float",
+        ),
+        (
+            lambda: torch_rope.axial_frequencies((32, 32), max_wavelength="1e4"),
+            "axial_frequencies(): expected max_wavelength to be a number, but got str",
+        ),
+        (
+            lambda: torch_rope.axial_frequencies((32, 32), dtype=None),
+            "axial_frequencies(): expected dtype to be float32 or float64, but got None",
+        ),
+        (
+            lambda: torch_rope.mrope_frequencies(torch.ones(4), 4),
+            "mrope_frequencies(): expected sections to be a sequence of integers, but got int",
+        ),
+        (
+            lambda: torch_rope.mrope_frequencies([1.0, 0.1], (1, 1)),
+            "mrope_frequencies(): expected inv_freq to be a tensor, but got list",
+        ),
+        (
+            lambda: torch_rope.mrope_frequencies(torch.ones(4).half(), (2, 2)),
+            "mrope_frequencies(): expected inv_freq to be float32 or float64, but got float16",
+        ),
+        (
+            lambda: torch_rope.mrope_frequencies(torch.ones(4), (2, 2), interleaved=1),
+            "mrope_frequencies(): expected interleaved to be a bool, but got int",
+        ),
+        (
+            lambda: torch_rope.mixed_frequencies("64"),
+            "mixed_frequencies(): expected rotary_dim to be an integer, but got str",
+        ),
+        (
+            lambda: torch_rope.mixed_frequencies(64, num_heads=6.0),
+            "mixed_frequencies(): expected num_heads to be an integer, but got float",
+        ),
+        (
+            lambda: torch_rope.mixed_frequencies(64, generator=0),
+            "mixed_frequencies(): expected generator to be a torch.Generator on the CPU, but got "
+            "int",
+        ),
+        (
+            lambda: torch_rope.mixed_frequencies(64, max_wavelength=None),
+            "mixed_frequencies(): expected max_wavelength to be a number, but got None",
+        ),
+    ],
+)
+def test_arguments_of_other_types_are_refused_by_name(call: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=f"^rope::{re.escape(message)}$"):
+        call()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda **options: torch_rope.frequencies(PLAIN, 64, **options),
+        lambda **options: torch_rope.axial_frequencies((8, 8), **options),
+        lambda **options: torch_rope.mixed_frequencies(64, **options),
+        lambda **options: torch_rope.RotaryEmbedding(64, **options),
+    ],
+)
+def test_a_device_that_is_none_is_named(form: Any) -> None:
+    with pytest.raises(ValueError, match=r"expected device to be a device that .* got 'cpuu'"):
+        form(device="cpuu")
+
+
+def test_a_generator_of_another_device_is_refused() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    generator = torch.Generator("cuda")
+    with pytest.raises(TypeError, match="expected generator to be on the CPU, but got one on cuda"):
+        torch_rope.mixed_frequencies(64, generator=generator)
 
 
 @pytest.mark.parametrize("key", ["short_factor", "long_factor"])

@@ -1,6 +1,7 @@
 """RotaryEmbedding: what it holds and rotates by, configurations, lengths, compiling, saving."""
 
 import copy
+import math
 import pickle
 import re
 from collections.abc import Callable
@@ -11,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch_rope
+from pairs_of_transformers import are_neighbours, families, model_types
 from reference import apply, assert_rotated, assert_same_bits, random_inv_freq, random_values
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch_rope import RotaryEmbedding
+from torch_rope._config import INTERLEAVED_MODEL_TYPES
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
@@ -127,10 +130,122 @@ def test_frequencies_may_be_given_for_several_axes(device: str, dtype: torch.dty
     assert_same_pair(rotary(q, k, positions), torch_rope.apply((q, k), positions, inv_freq))
 
 
-def test_frequencies_of_another_number_than_rotary_dim_are_refused(device: str) -> None:
-    q, _, positions = inputs(device)
-    with pytest.raises(ValueError, match="expected inv_freq to have rotary_dim / 2 = 16 columns"):
-        RotaryEmbedding(32, inv_freq=random_inv_freq((8,), device=device))(q, positions)
+def test_a_pair_may_come_in_one_argument(device: str) -> None:
+    q, k, positions = inputs(device)
+    for scheme in (LINEAR, DYNAMIC):
+        rotary = RotaryEmbedding(32, scheme, max_position_embeddings=4, device=device)
+        expected = rotary(q, k, positions)
+        assert_same_pair(rotary((q, k), positions), expected)
+        assert_same_pair(rotary([q, k], positions=positions), expected)
+        assert_same_pair(rotary((q, k), positions, seq_len=9), expected)
+        assert_same_bits(rotary(q, None, positions), expected[0])
+
+
+@pytest.mark.parametrize("scheme", [LINEAR, DYNAMIC, LONGROPE])
+@pytest.mark.parametrize("positions", [3, [0, 1, 2], range(9), None])
+def test_positions_that_are_no_tensor_are_refused(scheme: dict[str, Any], positions: Any) -> None:
+    q, k, _ = inputs("cpu")
+    rotary = RotaryEmbedding(32, scheme, max_position_embeddings=LENGTH)
+    message = f"expected positions to be a tensor, but got {'None' if positions is None else ''}"
+    calls = [lambda: rotary((q, k), positions), lambda: rotary(q, positions)]
+    if positions is not None:  # rotary(q, k, None) rotates q by the positions k.
+        calls.append(lambda: rotary(q, k, positions))
+    for call in calls:
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_a_tuple_of_another_length_is_refused(number: int) -> None:
+    q, _, positions = inputs("cpu")
+    message = rf"expected q to be a tensor or a \(q, k\) tuple, but got a tuple of {number}"
+    with pytest.raises(TypeError, match=message):
+        RotaryEmbedding(32)((q,) * number, positions)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (
+            (64, 500000.0),
+            {},
+            TypeError,
+            "rope_parameters to be a dictionary, but got float (the base is max_wavelength=)",
+        ),
+        ((64, "linear"), {}, TypeError, "rope_parameters to be a dictionary, but got str"),
+        ((512 / 8,), {}, TypeError, "rotary_dim to be an integer, but got float"),
+        (("64",), {}, TypeError, "rotary_dim to be an integer, but got str"),
+        ((True,), {}, TypeError, "rotary_dim to be an integer, but got bool"),
+        ((31,), {}, ValueError, "rotary_dim to be positive and a multiple of 2, but got 31"),
+        ((0,), {}, ValueError, "rotary_dim to be positive and a multiple of 2, but got 0"),
+        (
+            (31,),
+            {"inv_freq": torch.ones(15)},
+            ValueError,
+            "rotary_dim to be positive and a multiple of 2, but got 31",
+        ),
+        ((32,), {"inv_freq": [1.0] * 16}, TypeError, "inv_freq to be a tensor, but got list"),
+        (
+            (32,),
+            {"inv_freq": torch.ones(8)},
+            ValueError,
+            "inv_freq to have rotary_dim / 2 = 16 columns, but got 8",
+        ),
+        (
+            (32,),
+            {"inv_freq": torch.ones(1, 3, 16)},
+            ValueError,
+            "inv_freq to have shape (N) or (A, N), but got (1, 3, 16)",
+        ),
+        (
+            (32,),
+            {"inv_freq": torch.tensor(1.0)},
+            ValueError,
+            "inv_freq to have shape (N) or (A, N), but got ()",
+        ),
+        (
+            (32,),
+            {"inv_freq": torch.ones(16).bfloat16()},
+            TypeError,
+            "inv_freq to be float32 or float64, but got bfloat16",
+        ),
+        (
+            (32,),
+            {"inv_freq": torch.ones(16).int(), "learned": True},
+            TypeError,
+            "inv_freq to be float32 or float64, but got int32",
+        ),
+        (
+            (32,),
+            {"inv_freq": torch.ones(16), "dtype": torch.float64},
+            ValueError,
+            "dtype to be left at its default together with inv_freq, but got torch.float64",
+        ),
+        ((32,), {"attention_factor": math.nan}, ValueError, "attention_factor to be finite"),
+        ((32,), {"attention_factor": "1"}, TypeError, "attention_factor to be a number"),
+        ((32,), {"max_wavelength": -1.0}, ValueError, "max_wavelength to be positive and finite"),
+        ((32,), {"max_wavelength": "1e5"}, TypeError, "max_wavelength to be a number, but got"),
+        ((32,), {"rotary_offset": -2}, ValueError, "rotary_offset to be at least 0, but got -2"),
+        ((32,), {"rotary_offset": 0.5}, TypeError, "rotary_offset to be an integer"),
+        ((32,), {"embedding_axis": "heads"}, TypeError, "embedding_axis to be an integer"),
+        ((32,), {"embedding_axis": None}, TypeError, "embedding_axis to be an integer"),
+        ((32,), {"interleaved": "neox"}, TypeError, "interleaved to be a bool, but got str"),
+        ((32,), {"learned": 1}, TypeError, "learned to be a bool, but got int"),
+        ((32,), {"dtype": "float32"}, TypeError, "dtype to be float32 or float64, but got str"),
+        ((32,), {"device": 0.5}, TypeError, "device to be a device, but got float"),
+    ],
+)
+def test_options_of_no_use_are_refused_when_the_layer_is_made(
+    arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    pattern = re.escape(f"torch_rope.RotaryEmbedding(): expected {message}")
+    with pytest.raises(error, match=pattern):
+        RotaryEmbedding(*arguments, **options)
+
+
+def test_frequencies_of_other_dtypes_are_refused() -> None:
+    with pytest.raises(TypeError, match="expected dtype to be float32 or float64, but got float16"):
+        RotaryEmbedding(32, dtype=torch.float16)
 
 
 def test_given_frequencies_are_copied(device: str) -> None:
@@ -166,6 +281,54 @@ def test_options_that_exclude_each_other_are_refused(options: dict[str, Any], me
 
 
 # ---- What it holds ----
+
+
+@pytest.mark.parametrize("scheme", [LINEAR, DYNAMIC, LONGROPE])
+def test_frequencies_may_be_float64(device: str, tmp_path: Path, scheme: dict[str, Any]) -> None:
+    rotary = RotaryEmbedding(
+        32, scheme, max_position_embeddings=LENGTH, dtype=torch.float64, device=device
+    )
+    rotary.to(torch.bfloat16)
+    q, k, _ = inputs(device)
+    (module, loaded) = scripted_copies(rotary, tmp_path)
+    for first in (0, 3 * LENGTH):
+        positions = torch.arange(first, first + 9, device=device).unsqueeze(-1)
+        exact = torch_rope.frequencies(
+            scheme,
+            32,
+            max_position_embeddings=LENGTH,
+            seq_len=first + 9,
+            dtype=torch.float64,
+            device=device,
+        )
+        expected = torch_rope.apply(
+            (q, k), positions, exact.inv_freq, attention_factor=rotary.attention_factor
+        )
+        for each in (rotary, copy.deepcopy(rotary), module, loaded):
+            assert_same_pair(each(q, k, positions), expected)
+    rotary.inv_freq.zero_()
+    rotary.reset_parameters()
+    assert_same_bits(
+        rotary.inv_freq,
+        torch_rope.frequencies(
+            scheme, 32, max_position_embeddings=LENGTH, dtype=torch.float64, device=device
+        ).inv_freq,
+    )
+
+
+def test_float64_frequencies_are_as_good_as_none(device: str) -> None:
+    x = torch.ones(1, 128, device=device)
+    position = torch.tensor([4095], device=device)
+    exact = torch_rope.apply(x, position, max_wavelength=5e5)
+    errors = [
+        (rotary(x, position) - exact).abs().max().item()
+        for rotary in (
+            RotaryEmbedding(128, max_wavelength=5e5, dtype=dtype, device=device)
+            for dtype in (torch.float32, torch.float64)
+        )
+    ]
+    assert 5e-5 < errors[0] < 4e-4
+    assert errors[1] < 1e-6
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -243,15 +406,241 @@ def test_a_module_built_on_the_meta_device_gets_its_frequencies(
     assert_same_pair(rotary(q, k, positions), whole(q, k, positions))
 
 
+@pytest.mark.parametrize("scheme", [LINEAR, DYNAMIC, LONGROPE])
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_module_that_leaves_the_meta_device_has_its_frequencies(
+    scheme: dict[str, Any], learned: bool, nested: bool
+) -> None:
+    options = {"max_position_embeddings": LENGTH, "learned": learned}
+    if learned and scheme is not LINEAR:
+        pytest.skip("frequencies that follow the length are not learned")
+    with torch.device("meta"):
+        rotary = RotaryEmbedding(32, scheme, **options)
+        model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(rotary)) if nested else rotary
+    model.to_empty(device="cpu")
+    whole = RotaryEmbedding(32, scheme, **options)
+    assert isinstance(rotary.inv_freq, nn.Parameter) == learned
+    for name in ("inv_freq", "long_inv_freq"):
+        if getattr(whole, name) is not None:
+            assert_same_bits(getattr(rotary, name).detach(), getattr(whole, name).detach())
+    saved = {name: torch.full_like(value, 2) for name, value in model.state_dict().items()}
+    model.load_state_dict(saved)
+    assert_same_bits(
+        rotary.inv_freq.detach(), torch.full((16,), 2.0) if learned else whole.inv_freq
+    )
+
+
+def test_frequencies_of_several_axes_of_a_configuration_leave_the_meta_device() -> None:
+    scheme = {"rope_theta": 1e6, "mrope_section": [8, 4, 4], "mrope_interleaved": True}
+    config = {"head_dim": 32, "rope_parameters": scheme}
+    with torch.device("meta"):
+        rotary = RotaryEmbedding.from_config(config, dtype=torch.float64)
+    assert rotary.inv_freq.is_meta
+    rotary.to_empty(device="cpu")
+    expected = torch_rope.mrope_frequencies(
+        torch_rope.frequencies(scheme, 32, dtype=torch.float64).inv_freq,
+        (8, 4, 4),
+        interleaved=True,
+    )
+    assert_same_bits(rotary.inv_freq, expected)
+
+
+def test_a_module_made_without_initialisation_has_its_frequencies() -> None:
+    rotary = nn.utils.skip_init(RotaryEmbedding, 32)
+    assert_same_bits(rotary.inv_freq, frequencies_at({"rope_theta": 1e4}, None, "cpu"))
+
+
+@pytest.mark.parametrize("options", [{}, {"inv_freq": torch.rand(3, 16)}])
+def test_emptying_a_model_leaves_its_frequencies(options: dict[str, Any]) -> None:
+    # On a device of their own in a model that is on meta: nothing else would bring them back.
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(2, 2), RotaryEmbedding(32, device="cpu", **options))
+    kept = model[1].inv_freq.clone()
+    model.to_empty(device="cpu")
+    assert_same_bits(model[1].inv_freq, kept)
+
+
+@pytest.mark.parametrize("scheme", [LINEAR, DYNAMIC, LONGROPE])
+def test_a_state_dict_that_is_assigned_makes_frequencies_real(scheme: dict[str, Any]) -> None:
+    def build() -> nn.Module:
+        rotary = RotaryEmbedding(32, scheme, max_position_embeddings=LENGTH)
+        return nn.Sequential(nn.Linear(2, 2), rotary)
+
+    whole = build()
+    with torch.device("meta"):
+        model = build()
+    model.load_state_dict(whole.state_dict(), assign=True)
+    arguments = inputs("cpu", first=LENGTH)
+    assert_same_pair(model[1](*arguments), whole[1](*arguments))
+
+
+def emptied(*, learned: bool = False) -> RotaryEmbedding:
+    """Returns a layer with frequencies of its own that came from meta."""
+    with torch.device("meta"):
+        rotary = RotaryEmbedding(32, inv_freq=torch.ones(16), learned=learned)
+    return rotary.to_empty(device="cpu")
+
+
+OWN = torch.linspace(1, 0.1, 16)
+UNSET = "expected inv_freq to be set after it came from the meta device"
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: module,
+        copy.deepcopy,
+        lambda module: pickle.loads(pickle.dumps(module)),
+        lambda module: module.to("cpu", torch.bfloat16),
+        lambda module: module.to_empty(device="cpu"),
+        lambda module: nn.Sequential(module).double()[0],
+    ],
+    ids=["as it is", "deepcopy", "pickle", "to", "to_empty", "double"],
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_own_frequencies_from_the_meta_device_must_be_set(
+    learned: bool, change: Any, compiled: bool
+) -> None:
+    q, k, positions = inputs("cpu")
+    rotary = change(emptied(learned=learned))
+    if not compiled:
+        for call in (
+            lambda: rotary(q, k, positions),
+            lambda: rotary(q, positions),
+            lambda: rotary.rotate(q, positions),
+        ):
+            with pytest.raises(ValueError, match=UNSET):
+                call()
+    with torch.no_grad():
+        rotary.inv_freq.copy_(OWN)
+    torch.compiler.reset()
+    run = torch.compile(rotary, fullgraph=True, backend="eager") if compiled else rotary
+    with torch.no_grad():
+        assert_same_pair(run(q, k, positions), torch_rope.apply((q, k), positions, OWN))
+    with torch.no_grad():
+        assert_same_bits(copy.deepcopy(rotary)(q, positions), torch_rope.apply(q, positions, OWN))
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize(
+    "set_frequencies",
+    [
+        lambda module: module.load_state_dict({"inv_freq": OWN}),
+        lambda module: module.load_state_dict({"inv_freq": OWN}, assign=True),
+        lambda module: setattr(
+            module, "inv_freq", nn.Parameter(OWN) if module.learned else OWN.clone()
+        ),
+        lambda module: nn.init._no_grad_uniform_(module.inv_freq, 0, 1).detach().copy_(OWN),
+    ],
+    ids=["load", "assign", "attribute", "init"],
+)
+def test_own_frequencies_are_set_in_any_way(learned: bool, set_frequencies: Any) -> None:
+    q, _, positions = inputs("cpu")
+    rotary = emptied(learned=learned)
+    set_frequencies(rotary)
+    scripted = torch.jit.script(rotary)
+    with torch.no_grad():
+        assert_same_bits(rotary(q, positions), torch_rope.apply(q, positions, OWN))
+        assert_same_bits(scripted.rotate(q, positions), torch_rope.apply(q, positions, OWN))
+
+
+def test_unset_frequencies_are_refused_by_compiled_and_scripted_layers() -> None:
+    q, k, positions = inputs("cpu")
+    with pytest.raises(ValueError, match=UNSET):
+        torch.compile(emptied(), backend="eager")(q, k, positions)
+    with pytest.raises(Exception, match="_refuse_unset"):
+        torch.jit.script(emptied())(q, k, positions)
+
+
+def test_own_frequencies_on_the_meta_device_load_by_assignment() -> None:
+    with torch.device("meta"):
+        rotary = RotaryEmbedding(32, inv_freq=torch.ones(16))
+    rotary.load_state_dict({"inv_freq": OWN.double()}, assign=True)
+    q, _, positions = inputs("cpu")
+    assert_same_bits(rotary(q, positions), torch_rope.apply(q, positions, OWN))
+
+
+def test_own_frequencies_of_another_shape_are_not_loaded() -> None:
+    with pytest.raises(ValueError, match=r"inv_freq to have shape \(16,\) in the state dict"):
+        emptied().load_state_dict({"inv_freq": OWN[:8]})
+
+
+@pytest.mark.parametrize("options", [{}, {"inv_freq": OWN}, {"rope_parameters": LONGROPE}])
+def test_a_checkpoint_with_frequencies_loads_strictly(options: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(RotaryEmbedding(32, **options)))
+    kept = model[1][0].inv_freq.clone()
+    saved = {**model.state_dict(), "1.0.inv_freq": torch.ones(16).bfloat16()}
+    given = dict(saved)
+    model.load_state_dict(saved)
+    assert saved.keys() == given.keys()
+    assert_same_bits(model[1][0].inv_freq, kept)
+    with pytest.raises(RuntimeError, match=re.escape("1.0.other")):
+        model.load_state_dict({**saved, "1.0.other": torch.ones(16)})
+
+
+def test_a_checkpoint_brings_learned_frequencies() -> None:
+    rotary = RotaryEmbedding(32, learned=True)
+    rotary.load_state_dict({"inv_freq": OWN})
+    assert_same_bits(rotary.inv_freq.detach(), OWN)
+    with pytest.raises(RuntimeError, match="inv_freq"):
+        rotary.load_state_dict({})
+
+
 def test_given_frequencies_cannot_be_formed_anew() -> None:
     with pytest.raises(RuntimeError, match="expected the frequencies to be of a scheme"):
         RotaryEmbedding(32, inv_freq=torch.ones(16)).reset_parameters()
 
 
-def test_the_representation_shows_what_it_is() -> None:
-    rotary = RotaryEmbedding(32, LINEAR, attention_factor=1.5, interleaved=True)
-    shown = "RotaryEmbedding(32, rope_type='linear', attention_factor=1.5, interleaved=True)"
-    assert repr(rotary) == shown
+@pytest.mark.parametrize(
+    ("rotary", "shown"),
+    [
+        (lambda: RotaryEmbedding(128), "128, rope_type='default', rope_theta=10000.0"),
+        (
+            lambda: RotaryEmbedding(128, max_wavelength=5e5),
+            "128, rope_type='default', rope_theta=500000.0",
+        ),
+        (
+            lambda: RotaryEmbedding(32, LINEAR, attention_factor=1.5, interleaved=True),
+            "32, rope_type='linear', rope_theta=10000.0, factor=2.0, attention_factor=1.5, "
+            "interleaved=True",
+        ),
+        (
+            lambda: RotaryEmbedding(32, {"type": "linear", "factor": 3}, learned=True),
+            "32, rope_type='linear', rope_theta=10000.0, factor=3, learned=True",
+        ),
+        (
+            lambda: RotaryEmbedding(32, DYNAMIC, max_position_embeddings=LENGTH),
+            "32, rope_type='dynamic', rope_theta=10000.0, factor=2.0, max_position_embeddings=64",
+        ),
+        (
+            lambda: RotaryEmbedding(32, inv_freq=torch.ones(3, 16), embedding_axis=1),
+            "32, inv_freq of shape (3, 16), embedding_axis=1",
+        ),
+        (
+            lambda: RotaryEmbedding(32, rotary_offset=8, dtype=torch.float64),
+            "32, rope_type='default', rope_theta=10000.0, rotary_offset=8, dtype=torch.float64",
+        ),
+        (
+            lambda: RotaryEmbedding.from_config(
+                {"head_dim": 8, "rope_parameters": {"mrope_section": [2, 1, 1]}},
+                mrope_interleaved=True,
+            ),
+            "8, rope_type='default', rope_theta=10000.0, mrope_section=(2, 1, 1), "
+            "mrope_interleaved=True",
+        ),
+    ],
+)
+def test_the_representation_shows_what_it_is(rotary: Any, shown: str) -> None:
+    assert repr(rotary()) == f"RotaryEmbedding({shown})"
+
+
+def test_long_lists_are_shown_in_part() -> None:
+    shown = repr(RotaryEmbedding(32, LONGROPE))
+    assert "short_factor=[1.0, 1.0625, 1.125, 1.1875, 1.25, 1.3125, ...]" in shown
+    other = {**LONGROPE, "long_factor": [3.0] * 16}
+    assert repr(RotaryEmbedding(32, other)) != shown
 
 
 # ---- Lengths ----
@@ -400,6 +789,21 @@ def test_a_copy_rotates_alike(device: str, scheme: dict[str, Any], copy_of: Any)
     for first in (0, LENGTH):
         arguments = inputs(device, first=first)
         assert_same_pair(other(*arguments), rotary(*arguments))
+
+
+@pytest.mark.parametrize("scheme", [LINEAR, DYNAMIC, LONGROPE])
+@pytest.mark.parametrize("learned", [False, True])
+def test_it_can_be_traced_symbolically(scheme: dict[str, Any], learned: bool) -> None:
+    if learned and scheme is not LINEAR:
+        pytest.skip("frequencies that follow the length are not learned")
+    rotary = RotaryEmbedding(32, scheme, max_position_embeddings=LENGTH, learned=learned)
+    of_rotary, of_model = (torch.fx.symbolic_trace(each) for each in (rotary, Attention(rotary)))
+    for first in (0, 3 * LENGTH):
+        arguments = inputs("cpu", first=first)
+        assert_same_pair(of_rotary(*arguments), rotary(*arguments))
+        assert_same_bits(of_model(*arguments), Attention(rotary)(*arguments))
+        assert_same_pair(of_rotary(*arguments, 9), rotary(*arguments, 9))
+    assert_same_pair(of_rotary(*inputs("cpu", tokens=0)), rotary(*inputs("cpu", tokens=0)))
 
 
 def test_it_survives_export(device: str) -> None:
@@ -618,6 +1022,262 @@ def test_a_configuration_that_does_not_tell_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         RotaryEmbedding.from_config(config, **options)
+
+
+# Parts of models that have a function of their own, and halves.
+OF_IMAGES_AND_SOUND = (
+    "dots3_note_audio_encoder",
+    "dots3_note_vision_encoder",
+    "ernie4_5_vl_moe_vision",
+    "glm4v_vision",
+    "glm_ocr_vision",
+    "llama4_vision_model",
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pairs_are_neighbours_where_those_of_the_model_are() -> None:
+    found = families()
+    assert len(found) > 150
+    tried = set()
+    for family, neighbours in found.items():
+        for model_type, config in model_types(family):
+            if model_type in OF_IMAGES_AND_SOUND:
+                continue
+            tried.add(model_type)
+            assert neighbours == (model_type in INTERLEAVED_MODEL_TYPES), model_type
+            assert getattr(config, "rope_interleave", neighbours) == neighbours
+    # RoFormer has a method of its own, see below; Sarvam has the code of DeepSeek-V3.
+    assert tried >= INTERLEAVED_MODEL_TYPES - {"roformer", "sarvam_mla"}
+
+
+def test_roformer_pairs_neighbours() -> None:
+    from transformers.models.roformer.modeling_roformer import RoFormerSelfAttention
+
+    angles = torch.linspace(0.3, 1.2, 12).view(1, 1, 3, 4)
+    tables = torch.cat((angles.sin(), angles.cos()), dim=-1)
+    rotate = RoFormerSelfAttention.apply_rotary_position_embeddings
+    assert are_neighbours(lambda x: rotate(tables, x, x)[0])
+    assert "roformer" in INTERLEAVED_MODEL_TYPES
+
+
+@pytest.mark.parametrize(
+    ("config", "interleaved"),
+    [
+        ({}, False),
+        ({"model_type": "llama"}, False),
+        ({"model_type": "gptj"}, True),
+        ({"model_type": "deepseek_v3"}, True),
+        ({"model_type": "deepseek_v3", "rope_interleave": False}, False),
+        ({"model_type": "made_up", "rope_interleave": True}, True),
+        ({"model_type": "glm4v_moe"}, False),
+        ({"model_type": "cohere2_vision", "text_config": {"model_type": "cohere2"}}, True),
+        ({"model_type": "aya_vision", "text_config": {"model_type": "llama"}}, False),
+        ({"model_type": "llama4", "text_config": {"head_dim": 32}}, True),
+    ],
+)
+def test_a_configuration_tells_how_elements_pair_up(
+    config: dict[str, Any], interleaved: bool
+) -> None:
+    config = {**config, "head_dim": 32, "rope_theta": 1e4}
+    config.update(
+        {"text_config": {"head_dim": 32, **config["text_config"]}}
+        if "text_config" in config
+        else {}
+    )
+    assert RotaryEmbedding.from_config(config).interleaved == interleaved
+    assert RotaryEmbedding.from_config(config, interleaved=True).interleaved
+    assert not RotaryEmbedding.from_config(config, interleaved=False).interleaved
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "model", "function"),
+    [
+        ("deepseek_v3", "DeepseekV3Config", "DeepseekV3RotaryEmbedding", "_interleave"),
+        ("cohere", "CohereConfig", "CohereRotaryEmbedding", ""),
+        ("glm4", "Glm4Config", "Glm4RotaryEmbedding", ""),
+        ("ernie4_5", "Ernie4_5Config", "Ernie4_5RotaryEmbedding", ""),
+    ],
+)
+def test_scores_are_those_of_models_that_pair_neighbours(
+    name: str, config: str, model: str, function: str
+) -> None:
+    module = import_module(f"transformers.models.{name}.modeling_{name}")
+    of_model = getattr(module, config)()
+    rotary = RotaryEmbedding.from_config(of_model)
+    assert rotary.interleaved
+    q, k = (random_values((1, 1, 9, rotary.rotary_dim), seed=seed) for seed in (0, 1))
+    positions = torch.arange(9)
+    tables = getattr(module, model)(of_model)(q, positions[None])
+    of_original = getattr(module, f"apply_rotary_pos_emb{function}")(q, k, *tables)
+    expected, actual = (
+        torch.einsum("bhqd,bhkd->bhqk", *pair) for pair in (of_original, rotary(q, k, positions))
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_configuration_of_text_in_transformers_is_read_or_refused_with_a_reason() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    reasons = (
+        "expected rope_type to be that of positions along one axis",  # towers of images
+        "expected config to have head_dim",  # sizes with names of their own, in other parts
+        "expected mrope_interleaved to be given",
+        "expected rotary_dim to be positive and a multiple of 2",  # defaults that no model has
+        "is not homogeneous across layers",  # transformers' own, of NeoMME
+    )
+    read, refused = 0, {}
+    for model_type in CONFIG_MAPPING:
+        try:
+            config = CONFIG_MAPPING[model_type]()
+        except Exception:
+            continue
+        parameters = getattr(config, "rope_parameters", None)
+        if not isinstance(parameters, dict):
+            continue
+        types = [k for k, v in parameters.items() if isinstance(v, dict)] or [None]
+        for layer_type in types:
+            for form in (config, config.to_dict()):
+                try:
+                    RotaryEmbedding.from_config(form, layer_type=layer_type)
+                    read += 1
+                except ValueError as error:
+                    refused[model_type] = str(error)
+    assert read > 400
+    assert not {
+        model_type: error
+        for model_type, error in refused.items()
+        if not any(reason in error for reason in reasons)
+    }
+
+
+HUNYUAN = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "beta_slow": 1}
+
+
+def test_a_base_that_hunyuan_stretches_is_read() -> None:
+    from transformers.models.hunyuan_v1_dense import configuration_hunyuan_v1_dense as of_configs
+    from transformers.models.hunyuan_v1_dense import modeling_hunyuan_v1_dense as of_models
+
+    scheme = {**HUNYUAN, "rope_type": "dynamic", "rope_theta": 1e4, "mscale": 1.0}
+    config = of_configs.HunYuanDenseV1Config(head_dim=32, rope_parameters=dict(scheme))
+    expected = of_models.HunYuanDenseV1RotaryEmbedding(config).inv_freq
+    older = {"head_dim": 32, "rope_theta": 1e4, "rope_scaling": HUNYUAN}
+    for form in (config, config.to_dict(), older):
+        assert_same_bits(RotaryEmbedding.from_config(form).inv_freq, expected)
+
+
+def test_the_attention_factors_of_phi_moe_are_read() -> None:
+    scheme = {key: value for key, value in LONGROPE.items() if key not in ("rope_theta", "factor")}
+    config = {
+        "head_dim": 32,
+        "max_position_embeddings": 4 * LENGTH,
+        "rope_scaling": {**scheme, "short_mscale": 1.25, "long_mscale": 1.25},
+    }
+    assert RotaryEmbedding.from_config(config).attention_factor == 1.25
+    config["rope_scaling"]["long_mscale"] = 1.5  # type: ignore[index]
+    with pytest.raises(ValueError, match="but got the key 'short_mscale'"):
+        RotaryEmbedding.from_config(config)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        {"llama_4_scaling_beta": 0.1, "max_position_embeddings": 8192},
+        {"finetuned": True, "attn_factor": 1.0},
+        {"xdrope_section": None, "alpha": None, "interleaved": None},
+    ],
+)
+def test_keys_that_change_no_angle_are_passed_over(scheme: dict[str, Any]) -> None:
+    config = {"head_dim": 32, "rope_parameters": {**LINEAR, **scheme}}
+    assert_same_bits(
+        RotaryEmbedding.from_config(config).inv_freq, frequencies_at(LINEAR, None, "cpu")
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"rope_parameters": {**LINEAR, "attn_factor": 2.0}}, "but got the key 'attn_factor'"),
+        ({"rope_parameters": {**LINEAR, "alpha": 2.0}}, "but got the key 'alpha'"),
+        ({"rope_scaling": {**HUNYUAN, "xdrope_section": [4, 4, 4, 4]}}, "'xdrope_section'"),
+        (
+            {
+                "model_type": "hunyuan_vl_text",
+                "rope_parameters": {**HUNYUAN, "mrope_section": [4, 4, 4, 4]},
+            },
+            "config to have sections that mrope_frequencies expresses, but got those of hunyuan_vl",
+        ),
+        (
+            {"model_type": "ernie4_5_vl_moe", "rope_scaling": {"mrope_section": [6, 6, 4]}},
+            "config to have sections that mrope_frequencies expresses, but got those of ernie4_5",
+        ),
+        ({"rope_ratio": 50}, "expected rope_ratio to be left out, .*, but got 50"),
+        ({"rope_parameters": {"rope_type": "axial"}}, "images: axial_frequencies"),
+    ],
+)
+def test_keys_that_may_change_angles_are_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RotaryEmbedding.from_config({"head_dim": 32, "rope_theta": 1e4, **config})
+
+
+@pytest.mark.parametrize(
+    ("config", "got"),
+    [
+        (None, "None"),
+        ("config.json", "str (a file is read by json.load)"),
+        (Path("config.json"), "PosixPath (a file is read by json.load)"),
+        (nn.Linear(2, 2), "Linear (its configuration is model.config)"),
+        (dict, "type dict (an instance is needed)"),
+        (128, "int"),
+        ([1, 2], "list"),
+    ],
+)
+def test_what_is_no_configuration_is_refused(config: Any, got: str) -> None:
+    message = re.escape(
+        "torch_rope.RotaryEmbedding.from_config(): expected config to be a configuration of "
+        f"Hugging Face or its dictionary, but got {got}"
+    )
+    with pytest.raises(TypeError, match=message):
+        RotaryEmbedding.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        ({"rope_scaling": [2.0]}, {}, "expected rope_parameters to be a dictionary, but got list"),
+        ({}, {"layer_type": 3}, "expected layer_type to be a string, but got int"),
+        ({}, {"mrope_interleaved": 1}, "expected mrope_interleaved to be a bool, but got int"),
+    ],
+)
+def test_options_of_another_type_are_refused_with_a_configuration(
+    config: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        RotaryEmbedding.from_config({"head_dim": 32, **config}, **options)
+
+
+def test_a_configuration_may_give_float64_frequencies() -> None:
+    config = {"head_dim": 32, "rope_scaling": LINEAR}
+    rotary = RotaryEmbedding.from_config(config, dtype=torch.float64)
+    expected = torch_rope.frequencies(LINEAR, 32, dtype=torch.float64).inv_freq
+    assert_same_bits(rotary.inv_freq, expected)
+    sections = {**LINEAR, "mrope_section": [8, 4, 4], "mrope_interleaved": False}
+    rows = RotaryEmbedding.from_config(
+        {"head_dim": 32, "rope_scaling": sections}, dtype=torch.float64, learned=True
+    ).inv_freq
+    assert isinstance(rows, nn.Parameter)
+    assert_same_bits(rows.detach(), torch_rope.mrope_frequencies(expected, (8, 4, 4)))
+
+
+def test_sections_that_take_turns_may_be_called_interleaved() -> None:
+    scheme = {"rope_theta": 1e4, "mrope_section": [8, 4, 4], "interleaved": True}
+    rotary = RotaryEmbedding.from_config({"head_dim": 32, "rope_scaling": scheme})
+    expected = RotaryEmbedding.from_config(
+        {"head_dim": 32, "rope_scaling": {"rope_theta": 1e4, "mrope_section": [8, 4, 4]}},
+        mrope_interleaved=True,
+    )
+    assert_same_bits(rotary.inv_freq, expected.inv_freq)
 
 
 def test_it_turns_as_the_model_does() -> None:
