@@ -182,24 +182,13 @@ std::tuple<at::Tensor, at::Tensor> RotaryEmbeddingImpl::forward(
 }
 
 void RotaryEmbeddingImpl::to(torch::Device device, torch::Dtype /*dtype*/, bool non_blocking) {
-  to(device, non_blocking);
+  Module::to(device, non_blocking);
 }
 
 void RotaryEmbeddingImpl::to(torch::Dtype /*dtype*/, bool /*non_blocking*/) {}
 
 void RotaryEmbeddingImpl::to(torch::Device device, bool non_blocking) {
-  if (!inv_freq.is_meta() || options.inv_freq.has_value()) {
-    Module::to(device, non_blocking);
-    return;
-  }
-  // There is nothing to copy, and the scheme is known.
-  FrequencyOptions scheme = options.rope_parameters;
-  scheme.device = device;
-  inv_freq.set_data(frequencies(scheme).inv_freq);
-  if (long_inv_freq.defined()) {
-    scheme.seq_len = *scheme.original_max_position_embeddings + 1;
-    long_inv_freq.set_data(frequencies(scheme).inv_freq);
-  }
+  Module::to(device, non_blocking);
 }
 
 bool RotaryEmbeddingImpl::is_serializable() const { return options.learned; }

@@ -689,6 +689,43 @@ def test_an_empty_sequence_has_no_length(device: str, scheme: dict[str, Any]) ->
     assert rotary(q, k, positions)[0].shape == q.shape
 
 
+TYPED = """
+import torch_rope
+from torch import Tensor
+
+def check(rotary: torch_rope.RotaryEmbedding, q: Tensor, k: Tensor, p: Tensor) -> None:
+    one: Tensor = rotary(q, p)
+    one = rotary(q, positions=p)
+    one = rotary(q, p, seq_len=3)
+    one = rotary(q=q, positions=p)
+    one = rotary(q, None, p)
+    one = rotary.rotate(q, p, 3)
+    one = torch_rope.ApplyRoPE(-1)(q, p)
+    pair: tuple[Tensor, Tensor] = rotary(q, k, p)
+    pair = rotary(q, k, p, 3)
+    pair = rotary(q, k, positions=p, seq_len=3)
+    pair = rotary(q=q, k=k, positions=p)
+    pair = rotary((q, k), p)
+    pair = rotary([q, k], positions=p)
+    pair = rotary((q, k), p, seq_len=3)
+    print(one, pair)
+"""
+
+
+def test_every_way_to_call_it_is_typed(tmp_path: Path) -> None:
+    api = pytest.importorskip("mypy.api")
+    program = tmp_path / "calls.py"
+    program.write_text(TYPED)
+    wrong = TYPED.replace("pair: tuple[Tensor, Tensor] = rotary(q, k, p)", "pair = rotary(q, 3)")
+    (tmp_path / "wrong.py").write_text(wrong)
+    options = ["--strict", "--cache-dir", str(tmp_path / "cache")]
+    report, errors, status = api.run([*options, str(program)])
+    assert status == 0, report + errors
+    report, _, status = api.run([*options, str(tmp_path / "wrong.py")])
+    assert status == 1
+    assert "No overload variant" in report
+
+
 # ---- Compiling, copying, saving ----
 
 

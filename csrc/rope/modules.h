@@ -51,8 +51,8 @@ struct RotaryEmbeddingOptions {
 // Holds frequencies and rotates by them. They keep their dtype whatever to(dtype) does, and are
 // saved only where they are learned. With dynamic and longrope they follow seq_len, or the greatest
 // position plus one where it is not given (found on the device, without a wait for it). A module
-// whose scheme is on the meta device forms its frequencies in to(device). torch::load skips
-// frequencies in an archive where they are not learned.
+// on the meta device stays there, as all of torch::nn: to(device) throws c10::NotImplementedError.
+// torch::load skips frequencies in an archive where they are not learned.
 class ROPE_API RotaryEmbeddingImpl : public torch::nn::Cloneable<RotaryEmbeddingImpl> {
  public:
   explicit RotaryEmbeddingImpl(std::int64_t rotary_dim, RotaryEmbeddingOptions options = {});

@@ -7,6 +7,7 @@
 #include <torch/serialize.h>
 
 #include <barrier>
+#include <cmath>
 #include <sstream>
 #include <thread>
 
@@ -83,6 +84,27 @@ TEST(Frequencies, RefuseWhatIsMissingOrUnknown) {
   EXPECT_THROW_WITH(rope::frequencies({.rotary_dim = 64, .rope_type = "ntk", .rope_theta = 1e4}),
                     c10::ValueError,
                     "expected rope_type to be one of default, linear, dynamic, yarn");
+}
+
+TEST(Frequencies, RefuseNumbersThatGiveNone) {
+  FrequencyOptions yarn = {.rotary_dim = 64,
+                           .rope_type = "yarn",
+                           .rope_theta = 1e4,
+                           .factor = 2.0,
+                           .original_max_position_embeddings = 64,
+                           .attention_factor = std::nan("")};
+  EXPECT_THROW_WITH(rope::frequencies(yarn), c10::ValueError,
+                    "rope::frequencies(): expected attention_factor to be finite, but got nan");
+  yarn.attention_factor = std::nullopt;
+  yarn.beta_fast = -1.0;
+  EXPECT_THROW_WITH(rope::frequencies(yarn), c10::ValueError,
+                    "expected beta_fast to be positive and finite, but got -1");
+  EXPECT_THROW_WITH(rope::frequencies({.rotary_dim = 64, .rope_theta = 1e4, .seq_len = -1}),
+                    c10::ValueError, "expected seq_len to be at least 0, but got -1");
+  EXPECT_THROW_WITH(rope::frequencies({.rotary_dim = 64, .rope_theta = 1e4, .dtype = at::kHalf}),
+                    c10::TypeError, "expected dtype to be float32 or float64, but got float16");
+  EXPECT_THROW_WITH(rope::mrope_frequencies(at::ones(4, at::kInt), {2, 2}), c10::TypeError,
+                    "expected inv_freq to be float32 or float64, but got int32");
 }
 
 TEST(Frequencies, OfSeveralAxesHaveARowForEach) {
@@ -216,12 +238,114 @@ TEST(RotaryEmbedding, RefusesOptionsThatExcludeEachOther) {
                     c10::ValueError, "expected rope_parameters or inv_freq, but got both");
 }
 
-TEST(RotaryEmbedding, IsPrintedWithItsOptions) {
-  std::ostringstream printed;
-  printed << RotaryEmbedding(32, RotaryEmbeddingOptions{.interleaved = true});
-  EXPECT_EQ(printed.str(),
-            "rope::RotaryEmbedding(32, rope_type=default, attention_factor=1, interleaved=true, "
-            "learned=false)");
+TEST(RotaryEmbedding, RefusesOptionsOfNoUse) {
+  const auto of = [](const at::Tensor& inv_freq) {
+    return RotaryEmbedding(32, RotaryEmbeddingOptions{.inv_freq = inv_freq});
+  };
+  EXPECT_THROW_WITH(RotaryEmbedding(31), c10::ValueError,
+                    "rope::RotaryEmbedding(): expected rotary_dim to be positive and a multiple of "
+                    "2, but got 31");
+  EXPECT_THROW_WITH(of(at::ones(8)), c10::ValueError,
+                    "expected inv_freq to have rotary_dim / 2 = 16 columns, but got 8");
+  EXPECT_THROW_WITH(of(at::ones({1, 3, 16})), c10::ValueError,
+                    "expected inv_freq to have shape (N) or (A, N), but got [1, 3, 16]");
+  EXPECT_THROW_WITH(of(at::ones(16, at::kBFloat16)), c10::TypeError,
+                    "expected inv_freq to be float32 or float64, but got bfloat16");
+  EXPECT_THROW_WITH(of(at::Tensor()), c10::TypeError, "but got an undefined one");
+  EXPECT_THROW_WITH(RotaryEmbedding(32, RotaryEmbeddingOptions{.attention_factor = std::nan("")}),
+                    c10::ValueError, "expected attention_factor to be finite, but got nan");
+  EXPECT_THROW_WITH(RotaryEmbedding(32, RotaryEmbeddingOptions{.max_wavelength = -1.0}),
+                    c10::ValueError, "expected max_wavelength to be positive and finite");
+  EXPECT_THROW_WITH(RotaryEmbedding(32, RotaryEmbeddingOptions{.rotary_offset = -2}),
+                    c10::ValueError, "expected rotary_offset to be at least 0, but got -2");
+}
+
+TEST(RotaryEmbedding, NeverLeavesTheMetaDeviceWithoutValues) {
+  FrequencyOptions scheme = kLinear;
+  scheme.device = at::kMeta;
+  for (const bool learned : {false, true}) {
+    RotaryEmbedding rotary(32,
+                           RotaryEmbeddingOptions{.rope_parameters = scheme, .learned = learned});
+    ASSERT_TRUE(rotary->inv_freq.is_meta());
+    EXPECT_THROW(rotary->to(at::kCPU), c10::NotImplementedError);
+    EXPECT_TRUE(rotary->inv_freq.is_meta());
+  }
+}
+
+TEST(RotaryEmbedding, SkipsFrequenciesOfAnArchive) {
+  const auto saved = std::make_shared<Model>(true);
+  {
+    const at::NoGradGuard no_grad;
+    saved->rotary->inv_freq.fill_(3.0);
+  }
+  std::stringstream stream;
+  torch::save(saved, stream);
+  auto loaded = std::make_shared<Model>(false);
+  torch::load(loaded, stream);
+  EXPECT_TRUE(same_bits(loaded->linear->weight, saved->linear->weight));
+  EXPECT_TRUE(same_bits(loaded->rotary->inv_freq, inv_freq_of(kLinear)));
+}
+
+TEST(RotaryEmbedding, MayHaveFloat64Frequencies) {
+  const at::Tensor q = random_values({9, 4, 32});
+  for (FrequencyOptions scheme : {kLinear, kDynamic, kLongrope}) {
+    scheme.dtype = at::kDouble;
+    RotaryEmbedding rotary(32, RotaryEmbeddingOptions{.rope_parameters = scheme});
+    rotary->to(at::kHalf);
+    for (const std::int64_t first : {0, 200}) {
+      const at::Tensor positions = positions_from(first);
+      const at::Tensor inv_freq = inv_freq_of(scheme, first + 9);
+      EXPECT_EQ(inv_freq.scalar_type(), at::kDouble);
+      EXPECT_TRUE(same_bits(
+          rotary(q, positions),
+          rope::apply(q, positions,
+                      {.inv_freq = inv_freq, .attention_factor = rotary->attention_factor})));
+    }
+  }
+}
+
+std::string printed(const auto& module) {
+  std::ostringstream stream;
+  stream << module;
+  return stream.str();
+}
+
+TEST(RotaryEmbedding, IsPrintedWithItsSchemeAndItsOptions) {
+  EXPECT_EQ(printed(RotaryEmbedding(32, RotaryEmbeddingOptions{.interleaved = true})),
+            "rope::RotaryEmbedding(32, rope_type=default, rope_theta=10000, interleaved=true)");
+  EXPECT_EQ(printed(RotaryEmbedding(32, RotaryEmbeddingOptions{.max_wavelength = 5e5})),
+            "rope::RotaryEmbedding(32, rope_type=default, rope_theta=500000)");
+  EXPECT_EQ(printed(RotaryEmbedding(32, RotaryEmbeddingOptions{.rope_parameters = kLinear,
+                                                               .attention_factor = 1.5,
+                                                               .learned = true,
+                                                               .embedding_axis = 1,
+                                                               .rotary_offset = 4})),
+            "rope::RotaryEmbedding(32, rope_type=linear, rope_theta=10000, factor=2, "
+            "attention_factor=1.5, embedding_axis=1, rotary_offset=4, learned=true)");
+  EXPECT_EQ(printed(RotaryEmbedding(32, RotaryEmbeddingOptions{.rope_parameters = kLongrope})),
+            "rope::RotaryEmbedding(32, rope_type=longrope, rope_theta=10000, factor=4, "
+            "original_max_position_embeddings=64, short_factor=[1.5, 1.5, 1.5, 1.5, 1.5, 1.5]..., "
+            "long_factor=[5, 5, 5, 5, 5, 5]..., attention_factor=1.1547)");
+  EXPECT_EQ(printed(RotaryEmbedding(
+                32, RotaryEmbeddingOptions{.inv_freq = random_inv_freq({3, 16}, at::kDouble)})),
+            "rope::RotaryEmbedding(32, inv_freq of shape [3, 16], dtype=float64)");
+}
+
+TEST(ApplyRoPE, IsPrintedWithItsOptions) {
+  EXPECT_EQ(printed(ApplyRoPE(-1, rope::ApplyRoPEOptions{})),
+            "rope::ApplyRoPE(embedding_axis=-1, max_wavelength=10000)");
+  EXPECT_EQ(printed(ApplyRoPE(1, rope::ApplyRoPEOptions{.max_wavelength = 500.0,
+                                                        .scale_factor = 4.0,
+                                                        .rotary_dim = 16,
+                                                        .interleaved = true,
+                                                        .positions_tag = "tokens"})),
+            "rope::ApplyRoPE(embedding_axis=1, max_wavelength=500, scale_factor=4, rotary_dim=16, "
+            "interleaved=true, positions_tag=tokens)");
+}
+
+TEST(ApplyRoPE, NeedsPositions) {
+  EXPECT_THROW_WITH(ApplyRoPE(-1, rope::ApplyRoPEOptions{})(random_values({9, 32})),
+                    c10::ValueError, "expected positions to be given to a layer without");
 }
 
 TEST(ApplyRoPE, TakesEachOption) {
@@ -299,10 +423,20 @@ TEST(SideInputs, ThatNobodyProvidesAreNamed) {
 }
 
 TEST(SideInputs, ProvidedTwiceAreNamed) {
-  const at::Tensor x = random_values({9, 32});
-  const at::Tensor positions = at::arange(9);
-  auto model = WithSideInputsFromInputTuple::handling(make_layers({"first"}), {"first", "first"});
-  EXPECT_THROW_WITH(model(x, {positions, positions}), c10::ValueError,
+  EXPECT_THROW_WITH(
+      WithSideInputsFromInputTuple::handling(make_layers({"first"}), {"first", "first"}),
+      c10::ValueError, "expected each tag to be provided once, but got first twice");
+  struct OuterImpl : torch::nn::Cloneable<OuterImpl> {
+    explicit OuterImpl(WithSideInputsFromInputTuple inner)
+        : inner(register_module("inner", std::move(inner))) {}
+    at::Tensor forward(const at::Tensor& x) { return inner(x, {at::arange(9)}); }
+    void reset() override {}
+    WithSideInputsFromInputTuple inner;
+  };
+  const auto inner = std::make_shared<OuterImpl>(
+      WithSideInputsFromInputTuple::handling(make_layers({"first"}), {"first"}));
+  auto outer = WithSideInputsFromInputTuple::handling(torch::nn::Sequential(inner), {"first"});
+  EXPECT_THROW_WITH(outer(random_values({9, 32}), {at::arange(9)}), c10::ValueError,
                     "expected each tag to be provided once, but got first twice");
 }
 
