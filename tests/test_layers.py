@@ -475,6 +475,27 @@ def test_a_state_dict_that_is_assigned_makes_frequencies_real(scheme: dict[str, 
     assert_same_pair(model[1](*arguments), whole[1](*arguments))
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_sharded_frequencies_leave_the_meta_device(learned: bool) -> None:
+    if not torch.distributed.is_available():
+        pytest.skip("this PyTorch is built without torch.distributed")
+    from torch.distributed.fsdp import fully_shard
+
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(2, 2), RotaryEmbedding(32, LINEAR, learned=learned))
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        model.to_empty(device="cpu")
+        held = model[1].inv_freq
+        assert hasattr(held, "full_tensor") == learned
+        full = held.full_tensor().detach() if learned else held
+        assert_same_bits(full, frequencies_at(LINEAR, None, "cpu"))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def emptied(*, learned: bool = False) -> RotaryEmbedding:
     """Returns a layer with frequencies of its own that came from meta."""
     with torch.device("meta"):
