@@ -1,6 +1,5 @@
 #include "checks.h"
 
-#include <ATen/EmptyTensor.h>
 #include <c10/core/ScalarType.h>
 #include <c10/core/SymIntArrayRef.h>
 #include <c10/util/Exception.h>
@@ -36,16 +35,13 @@ bool is_supported_float(at::ScalarType dtype) {
          dtype == at::kBFloat16;
 }
 
-// The number of elements that inv_freq or the tables have columns for, where there are any.
-std::optional<c10::SymInt> dim_of_columns(const Call& call) {
-  if (call.uses_tables) {
-    const c10::SymInt columns = call.cos.sym_size(-1);
-    return call.full_width ? columns : columns * 2;
-  }
-  if (call.options.inv_freq.has_value()) {
-    return call.options.inv_freq->sym_size(-1) * 2;
-  }
-  return std::nullopt;
+// Whether inv_freq or the tables decide how many elements are rotated.
+bool has_columns(const Call& call) { return call.uses_tables || call.options.inv_freq.has_value(); }
+
+// The number of elements that they have columns for.
+c10::SymInt dim_of_columns(const Call& call) {
+  const at::Tensor& table = call.uses_tables ? call.cos : *call.options.inv_freq;
+  return call.full_width ? table.sym_size(-1) : table.sym_size(-1) * 2;
 }
 
 // True, and remembered as a fact, for sizes that are symbols.
@@ -185,7 +181,7 @@ void check_rotated(const Call& call, const at::Tensor& x, const char* argument) 
                     dim);
   TORCH_CHECK_VALUE(holds((dim % 2).sym_eq(0)), expected(call, "rotary_dim"), "be even, but got ",
                     dim);
-  if (dim_of_columns(call).has_value()) {
+  if (has_columns(call)) {
     constexpr const char* kDoubledTables =
         " (for tables with a column for each element, as Hugging Face's have, pass "
         "full_width=True; where both halves are alike, cos[..., :N] will do)";
@@ -291,14 +287,17 @@ void check_tables(const Call& call) {
   TORCH_CHECK_VALUE(!call.positions.defined() || call.cos.dim() == 2, expected(call, "cos"),
                     "have shape (P, N) together with positions, but got ", call.cos.sym_sizes(),
                     one_tuple_hint(call));
-  const c10::SymInt columns = call.cos.sym_size(-1);
-  TORCH_CHECK_VALUE(!call.full_width || holds((columns % 2).sym_eq(0)), expected(call, "cos"),
-                    "have an even number of columns with full_width, but got ", columns);
+  if (call.full_width) {
+    const c10::SymInt columns = call.cos.sym_size(-1);
+    TORCH_CHECK_VALUE(holds((columns % 2).sym_eq(0)), expected(call, "cos"),
+                      "have an even number of columns with full_width, but got ", columns);
+  }
   if (call.options.rotary_dim.has_value()) {
     const std::int64_t dim = *call.options.rotary_dim;
+    const c10::SymInt columns = call.cos.sym_size(-1);
     const bool is_width = !call.full_width && TORCH_GUARD_OR_FALSE(columns.sym_eq(dim));
-    TORCH_CHECK_VALUE(holds(dim_of_columns(call)->sym_eq(dim)), expected(call, "rotary_dim"), "be ",
-                      *dim_of_columns(call), call.full_width ? ", " : ", twice ",
+    TORCH_CHECK_VALUE(holds(dim_of_columns(call).sym_eq(dim)), expected(call, "rotary_dim"), "be ",
+                      dim_of_columns(call), call.full_width ? ", " : ", twice ",
                       "the number of columns of cos, but got ", dim,
                       is_width ? " (for tables with a column for each element, as Hugging Face's "
                                  "have, pass full_width=True)"
@@ -336,21 +335,33 @@ bool are_known_to_share_memory(const at::Tensor& x, const at::Tensor& y) {
          TORCH_GUARD_OR_FALSE(y.sym_numel().sym_gt(0));
 }
 
+// One past the last byte of a tensor in its storage.
+std::int64_t end_in_storage(const at::Tensor& x) {
+  const at::IntArrayRef sizes = x.sizes();
+  const at::IntArrayRef strides = x.strides();
+  std::int64_t last = x.storage_offset();
+  for (const auto d : c10::irange(sizes.size())) {
+    if (sizes[d] == 0) {
+      return 0;
+    }
+    last += (sizes[d] - 1) * strides[d];
+  }
+  return (last + 1) * x.element_size();
+}
+
 // That sizes and strides stay within the storage, which may have been resized to nothing. Not of
 // tensors without memory of their own, such as those of compilers.
 void check_storage(const Call& call, const at::Tensor& x, const char* argument) {
-  if (!x.defined() || !x.has_storage() || x.is_meta() || is_symbolic(x) ||
-      x.unsafeGetTensorImpl()->is_python_dispatch()) {
+  const c10::TensorImpl* tensor = x.unsafeGetTensorImpl();
+  if (!x.defined() || tensor->has_symbolic_sizes_strides() || tensor->is_python_dispatch() ||
+      !tensor->has_storage() || x.is_meta()) {
     return;
   }
-  const std::optional<std::int64_t> available = x.storage().sym_nbytes().maybe_as_int();
-  TORCH_CHECK_VALUE(
-      !available.has_value() ||
-          at::detail::computeStorageNbytes(x.sizes(), x.strides(), x.element_size(),
-                                           x.storage_offset()) <= static_cast<size_t>(*available),
-      expected(call, argument), "lie within its storage, but got sizes ", x.sizes(),
-      " with strides ", x.strides(), " at offset ", x.storage_offset(), " in ", *available,
-      " bytes");
+  const std::optional<std::int64_t> bytes =
+      tensor->unsafe_storage().unsafeGetStorageImpl()->sym_nbytes().maybe_as_int();
+  TORCH_CHECK_VALUE(!bytes.has_value() || end_in_storage(x) <= *bytes, expected(call, argument),
+                    "lie within its storage, but got sizes ", x.sizes(), " with strides ",
+                    x.strides(), " at offset ", x.storage_offset(), " in ", *bytes, " bytes");
 }
 
 // What only calls in place must meet.
@@ -375,8 +386,8 @@ c10::SymInt rotary_dim(const Call& call, const at::Tensor& x) {
   if (call.options.rotary_dim.has_value()) {
     return *call.options.rotary_dim;
   }
-  if (const auto dim = dim_of_columns(call)) {
-    return *dim;
+  if (has_columns(call)) {
+    return dim_of_columns(call);
   }
   return x.sym_size(call.options.embedding_axis) - call.options.rotary_offset;
 }
@@ -416,12 +427,14 @@ void check(const Call& call) {
   if (call.is_pair) {
     check_rotated(call, call.k, "k");
     check_broadcasts(call, broadcast_sizes, call.k, "k");
-    const c10::SymInt q_dim = rotary_dim(call, call.q);
-    const c10::SymInt k_dim = rotary_dim(call, call.k);
-    TORCH_CHECK_VALUE(holds(q_dim.sym_eq(k_dim)), expected(call, "rotary_dim"),
-                      "be given where q and k have slices of different sizes, whose frequencies "
-                      "would differ (",
-                      q_dim, " and ", k_dim, " elements), but got None");
+    if (!call.options.rotary_dim.has_value() && !has_columns(call)) {
+      const c10::SymInt q_dim = rotary_dim(call, call.q);
+      const c10::SymInt k_dim = rotary_dim(call, call.k);
+      TORCH_CHECK_VALUE(holds(q_dim.sym_eq(k_dim)), expected(call, "rotary_dim"),
+                        "be given where q and k have slices of different sizes, whose frequencies "
+                        "would differ (",
+                        q_dim, " and ", k_dim, " elements), but got None");
+    }
   }
   if (call.in_place) {
     check_memory(call, call.q, q_name);

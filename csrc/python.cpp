@@ -57,20 +57,30 @@ std::string hint(std::string_view argument, py::handle value) {
              : "";
 }
 
-// One argument. pybind11's own message would hold the values of all arguments, those of tensors
-// too, for which it would wait for a device.
+// One argument, read. pybind11's own message would hold the values of all arguments, those of
+// tensors too, for which it would wait for a device.
 template <typename Value>
-Value read_argument(const std::string& function, std::string_view argument, py::handle value) {
-  constexpr bool kIsBool = std::is_same_v<Value, bool>;
+struct Argument {
   py::detail::make_caster<Value> caster;
-  // A bool would take whatever has a truth, a tensor on a device among them.
-  const bool refused = kIsBool && (value.is_none() || THPVariable_Check(value.ptr()));
-  TORCH_CHECK_TYPE(!refused && caster.load(value, /*convert=*/true), "rope::", function,
-                   "(): expected ", argument, " to ",
-                   argument == "x" ? "be a tensor or a (q, k) tuple" : kRule<Value>, ", but got ",
-                   value.is_none() ? "None" : Py_TYPE(value.ptr())->tp_name, hint(argument, value));
-  return py::detail::cast_op<Value>(std::move(caster));
-}
+
+  Argument(const std::string& function, const char* name, py::handle value) {
+    TORCH_CHECK_TYPE(load(value), "rope::", function, "(): expected ", name, " to ",
+                     name == std::string_view("x") ? "be a tensor or a (q, k) tuple" : kRule<Value>,
+                     ", but got ", value.is_none() ? "None" : Py_TYPE(value.ptr())->tp_name,
+                     hint(name, value));
+  }
+
+ private:
+  bool load(py::handle value) {
+    if constexpr (std::is_same_v<Value, bool>) {
+      // The caster takes whatever has a truth, None and a tensor on a device among them.
+      if (!PyBool_Check(value.ptr()) && (value.is_none() || THPVariable_Check(value.ptr()))) {
+        return false;
+      }
+    }
+    return caster.load(value, /*convert=*/true);
+  }
+};
 
 // Defines one operator as a function of Python, called by position, since keywords cost time.
 template <typename Result, typename... Values, std::size_t... index>
@@ -78,10 +88,10 @@ void define(py::module_& module, const std::string& name, Result (*function)(Val
             const std::array<const char*, sizeof...(Values)>& arguments,
             std::index_sequence<index...>) {
   const auto call = [=](FromPython<Values>... values) -> Result {
-    std::tuple<std::decay_t<Values>...> read{
-        read_argument<std::decay_t<Values>>(name, arguments[index], values)...};
+    std::tuple<Argument<std::decay_t<Values>>...> read{
+        Argument<std::decay_t<Values>>(name, arguments[index], values)...};
     const py::gil_scoped_release no_gil;
-    return std::apply(function, std::move(read));
+    return function(py::detail::cast_op<Values>(std::get<index>(read).caster)...);
   };
   module.def(name.c_str(), torch::wrap_pybind_function(call));
 }

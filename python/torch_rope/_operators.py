@@ -138,7 +138,7 @@ def apply(
         >>> torch.allclose(torch_rope.apply(q_rotated, positions, conjugate=True), q, atol=1e-5)
         True
     """
-    is_pair = isinstance(x, (tuple, list))
+    is_pair = type(x) is not Tensor and isinstance(x, (tuple, list))
     if is_pair and len(x) != 2:
         raise _wrong_length("apply", x)
     tensors = (*x, positions, inv_freq) if is_pair else (x, positions, inv_freq)
@@ -206,7 +206,7 @@ def apply_(
         >>> torch.equal(qkv[:, 0], expected)
         True
     """
-    is_pair = isinstance(x, (tuple, list))
+    is_pair = type(x) is not Tensor and isinstance(x, (tuple, list))
     if is_pair and len(x) != 2:
         raise _wrong_length("apply_", x)
     tensors = (*x, positions, inv_freq) if is_pair else (x, positions, inv_freq)
@@ -313,7 +313,7 @@ def apply_cos_sin(
         >>> torch.equal(torch_rope.apply_cos_sin(x, cos, sin, full_width=True), y)
         True
     """
-    is_pair = isinstance(x, (tuple, list))
+    is_pair = type(x) is not Tensor and isinstance(x, (tuple, list))
     if is_pair and len(x) != 2:
         raise _wrong_length("apply_cos_sin", x)
     tensors = (*x, cos, sin, positions) if is_pair else (x, cos, sin, positions)
@@ -368,7 +368,7 @@ def apply_cos_sin_(
         >>> torch_rope.apply_cos_sin_(x, torch.tensor([0.0]), torch.tensor([1.0]))
         tensor([0., 1.])
     """
-    is_pair = isinstance(x, (tuple, list))
+    is_pair = type(x) is not Tensor and isinstance(x, (tuple, list))
     if is_pair and len(x) != 2:
         raise _wrong_length("apply_cos_sin_", x)
     tensors = (*x, cos, sin, positions) if is_pair else (x, cos, sin, positions)
