@@ -3,13 +3,17 @@
 ``test_a_family_computes_the_same`` runs a tiny model of each family of transformers that defines a
 function that rotates. What it could not run, docs/transformers.md lists, and each test holds the
 page to that. ``python -m pytest tests/test_transformers.py -k report -s`` prints the list.
+
+Models also run under selective checkpointing, under vmap and compiled from the first call: a few by
+default, and all with ``ROPE_ALL_FAMILIES=1``, which takes half an hour.
 """
 
 import copy
 import doctest
 import inspect
+import os
+import pickle
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from importlib import import_module
@@ -21,15 +25,24 @@ import pytest
 import torch
 from reference import assert_same_bits, random_values
 from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 pytest.importorskip("transformers")
 
 import tiny_transformers
 import transformers
 from tiny_transformers import Subject, functions_wrapped
+from torch_rope.integrations import _forms
 from torch_rope.integrations.transformers import FUNCTIONS, kernel_mapping, patch, unpatch
+from transformers.models.clvp import modeling_clvp
 from transformers.models.cohere import modeling_cohere
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
+from transformers.models.dinov3_vit import modeling_dinov3_vit
+from transformers.models.hunyuan_vl import modeling_hunyuan_vl
 from transformers.models.llama import modeling_llama
 from transformers.models.muse_glimmer_assistant import modeling_muse_glimmer_assistant
 from transformers.models.olmo import modeling_olmo
@@ -55,10 +68,12 @@ def nothing_stays_patched() -> Iterator[None]:
     unpatch()
 
 
-def results(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def results(
+    model: nn.Module, inputs: dict[str, Tensor], call: Callable[..., Any] | None = None
+) -> tuple[Tensor, Tensor]:
     """Returns a model's first output, and the gradients of all its parameters in one vector."""
     torch.manual_seed(0)
-    output = next(differentiable_tensors(model(**inputs)))
+    output = next(differentiable_tensors((call or model)(**inputs)))
     weights = random_values(tuple(output.shape), seed=3)
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(
@@ -127,6 +142,36 @@ def check_float32(module: ModuleType, subject: Subject) -> None:
         assert distance(actual[i], expected[i]) <= allowed[i]
 
 
+def check_axes(module: ModuleType, subject: Subject) -> None:
+    """Compares outputs for positions that differ on every axis, after those of a text.
+
+    A model without several axes does not take them, or sees batches in their place.
+    """
+    generator = torch.Generator().manual_seed(5)
+    for axes in (4, 3, 2):
+        ids = torch.randint(40, (axes, *TOKENS.shape), generator=generator)
+        given = subject.inputs | {"position_ids": ids}
+        try:
+            expected = first_output(subject.model, given)
+        except Exception:
+            continue
+        with patch(subject.model):
+            first_output(subject.model, subject.inputs)
+            actual = first_output(subject.model, given)
+        with functions_wrapped(module, rounded_otherwise):
+            noisy = first_output(subject.model, given)
+        assert distance(actual, expected) <= 4 * distance(noisy, expected) + 4 * EPSILON
+
+
+@torch.no_grad()
+def first_output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Returns a model's first output."""
+    torch.manual_seed(0)
+    output = model(**inputs)[0]
+    assert isinstance(output, Tensor)
+    return output.double()
+
+
 def check_bfloat16(module: ModuleType, subject: Subject) -> None:
     """Compares errors: the distance from float32 with the same weights, patched or not."""
     model = copy.deepcopy(subject.model).bfloat16()
@@ -165,21 +210,15 @@ def outcomes(family: str) -> dict[str, str]:
     if found.keys() == set(functions):
         return found
     for subject in tiny_transformers.subjects(module, set(functions) - found.keys()):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            check_float32(module, subject)
+        check_float32(module, subject)
+        check_axes(module, subject)
         if family not in WITHOUT_BFLOAT16:
             check_bfloat16(module, subject)
-        kept = "".join(str(warning.message) for warning in caught)
         for name in subject.functions:
-            keeps = f"{module.__name__}.{name} keeps its own arithmetic" in kept
-            found.setdefault(name, "left alone: " + DIFFERENT_ANGLES if keeps else "covered")
+            found.setdefault(name, "covered")
     for name in functions:
         found.setdefault(name, "not run: no tiny model of it was made")
     return found
-
-
-DIFFERENT_ANGLES = "its tables give the two members of a pair different angles"
 
 
 def documented() -> dict[str, str]:
@@ -213,7 +252,8 @@ def test_the_page_has_the_count_of_the_report(capsys: pytest.CaptureFixture[str]
         print(f"\n{covered} of {len(found)} functions covered, in {families} families")
         for name, outcome in others.items():
             print(f"| `{name}` | {outcome} |")
-    assert f"**{covered} of {len(found)} functions, in {families} families**" in PAGE.read_text()
+    text = " ".join(PAGE.read_text().split())
+    assert f"**{covered} of {len(found)} functions, in {families} families**" in text
     assert others == documented()
 
 
@@ -285,8 +325,7 @@ def test_keys_of_another_dtype_come_back_as_before(module: ModuleType, columns: 
     q, k = random_values((2, 4, 5, 16)), random_values((2, 2, 5, 16), torch.bfloat16)
     cos, sin = (table(columns, (2, 5), seed) for seed in (2, 3))
     expected = module.apply_rotary_pos_emb(q, k, cos, sin)
-    with patch(module), warnings.catch_warnings():
-        warnings.simplefilter("error")  # The function would say that it keeps its own arithmetic.
+    with patch(module):
         actual = module.apply_rotary_pos_emb(q, k, cos, sin)
     assert [x.dtype for x in actual] == [x.dtype for x in expected]
 
@@ -330,6 +369,7 @@ def test_an_inner_patch_leaves_what_the_outer_replaced() -> None:
         ours = modeling_llama.apply_rotary_pos_emb
         with patch(modeling_llama) as inner:
             assert inner.replaced == []
+            assert inner.already == [f"{modeling_llama.__name__}.apply_rotary_pos_emb"]
         assert modeling_llama.apply_rotary_pos_emb is ours
 
 
@@ -398,24 +438,523 @@ def test_a_function_that_does_more_than_rotate_is_left_alone() -> None:
     assert "of_a_user.apply_rotary_pos_emb" in done.left_alone
 
 
+def reason(function: Callable[..., Any]) -> str:
+    """Returns why a function is left alone."""
+    return patch(module_with(function)).left_alone["of_a_user.apply_rotary_pos_emb"]
+
+
+def test_the_reason_names_what_a_function_takes() -> None:
+    def complex_table(xq: Any, xk: Any, freqs_cis: Any) -> Any:
+        raise NotImplementedError
+
+    def other_shapes(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+        raise ValueError("expected six dimensions")
+
+    def mixed(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
+        cos = (cos + torch.cat(cos.chunk(2, dim=-1)[::-1], dim=-1)) / 2
+        return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
+
+    assert reason(complex_table) == (
+        "its parameters are (xq, xk, freqs_cis): it takes freqs_cis, not cos and sin"
+    )
+    assert reason(other_shapes) == (
+        "it does not take the tensors that it is tried on (ValueError: expected six dimensions)"
+    )
+    assert reason(mixed) == "it mixes the two values that its tables have for a pair"
+
+
+def serve(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns what takes the place of a function."""
+    module = module_with(function)
+    assert not patch(module).left_alone
+    assert module.apply_rotary_pos_emb is not function
+    ours: Callable[..., Any] = module.apply_rotary_pos_emb
+    return ours
+
+
+def half(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+@pytest.mark.parametrize("shape", [(5, 16), (2, 1, 5, 16), (1, 16)])
+def test_tables_that_broadcast_as_they_are_are_served(shape: tuple[int, ...]) -> None:
+    def rotate(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+        return q * cos + half(q) * sin, k * cos + half(k) * sin
+
+    q, k = q_and_k()
+    cos, sin = random_values(shape, seed=2), random_values(shape, seed=3)
+    torch.testing.assert_close(serve(rotate)(q, k, cos, sin), rotate(q, k, cos, sin))
+
+
+@pytest.mark.parametrize(("dim", "layout"), [(1, "BHSD"), (-2, "BSHD"), (2, "BSHD")])
+def test_a_dimension_that_is_no_argument_is_served(dim: int, layout: str) -> None:
+    def rotate(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+        return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=dim)
+
+    q, k = q_and_k()
+    cos, sin = different_tables()
+    if layout == "BSHD":
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+    torch.testing.assert_close(serve(rotate)(q, k, cos, sin), rotate(q, k, cos, sin))
+
+
+def test_rows_that_are_picked_are_served() -> None:
+    def rotate(
+        q: Any, k: Any, cos: Any, sin: Any, position_ids: Any, unsqueeze_dim: int = 2
+    ) -> Any:
+        cos, sin = cos[position_ids], sin[position_ids]
+        return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
+
+    q, k = (x.transpose(1, 2) for x in q_and_k())
+    cos, sin = random_values((9, 16), seed=2), random_values((9, 16), seed=3)
+    ids = torch.tensor([[3, 1, 4, 1, 5], [8, 2, 6, 5, 3]])
+    expected = rotate(q, k, cos, sin, ids)
+    torch.testing.assert_close(serve(rotate)(q, k, cos, sin, ids), expected)
+
+
+@pytest.mark.parametrize("unsqueeze_dim", [1, 2])
+@torch.no_grad()
+def test_values_are_rotated_with_queries_and_keys(unsqueeze_dim: int) -> None:
+    original = modeling_clvp.apply_rotary_pos_emb
+    qkv = [random_values((2, 4, 5, 16), seed=seed) for seed in range(3)]
+    if unsqueeze_dim == 2:
+        qkv = [x.transpose(1, 2) for x in qkv]
+    cos, sin = random_values((9, 16), seed=3), random_values((9, 16), seed=4)
+    ids = torch.tensor([[3, 1, 4, 1, 5], [8, 2, 6, 5, 3]])
+    expected = original(*qkv, cos, sin, ids, unsqueeze_dim)
+    patch(modeling_clvp)
+    assert modeling_clvp.apply_rotary_pos_emb is not original
+    actual = modeling_clvp.apply_rotary_pos_emb(*qkv, cos, sin, ids, unsqueeze_dim)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_tokens_before_those_of_the_tables_come_out_unchanged() -> None:
+    original = modeling_dinov3_vit.apply_rotary_pos_emb
+    q, k = random_values((2, 4, 7, 16)), random_values((2, 4, 7, 16), seed=1)
+    cos, sin = random_values((5, 16), seed=2), random_values((5, 16), seed=3)
+    patch(modeling_dinov3_vit)
+    actual = modeling_dinov3_vit.apply_rotary_pos_emb(q, k, cos, sin)
+    torch.testing.assert_close(actual, original(q, k, cos, sin))
+    assert_same_bits(actual[0][..., :2, :], q[..., :2, :])
+    with_others = modeling_dinov3_vit.apply_rotary_pos_emb(q, k, cos, sin, other=1)
+    assert_same_bits(with_others[0], original(q, k, cos, sin)[0])
+
+
+def test_the_default_of_an_option_is_kept() -> None:
+    def rotate(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 2) -> Any:
+        return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
+
+    q, k = (x.transpose(1, 2) for x in q_and_k())
+    cos, sin = different_tables()
+    torch.testing.assert_close(serve(rotate)(q, k, cos, sin), rotate(q, k, cos, sin))
+
+
 def test_modules_without_such_a_function_are_an_error() -> None:
-    with pytest.raises(ValueError, match=r"expected modules with one of .* none in Linear"):
+    with pytest.raises(ValueError, match=r"expected model_or_module to have .* got Linear"):
         patch(nn.Linear(2, 2))
 
 
-def test_tables_with_two_angles_in_a_pair_are_left_to_the_original() -> None:
-    q, k = random_values((2, 4, 5, 16)), random_values((2, 2, 5, 16), seed=1)
-    cos, sin = random_values((2, 5, 16), seed=2), random_values((2, 5, 16), seed=3)
-    expected = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
+@pytest.mark.parametrize("function", [patch, unpatch])
+@pytest.mark.parametrize(("given", "kind"), [("llama", "str"), (nn.Linear, "type"), ([], "list")])
+def test_what_is_neither_a_model_nor_a_module_is_refused(
+    function: Callable[..., Any], given: object, kind: str
+) -> None:
+    name = f"torch_rope.integrations.transformers.{function.__name__}"
+    rule = "expected model_or_module to be a model, a module of Python or None"
+    with pytest.raises(TypeError, match=re.escape(f"{name}(): {rule}, but got {kind}")):
+        function(given)
+
+
+# Tables whose two values for a pair differ, and the proof that they do not.
+
+
+def exact_rotation(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates halves by tables with a value for each element, in float64."""
+    first, second = q.double().chunk(2, dim=-1)
+    return q.double() * cos.double() + torch.cat((-second, first), dim=-1) * sin.double()
+
+
+def different_tables() -> tuple[Tensor, Tensor]:
+    """Draws tables for Llama's function whose halves differ."""
+    return random_values((2, 5, 16), seed=2), random_values((2, 5, 16), seed=3)
+
+
+def q_and_k() -> tuple[Tensor, Tensor]:
+    return random_values((2, 4, 5, 16)), random_values((2, 2, 5, 16), seed=1)
+
+
+def test_tables_whose_halves_differ_come_after_those_of_position_0() -> None:
+    q, k = q_and_k()
     patch(modeling_llama)
-    with pytest.warns(UserWarning, match=r"llama.*keeps its own arithmetic"):
-        actual = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
+    rotate = modeling_llama.apply_rotary_pos_emb
+    at_0 = torch.ones(2, 5, 16), torch.zeros(2, 5, 16)
+    torch.testing.assert_close(rotate(q, k, *at_0), (q, k))
+    cos, sin = different_tables()
+    for actual, x in zip(rotate(q, k, cos, sin), (q, k), strict=True):
+        expected = exact_rotation(x, cos.unsqueeze(1), sin.unsqueeze(1))
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_takes_tables_with_two_values_for_a_pair(form: str) -> None:
+    module, name, columns, width = form_of(form)
+    q, k = random_values((2, 4, 5, width)), random_values((2, 2, 5, width), seed=1)
+    cos, sin = (random_values((2, 5, 8 if columns == "single" else 16), seed=i) for i in (2, 3))
+    expected = getattr(module, name)(q, k, cos, sin)
+    patch(module)
+    actual = getattr(module, name)(q, k, cos, sin)
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+def tiny_hunyuan() -> Any:
+    torch.manual_seed(0)
+    config = transformers.HunYuanVLConfig().text_config
+    options = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2, 2]}
+    config = type(config)(
+        vocab_size=99,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        rope_parameters=options,
+    )
+    model = modeling_hunyuan_vl.HunYuanVLTextModel(config).eval()
+    tiny_transformers.enliven(model)
+    return model
+
+
+AXES = torch.randint(50, (4, 2, 11), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("target", ["model", "module"])
+@pytest.mark.parametrize("compiled", [False, True])
+@torch.no_grad()
+def test_an_image_comes_after_a_text(target: str, compiled: bool) -> None:
+    model = tiny_hunyuan()
+    text, image = {"input_ids": TOKENS}, {"input_ids": TOKENS, "position_ids": AXES}
+    expected = [model(**given).last_hidden_state for given in (text, image)]
+    patch(model if target == "model" else modeling_hunyuan_vl)
+    if compiled:
+        torch._dynamo.reset()
+        model = torch.compile(model, backend="aot_eager", fullgraph=True)
+    actual = [model(**given).last_hidden_state for given in (text, image)]
     for a, b in zip(actual, expected, strict=True):
-        assert_same_bits(a, b)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        again = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
-    assert_same_bits(again[0], expected[0])
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def everything(*arguments: object, **options: object) -> CheckpointPolicy:
+    """A policy of selective checkpointing: all results are saved."""
+    return CheckpointPolicy.MUST_SAVE
+
+
+def slices(context: object, operator: object, *arguments: object, **options: object) -> Any:
+    """A policy of selective checkpointing: slices are saved."""
+    if operator == torch.ops.aten.slice.Tensor:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+POLICIES = {"everything": everything, "slices": slices}
+
+
+def checkpointed(
+    call: Callable[..., Any], policy: Callable[..., CheckpointPolicy]
+) -> Callable[..., Any]:
+    """Returns the call under selective checkpointing."""
+    context = partial(create_selective_checkpoint_contexts, policy)
+
+    def run(**inputs: Tensor) -> Any:
+        return checkpoint(call, use_reentrant=False, context_fn=context, **inputs)
+
+    return run
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("target", ["model", "module"])
+def test_the_first_forward_may_be_under_selective_checkpointing(target: str, policy: str) -> None:
+    model = tiny_llama().model
+
+    def gradients() -> tuple[Tensor, ...]:
+        output = checkpointed(model, POLICIES[policy])(input_ids=TOKENS, use_cache=False)
+        return torch.autograd.grad(output[0].square().sum(), list(model.parameters()))
+
+    expected = gradients()
+    patch(model if target == "model" else modeling_llama)
+    torch.testing.assert_close(gradients(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_layers_may_be_under_selective_checkpointing(policy: str) -> None:
+    model = tiny_llama().model.train()
+    context = partial(create_selective_checkpoint_contexts, POLICIES[policy])
+    expected = torch.autograd.grad(model(TOKENS)[0].square().sum(), list(model.parameters()))
+    patch(model)  # The tables come from outside of what is computed again.
+    model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": context})
+    actual = torch.autograd.grad(model(TOKENS)[0].square().sum(), list(model.parameters()))
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("halves", ["alike", "different"])
+def test_vmap_over_tables_comes_before_any_other_call(halves: str) -> None:
+    q, k = q_and_k()
+    angles = random_values((3, 2, 5, 16), seed=4)
+    if halves == "alike":
+        angles = torch.cat((angles[..., :8],) * 2, dim=-1)
+
+    def rotate(t: Tensor) -> tuple[Tensor, Tensor]:
+        return modeling_llama.apply_rotary_pos_emb(q, k, t.cos(), t.sin())
+
+    expected = torch.vmap(rotate)(angles)
+    patch(modeling_llama)
+    torch.testing.assert_close(torch.vmap(rotate)(angles), expected, rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_vmap_over_a_model_comes_before_any_other_call() -> None:
+    model = tiny_llama().model
+    ids = torch.stack((TOKENS, TOKENS.flip(-1), TOKENS))
+
+    def run(given: Tensor) -> Tensor:
+        output: Tensor = model(given, position_ids=TOKENS, use_cache=False)[0]
+        return output
+
+    expected = torch.stack([run(given) for given in ids])
+    patch(model)
+    torch.testing.assert_close(torch.vmap(run)(ids), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def widths(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Records whether the operator is given half of a table or all of it."""
+    seen: list[str] = []
+    operator = _forms.apply_cos_sin
+
+    def watched(x: Any, cos: Tensor, sin: Tensor, **options: Any) -> Any:
+        seen.append("full" if options["full_width"] else "half")
+        return operator(x, cos, sin, **options)
+
+    monkeypatch.setattr(_forms, "apply_cos_sin", watched)
+    return seen
+
+
+def used(widths: list[str], model: Any, **options: Any) -> str:
+    """Runs a model, and returns which tables it used."""
+    widths.clear()
+    with torch.no_grad():
+        model(TOKENS, **options)
+    assert len(set(widths)) == 1
+    return widths[0]
+
+
+def test_half_a_table_is_used_after_a_proof_alone(widths: list[str]) -> None:
+    model, other = tiny_llama(), tiny_llama()
+    with patch(modeling_llama):
+        assert used(widths, model) == "full"
+    with patch(model) as done:
+        assert used(widths, model) == "half"
+        assert used(widths, other) == "full"
+        assert used(widths, copy.deepcopy(model)) == "half"
+        done.unpatch()
+        patch(modeling_llama)
+        assert used(widths, model) == "full"
+
+
+def test_a_rotary_module_that_comes_later_has_no_proof(widths: list[str]) -> None:
+    model = tiny_llama()
+    patch(model)
+    model.model.rotary_emb = tiny_llama().model.rotary_emb
+    assert used(widths, model) == "full"
+    patch(model)
+    assert used(widths, model) == "half"
+
+
+def test_both_widths_give_the_same_bits() -> None:
+    model = tiny_llama().bfloat16()
+    with patch(modeling_llama), torch.no_grad():
+        full = model(TOKENS).logits
+    with patch(model), torch.no_grad():
+        half = model(TOKENS).logits
+    assert_same_bits(half, full)
+
+
+def test_a_table_that_was_changed_is_used_in_full(widths: list[str]) -> None:
+    model = tiny_llama()
+    patch(model)
+    q, k = q_and_k()
+    cos, sin = model.model.rotary_emb(q, torch.arange(10).view(2, 5))
+    widths.clear()
+    modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
+    modeling_llama.apply_rotary_pos_emb(q, k, cos.clone(), sin)
+    cos[..., 8:] = 0.5
+    expected = exact_rotation(q, cos.unsqueeze(1), sin.unsqueeze(1))
+    actual, _ = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=1e-6)
+    assert widths == ["half", "full", "full"]
+
+
+class LearnedRotary(nn.Module):
+    """Has a frequency for each element, and pairs agree until they are trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frequencies = nn.Parameter(torch.ones(16))
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = position_ids[..., None] * self.frequencies
+        return angles.cos(), angles.sin()
+
+
+def test_frequencies_that_agree_by_chance_are_no_proof(widths: list[str]) -> None:
+    model = tiny_llama()
+    model.model.rotary_emb = LearnedRotary()
+    patch(model)
+    assert used(widths, model) == "full"
+
+
+def test_axes_that_differ_are_no_proof(widths: list[str]) -> None:
+    model = tiny_hunyuan()
+    patch(model)
+    assert used(widths, model) == "full"
+
+
+def test_a_proof_covers_every_type_of_layer(widths: list[str]) -> None:
+    module = tiny_transformers.load("gemma3")
+    model = next(tiny_transformers.subjects(module, {"apply_rotary_pos_emb"})).model
+    patch(model)
+    assert used(widths, model) == "half"
+
+
+def test_a_proof_leaves_the_rotary_module_as_it_was() -> None:
+    model = tiny_llama(
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    )
+    rotary = model.model.rotary_emb
+    before = {name: value.clone() for name, value in rotary.named_buffers()}
+    random_state = torch.get_rng_state()
+    patch(model)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert rotary.max_seq_len_cached == model.config.max_position_embeddings
+    for name, value in rotary.named_buffers():
+        assert torch.equal(value, before[name])
+
+
+def test_a_model_on_meta_is_patched(widths: list[str]) -> None:
+    with torch.device("meta"):
+        model = tiny_llama()
+    patch(model)
+    model.to_empty(device="cpu")
+    assert used(widths, model) == "full"
+
+
+def test_a_patched_model_is_pickled() -> None:
+    model = tiny_llama()
+    patch(model)
+    loaded = pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        assert_same_bits(loaded(TOKENS).logits, model(TOKENS).logits)
+
+
+# Every family, or a few.
+
+A_FEW = ("llama", "cohere", "nanochat", "deepseek_v3", "gemma3", "hunyuan_vl", "dinov3_vit")
+CHOSEN = FAMILIES if os.environ.get("ROPE_ALL_FAMILIES") else A_FEW
+
+
+@cache
+def subjects_of(family: str) -> list[Subject]:
+    """Returns models of a family that together call its functions."""
+    module = tiny_transformers.load(family)
+    names = {name for name in FUNCTIONS if hasattr(module, name)}
+    return list(tiny_transformers.subjects(module, names))
+
+
+Run = Callable[[nn.Module, dict[str, Tensor]], Tensor]
+
+
+def compare_runs(family: str, run: Run, plain: Run, targets: tuple[str, ...]) -> None:
+    """Compares what models give patched and not, where that is right unpatched.
+
+    Args:
+        family: The models'.
+        run: What is compared.
+        plain: What it should give.
+        targets: Of the patches.
+    """
+    module = tiny_transformers.load(family)
+    reasons = []
+    for model, inputs in ((subject.model, subject.inputs) for subject in subjects_of(family)):
+        expected = plain(model, inputs)
+        with functions_wrapped(module, rounded_otherwise):
+            allowed = 4 * distance(plain(model, inputs), expected) + 4 * EPSILON
+        try:
+            assert distance(run(model, inputs), expected) <= allowed
+        except Exception as error:
+            reasons.append(f"{type(error).__name__}: {error}".partition("\n")[0])
+            continue
+        for target in targets:
+            with patch(module if target == "module" else model):
+                assert distance(run(model, inputs), expected) <= allowed
+    if reasons:
+        pytest.skip(f"unpatched: {reasons}")
+
+
+@pytest.mark.parametrize("family", CHOSEN)
+def test_a_family_compiles_from_the_first_call(family: str) -> None:
+    def run(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        torch._dynamo.reset()
+        return first_output(torch.compile(model, backend="eager", fullgraph=True), inputs)
+
+    compare_runs(family, run, first_output, ("model",))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("family", CHOSEN)
+def test_a_family_runs_under_selective_checkpointing(family: str, policy: str) -> None:
+    def plain(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        return torch.cat([result.flatten() for result in results(model, inputs)])
+
+    def run(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        caches = "use_cache" in inspect.signature(type(model).forward).parameters
+        call = checkpointed(partial(model, use_cache=False) if caches else model, POLICIES[policy])
+        return torch.cat([result.flatten() for result in results(model, inputs, call)])
+
+    compare_runs(family, run, plain, ("module", "model"))
+
+
+def calls_of(module: ModuleType, subject: Subject) -> dict[str, dict[str, Any]]:
+    """Returns the arguments of a call of each function in a run of the model."""
+    seen: dict[str, dict[str, Any]] = {}
+
+    def wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*arguments: Any, **options: Any) -> Any:
+            bound = inspect.signature(original).bind(*arguments, **options)
+            seen.setdefault(name, dict(bound.arguments))
+            return original(*arguments, **options)
+
+        return watched
+
+    with functions_wrapped(module, wrap), torch.no_grad():
+        subject.model(**subject.inputs)
+    return seen
+
+
+@pytest.mark.parametrize("family", CHOSEN)
+def test_the_functions_of_a_family_run_under_vmap(family: str) -> None:
+    module = tiny_transformers.load(family)
+    for subject in subjects_of(family):
+        for name, given in calls_of(module, subject).items():
+            tables = {key: given.pop(key) for key in ("cos", "sin")}
+            batch = {key: torch.stack((t, -t, t.flip(-1))) for key, t in tables.items()}
+
+            def rotate(some: dict[str, Tensor], name: str = name, given: Any = given) -> Any:
+                return getattr(module, name)(**given, **some)
+
+            expected = torch.vmap(rotate)(batch)
+            with patch(module):
+                torch.testing.assert_close(torch.vmap(rotate)(batch), expected)
 
 
 def test_a_patched_model_calls_the_operator() -> None:

@@ -129,7 +129,7 @@ NEEDED: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "full_attention"],
         "position_embedding_type": "rope",
     },
-    "HunYuanVLTextConfig": {"rope_parameters": SECTIONS},
+    "HunYuanVLTextConfig": {"rope_parameters": SECTIONS | {"mrope_section": [2, 2, 2, 2]}},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
     "LongcatFlashConfig": {"expert_ffn_hidden_size": 32, "zero_expert_num": 2},
     "MoonshineStreamingConfig": {"num_key_value_heads": 4},

@@ -1,27 +1,23 @@
 """What transformers' functions that rotate compute, how that is found out, and what replaces them.
 
 The functions differ in more than their text tells at a glance: which elements pair up, in which
-columns of the tables an angle stands, which dtype comes back. So each is tried on random numbers,
-and is replaced where one of the forms below gives what it gives.
+columns of the tables an angle stands, how the tables broadcast, which dtype comes back. So each is
+called with random numbers, and is replaced where one of the forms below gives the same.
 """
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from torch_rope._operators import apply_cos_sin
+from torch_rope.integrations._proof import Columns, angles_are_doubled, first, second
 
 Function = Callable[..., Any]
-
-#: Why a function may keep its own arithmetic.
-DIFFERENT_ANGLES = "its tables give the two members of a pair different angles"
 
 
 class UnknownFormError(Exception):
@@ -33,19 +29,19 @@ class Form:
     """What one of these functions computes.
 
     Attributes:
-        columns: Where the tables hold the angle of pair n. Each value stands twice in "halves" (at
-            n and n + N) and in "neighbours" (at 2n and 2n + 1), once in "single".
+        columns: Where the tables hold the angle of pair n. There are two values in "halves" (at n
+            and n + N) and in "neighbours" (at 2n and 2n + 1), one in "single".
         interleaved: Whether pairs are neighbours.
         to_halves: Whether pairs of neighbours come out as halves.
-        conjugate: Whether pairs turn the other way.
+        conjugate: Whether pairs are rotated by the negative angle.
         last: Whether the last elements of a longer axis are rotated, and not the first.
         dtype: Of the results: that of each input; that of q; or each input's promoted with that of
             the tables, as by arithmetic.
-        reads_both: Whether the function reads both copies of an angle.
+        reads_both: Whether the function reads both values of a pair. They may differ.
         without_k: What comes back where k is None: q alone, or a pair.
     """
 
-    columns: Literal["halves", "neighbours", "single"]
+    columns: Columns | Literal["single"]
     interleaved: bool
     to_halves: bool
     conjugate: bool
@@ -54,39 +50,47 @@ class Form:
     reads_both: bool = False
     without_k: Literal["q", "pair"] = "pair"
 
-    def first_copy(self, table: Tensor) -> Tensor:
-        """Returns a view that holds each angle once."""
-        if self.columns == "halves":
-            return table[..., : table.shape[-1] // 2]
-        return table[..., ::2] if self.columns == "neighbours" else table
+    def table(self, firsts: Tensor, seconds: Tensor) -> Tensor:
+        """Returns the table that holds these values of the pairs."""
+        return firsts if self.columns == "single" else _table(self.columns, firsts, seconds)
 
-    def second_copy(self, table: Tensor) -> Tensor:
-        """Returns a view that holds each angle once, of the other copies."""
-        if self.columns == "halves":
-            return table[..., table.shape[-1] // 2 :]
-        return table[..., 1::2] if self.columns == "neighbours" else table
+    def tables(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """Returns the tables for the operator, and whether they are full-width."""
+        if self.columns == "single":
+            return cos, sin, False
+        if not self.reads_both or angles_are_doubled(self.columns, cos, sin):
+            return first(self.columns, cos), first(self.columns, sin), False
+        if self.conjugate:  # The operator's conjugate would exchange the two sines of a pair.
+            sin = -sin
+        order: Columns = "neighbours" if self._is_interleaved() else "halves"
+        if order != self.columns:
+            cos, sin = (
+                _table(order, first(self.columns, table), second(self.columns, table))
+                for table in (cos, sin)
+            )
+        return cos, sin, True
 
-    def table(self, first_copy: Tensor, second_copy: Tensor) -> Tensor:
-        """Returns the table that holds these copies."""
-        if self.columns == "halves":
-            return torch.cat((first_copy, second_copy), dim=-1)
-        if self.columns == "neighbours":
-            return torch.stack((first_copy, second_copy), dim=-1).flatten(-2)
-        return first_copy
-
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, full_width: bool) -> Tensor:
         """Rotates a tensor by tables that broadcast with it."""
-        cos, sin = self.first_copy(cos), self.first_copy(sin)
-        return apply_cos_sin(self._prepare(x, cos), cos, sin, **self._options(x, cos))
+        options = self._options(x, cos, full_width)
+        return apply_cos_sin(self._prepare(x, cos), cos, sin, **options)
 
-    def rotate_pair(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def rotate_pair(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, full_width: bool
+    ) -> tuple[Tensor, Tensor]:
         """Rotates a query and a key by tables that broadcast with both."""
-        cos, sin = self.first_copy(cos), self.first_copy(sin)
         pair = self._prepare(q, cos), self._prepare(k, cos)
-        q_rotated, k_rotated = apply_cos_sin(pair, cos, sin, **self._options(q, cos))
-        if self.dtype == "of q":
-            k_rotated = k_rotated.to(q.dtype)
-        return q_rotated, k_rotated
+        q_rotated, k_rotated = apply_cos_sin(pair, cos, sin, **self._options(q, cos, full_width))
+        return q_rotated, self._convert(k_rotated, q)
+
+    def rotate_value(
+        self, v: Tensor, q: Tensor, cos: Tensor, sin: Tensor, full_width: bool
+    ) -> Tensor:
+        """Rotates what goes with a query as a key does."""
+        return self._convert(self.rotate(v, cos, sin, full_width), q)
+
+    def _convert(self, rotated: Tensor, q: Tensor) -> Tensor:
+        return rotated.to(q.dtype) if self.dtype == "of q" else rotated
 
     def _prepare(self, x: Tensor, cos: Tensor) -> Tensor:
         if self.dtype == "promoted" and x.dtype != cos.dtype:
@@ -95,61 +99,30 @@ class Form:
             return torch.cat((x[..., ::2], x[..., 1::2]), dim=-1)
         return x
 
-    def _options(self, x: Tensor, cos: Tensor) -> dict[str, Any]:
+    def _is_interleaved(self) -> bool:
+        return self.interleaved and not self.to_halves
+
+    def _options(self, x: Tensor, cos: Tensor, full_width: bool) -> dict[str, Any]:
+        width = cos.shape[-1] if full_width else 2 * cos.shape[-1]
         return {
-            "rotary_offset": x.shape[-1] - 2 * cos.shape[-1] if self.last else 0,
-            "interleaved": self.interleaved and not self.to_halves,
-            "conjugate": self.conjugate,
+            "rotary_offset": x.shape[-1] - width if self.last else 0,
+            "interleaved": self._is_interleaved(),
+            "conjugate": self.conjugate and not full_width,
+            "full_width": full_width,
         }
 
 
-@dataclass
-class Rotation:
-    """What the replacement of one function goes by.
-
-    Attributes:
-        form: What the function computes.
-        original: The function.
-        name: Its name, with that of its module.
-        widths: Of the tables that were seen so far.
-        differs: Whether some of them gave the members of a pair different angles.
-    """
-
-    form: Form
-    original: Function
-    name: str
-    widths: set[int] = field(default_factory=set)
-    differs: bool = False
-
-    def suits(self, cos: Tensor, sin: Tensor) -> bool:
-        """Returns whether the tables give both members of a pair the same angle.
-
-        The first tables of each width are compared, which on a GPU waits for them. A compiler
-        cannot compare them, and goes by what was seen before.
-        """
-        if (
-            not is_compiling()
-            and self.form.reads_both
-            and cos.shape[-1] not in self.widths
-            and type(cos) is Tensor
-            and not cos.is_meta
-        ):
-            self.widths.add(cos.shape[-1])
-            first, second = self.form.first_copy, self.form.second_copy
-            if not all(torch.equal(first(table), second(table)) for table in (cos, sin)):
-                self.differs = True
-                warnings.warn(
-                    f"{self.name} keeps its own arithmetic: {DIFFERENT_ANGLES}", stacklevel=4
-                )
-        return not self.differs
+def _table(columns: Columns, firsts: Tensor, seconds: Tensor) -> Tensor:
+    if columns == "halves":
+        return torch.cat((firsts, seconds), dim=-1)
+    return torch.stack((firsts, seconds), dim=-1).flatten(-2)
 
 
-def replacement(function: Function, name: str) -> Function:
+def replacement(function: Function) -> Function:
     """Returns a function of the same signature and meaning that calls the operators.
 
     Args:
         function: What is to be replaced.
-        name: Its name, for a warning.
 
     Raises:
         UnknownFormError: If the operators do not express it.
@@ -157,74 +130,151 @@ def replacement(function: Function, name: str) -> Function:
     # The package kernels makes a module of a decorated function, and may have changed its forward.
     if isinstance(function, nn.Module):
         function = functools.partial(type(function).forward, function)
-    parameters = tuple(inspect.signature(function).parameters)
-    if parameters not in _SIGNATURES:
-        raise UnknownFormError(f"its parameters are ({', '.join(parameters)})")
-    with torch.no_grad():
-        form = _find_form(function, parameters)
-    make, _ = _SIGNATURES[parameters]
-    return functools.wraps(function)(make(Rotation(form, function, name)))
+    names, defaults = _parameters(function)
+    calls = _CALLS.get(names)
+    if calls is None:
+        raise UnknownFormError(_why_not_these(names))
+    refusals: list[str] = []
+    for call in calls:
+        try:
+            with torch.no_grad():
+                form = _find_form(function, names, call)
+        except UnknownFormError as reason:
+            refusals.append(str(reason))
+            continue
+        ours: Any = call.make(form, function)
+        ours.__defaults__ = defaults
+        functools.update_wrapper(ours, function)
+        return ours  # type: ignore[no-any-return]
+    # What was found out last about the arithmetic says more than that a shape is not taken.
+    raise UnknownFormError(next((r for r in refusals if not r.startswith(_FAILS)), refusals[-1]))
+
+
+def _parameters(function: Function) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    """Returns the names of a function's parameters, and the defaults of the last of them."""
+    parameters = inspect.signature(function).parameters.values()
+    defaults = [p.default for p in parameters if p.default is not inspect.Parameter.empty]
+    # As it is written, with the stars and without the annotation.
+    names = [str(p.replace(annotation=p.empty, default=p.empty)) for p in parameters]
+    return tuple(names), tuple(defaults)
+
+
+def _why_not_these(names: tuple[str, ...]) -> str:
+    found = f"its parameters are ({', '.join(names)})"
+    tables = [name for name in ("freqs_cis", "freqs", "rope_cache") if name in names]
+    return f"{found}: it takes {tables[0]}, not cos and sin" if tables else found
 
 
 # What replaces a function, for each of the signatures.
 
 
-def _of_pair(rotation: Rotation) -> Function:
-    form = rotation.form
-
-    def rotate(
-        q: Any, k: Any = None, cos: Any = None, sin: Any = None, unsqueeze_dim: int = 1
-    ) -> Any:
-        if not rotation.suits(cos, sin):
-            return rotation.original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+def _of_pair(form: Form, original: Function) -> Function:
+    def rotate(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int) -> Any:
+        cos, sin, full_width = form.tables(cos, sin)
         cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
         if k is not None:
-            return form.rotate_pair(q, k, cos, sin)
-        rotated = form.rotate(q, cos, sin)
+            return form.rotate_pair(q, k, cos, sin, full_width)
+        rotated = form.rotate(q, cos, sin, full_width)
         return rotated if form.without_k == "q" else (rotated, None)
 
     return rotate
 
 
-def _of_pair_with_position_ids(rotation: Rotation) -> Function:
-    rotate_pair = _of_pair(rotation)
+def _of_pair_with_position_ids(form: Form, original: Function) -> Function:
+    rotate_pair = _of_pair(form, original)
 
     def rotate(
-        q: Tensor,
-        k: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        position_ids: object = None,  # Not read: the tables are of these positions already.
-        unsqueeze_dim: int = 1,
-    ) -> Any:
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: object, unsqueeze_dim: int
+    ) -> Any:  # position_ids are not read: the tables are of these positions already.
         return rotate_pair(q, k, cos, sin, unsqueeze_dim)
 
     return rotate
 
 
-def _of_packed_pair(rotation: Rotation) -> Function:
-    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
-        if not rotation.suits(cos, sin):
-            return rotation.original(q, k, cos, sin)
-        return rotation.form.rotate_pair(q, k, cos.unsqueeze(-2), sin.unsqueeze(-2))
+def _of_pair_by_rows(form: Form, original: Function) -> Function:
+    rotate_pair = _of_pair(form, original)
+
+    def rotate(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, unsqueeze_dim: int
+    ) -> Any:
+        return rotate_pair(q, k, cos[position_ids], sin[position_ids], unsqueeze_dim)
 
     return rotate
 
 
-def _of_tensor(rotation: Rotation) -> Function:
-    def rotate(x: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
-        if not rotation.suits(cos, sin):
-            return rotation.original(x, cos, sin, unsqueeze_dim=unsqueeze_dim)
-        return rotation.form.rotate(x, cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim))
+def _of_three_by_rows(form: Form, original: Function) -> Function:
+    def rotate(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        position_ids: Tensor,
+        unsqueeze_dim: int,
+    ) -> Any:
+        cos, sin, full_width = form.tables(cos[position_ids], sin[position_ids])
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        pair = form.rotate_pair(q, k, cos, sin, full_width)
+        return *pair, form.rotate_value(v, q, cos, sin, full_width)
 
     return rotate
 
 
-def _of_tensor_sin_first(rotation: Rotation) -> Function:
+def _of_pair_unsqueezed(dim: int) -> Callable[[Form, Function], Function]:
+    def make(form: Form, original: Function) -> Function:
+        rotate_pair = _of_pair(form, original)
+
+        def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> Any:
+            if options:  # Nothing is known of these.
+                return original(q, k, cos, sin, **options)
+            return rotate_pair(q, k, cos, sin, dim)
+
+        return rotate
+
+    return make
+
+
+def _of_pair_as_is(form: Form, original: Function) -> Function:
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> Any:
+        if options:
+            return original(q, k, cos, sin, **options)
+        cos, sin, full_width = form.tables(cos, sin)
+        return form.rotate_pair(q, k, cos, sin, full_width)
+
+    return rotate
+
+
+def _of_last_tokens(form: Form, original: Function) -> Function:
+    rotate_all = _of_pair_as_is(form, original)
+
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> Any:
+        before = q.shape[-2] - sin.shape[-2]
+        if options or before == 0:
+            return rotate_all(q, k, cos, sin, **options)
+        cos, sin, full_width = form.tables(cos, sin)
+        rotated = form.rotate_pair(q[..., before:, :], k[..., before:, :], cos, sin, full_width)
+        return tuple(
+            torch.cat((x[..., :before, :], last), dim=-2)
+            for x, last in zip((q, k), rotated, strict=True)
+        )
+
+    return rotate
+
+
+def _of_tensor(form: Form, original: Function) -> Function:
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> Any:
+        cos, sin, full_width = form.tables(cos, sin)
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        return form.rotate(x, cos, sin, full_width)
+
+    return rotate
+
+
+def _of_tensor_sin_first(form: Form, original: Function) -> Function:
+    rotate_tensor = _of_tensor(form, original)
+
     def rotate(tensor: Tensor, sin: Tensor, cos: Tensor) -> Any:
-        if not rotation.suits(cos, sin):
-            return rotation.original(tensor, sin, cos)
-        return rotation.form.rotate(tensor, cos.unsqueeze(2), sin.unsqueeze(2))
+        return rotate_tensor(tensor, cos, sin, 2)
 
     return rotate
 
@@ -239,26 +289,26 @@ class _Trial:
         width: The last axis of q and k, of which the tables rotate 8.
         dtypes: Of q, k and the tables.
         with_k: Whether there is a k.
-        second_copy: The seed of the second copy of each angle, if it is not that of the first.
+        seed: That of the second value of each pair; 2 is that of the first.
     """
 
     q: tuple[int, ...]
     k: tuple[int, ...]
     tables: tuple[int, ...]
-    options: dict[str, int] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     width: int = 8
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float32, torch.float32)
     with_k: bool = True
-    second_copy: int = 2
+    seed: int = 2
 
-    def arguments(self, parameters: tuple[str, ...], form: Form) -> dict[str, Any]:
+    def arguments(self, names: tuple[str, ...], form: Form) -> dict[str, Any]:
         """Draws the tensors that a function takes."""
-        first, second = (_random((2, *self.tables, 4), seed) for seed in (2, self.second_copy))
-        cos, sin = form.table(first, second).to(self.dtypes[2])
+        firsts, seconds = (_random((2, *self.tables, 4), seed) for seed in (2, self.seed))
+        cos, sin = form.table(firsts, seconds).to(self.dtypes[2])
         q = _random((*self.q, self.width), 0).to(self.dtypes[0])
         k = _random((*self.k, self.width), 1).to(self.dtypes[1]) if self.with_k else None
-        tensors = {"q": q, "x": q, "tensor": q, "k": k, "cos": cos, "sin": sin}
-        return {name: tensors[name] for name in parameters if name in tensors} | self.options
+        tensors = {"q": q, "x": q, "tensor": q, "k": k, "v": k, "cos": cos, "sin": sin}
+        return {name: tensors[name] for name in names if name in tensors} | self.options
 
 
 def _random(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -266,21 +316,55 @@ def _random(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
-_TOKENS = 5
-_BY_HEADS = _Trial((2, 3, _TOKENS), (2, 2, _TOKENS), (2, _TOKENS), {"unsqueeze_dim": 1})
-_BY_TOKENS = _Trial((2, _TOKENS, 3), (2, _TOKENS, 2), (2, _TOKENS), {"unsqueeze_dim": 2})
-_PACKED = _Trial((_TOKENS, 3), (_TOKENS, 2), (_TOKENS,))
+@dataclass(frozen=True)
+class _Call:
+    """How a function takes its tensors: what makes its replacement, and what it is tried on."""
 
-# For each list of parameters what makes the replacement, and what a function is tried on.
-_SIGNATURES: dict[tuple[str, ...], tuple[Callable[[Rotation], Function], tuple[_Trial, ...]]] = {
-    ("q", "k", "cos", "sin", "unsqueeze_dim"): (_of_pair, (_BY_HEADS, _BY_TOKENS)),
+    make: Callable[[Form, Function], Function]
+    trials: tuple[_Trial, ...]
+
+
+_TOKENS = 5
+_IDS = torch.tensor([[4, 0, 3, 1, 7], [2, 5, 5, 6, 0]], device="cpu")
+_BY_HEADS = _Trial((2, 3, _TOKENS), (2, 2, _TOKENS), (2, _TOKENS))
+_BY_TOKENS = _Trial((2, _TOKENS, 3), (2, _TOKENS, 2), (2, _TOKENS))
+_PACKED = _Trial((_TOKENS, 3), (_TOKENS, 2), (_TOKENS,))
+_AS_IS = (
+    replace(_BY_HEADS, tables=(_TOKENS,)),
+    replace(_BY_HEADS, tables=(2, 1, _TOKENS)),
+)
+
+
+def _with(options: dict[str, Any], *trials: _Trial) -> tuple[_Trial, ...]:
+    return tuple(replace(trial, options=trial.options | options) for trial in trials)
+
+
+_EITHER = _with({"unsqueeze_dim": 1}, _BY_HEADS) + _with({"unsqueeze_dim": 2}, _BY_TOKENS)
+_BY_ROWS = _with({"position_ids": _IDS}, *(replace(trial, tables=(9,)) for trial in _EITHER))
+_AFTER_OTHERS = replace(_AS_IS[0], q=(2, 3, _TOKENS + 2), k=(2, 2, _TOKENS + 2))
+
+_WITHOUT_OPTION = (
+    _Call(_of_pair_unsqueezed(-2), (_PACKED, _BY_TOKENS)),
+    _Call(_of_pair_unsqueezed(1), (_PACKED, _BY_HEADS)),
+    _Call(_of_pair_unsqueezed(2), (_BY_TOKENS,)),
+    _Call(_of_last_tokens, (*_AS_IS, _AFTER_OTHERS)),
+    _Call(_of_pair_as_is, (*_AS_IS, replace(_PACKED, tables=(_TOKENS, 1)))),
+)
+
+# For each list of parameters the ways in which such functions take their tensors.
+_CALLS: dict[tuple[str, ...], tuple[_Call, ...]] = {
+    ("q", "k", "cos", "sin", "unsqueeze_dim"): (_Call(_of_pair, _EITHER),),
     ("q", "k", "cos", "sin", "position_ids", "unsqueeze_dim"): (
-        _of_pair_with_position_ids,
-        (_BY_HEADS, _BY_TOKENS),
+        _Call(_of_pair_with_position_ids, _EITHER + _with({"position_ids": _IDS}, *_EITHER)),
+        _Call(_of_pair_by_rows, _BY_ROWS),
     ),
-    ("q", "k", "cos", "sin"): (_of_packed_pair, (_PACKED,)),
-    ("x", "cos", "sin", "unsqueeze_dim"): (_of_tensor, (_BY_HEADS, _BY_TOKENS)),
-    ("tensor", "sin", "cos"): (_of_tensor_sin_first, (replace(_BY_TOKENS, options={}),)),
+    ("q", "k", "v", "cos", "sin", "position_ids", "unsqueeze_dim"): (
+        _Call(_of_three_by_rows, _BY_ROWS),
+    ),
+    ("q", "k", "cos", "sin"): _WITHOUT_OPTION,
+    ("q", "k", "cos", "sin", "**kwargs"): _WITHOUT_OPTION,
+    ("x", "cos", "sin", "unsqueeze_dim"): (_Call(_of_tensor, _EITHER),),
+    ("tensor", "sin", "cos"): (_Call(_of_tensor_sin_first, (_BY_TOKENS,)),),
 }
 
 _FORMS = [
@@ -290,49 +374,56 @@ _FORMS = [
     for conjugate in (False, True)
 ]
 
+_FAILS = "it does not take the tensors that it is tried on"
 
-def _find_form(function: Function, parameters: tuple[str, ...]) -> Form:
+
+def _find_form(function: Function, names: tuple[str, ...], call: _Call) -> Form:
     """Finds the form that gives what a function gives, whatever arguments that takes."""
-    make, trials = _SIGNATURES[parameters]
+    failures: list[str] = []
 
     def attempt(form: Form, trial: _Trial) -> Any:
         """Returns what the function gives, or None if it does not take the arguments."""
         try:
-            return function(**trial.arguments(parameters, form))
-        except Exception:
+            return function(**trial.arguments(names, form))
+        except Exception as error:
+            failures.append(f"{type(error).__name__}: {error}".partition("\n")[0])
             return None
 
-    def fits(form: Form, width: int = 8) -> bool:
-        other = make(Rotation(form, function, ""))
-        wide = (replace(trial, width=width) for trial in trials)
-        return all(
-            _close(other(**trial.arguments(parameters, form)), attempt(form, trial))
-            for trial in wide
-        )
+    def fits(form: Form, **changes: Any) -> bool:
+        ours = call.make(form, function)
+        defaults = {"k": None, "unsqueeze_dim": 1, "position_ids": None}
+        for trial in (replace(trial, **changes) for trial in call.trials):
+            arguments = trial.arguments(names, form)
+            missing = {name: defaults[name] for name in names if name in defaults} | arguments
+            if not _close(ours(**missing), attempt(form, trial)):
+                return False
+        return True
 
     form = next(filter(fits, _FORMS), None)
     if form is None:
+        if len(failures) == len(_FORMS):
+            raise UnknownFormError(f"{_FAILS} ({failures[0]})")
         raise UnknownFormError("it computes something else than a rotation of pairs")
 
-    trial = trials[0]
+    trial = call.trials[0]
     fewer = tuple(2 if size == _TOKENS else size for size in trial.q)
-    if attempt(form, replace(trial, q=fewer)) is not None:
+    if trial.tables != (9,) and attempt(form, replace(trial, q=fewer)) is not None:
         raise UnknownFormError("it takes tables of more tokens than q has")
 
-    wider = replace(trial, width=12)
-    if attempt(form, wider) is not None and not fits(form, wider.width):
+    if attempt(form, replace(trial, width=12)) is not None and not fits(form, width=12):
         form = replace(form, last=True)
-        if not fits(form, wider.width):
+        if not fits(form, width=12):
             raise UnknownFormError("it computes something else where it rotates a part")
 
-    first_alone = _close(
-        attempt(form, trial), attempt(form, replace(trial, second_copy=trial.second_copy + 1))
-    )
+    if not _close(attempt(form, trial), attempt(form, replace(trial, seed=3))):
+        form = replace(form, reads_both=True)
+        if not fits(form, seed=3):
+            raise UnknownFormError("it mixes the two values that its tables have for a pair")
+
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     without_k = attempt(form, replace(trial, with_k=False))
     return replace(
         form,
-        reads_both=not first_alone,
         dtype=_dtype(attempt(form, replace(trial, dtypes=dtypes)), dtypes),
         without_k="q" if isinstance(without_k, Tensor) else "pair",
     )
@@ -345,9 +436,9 @@ def _dtype(results: Any, dtypes: tuple[torch.dtype, ...]) -> Literal["own", "of 
     q_dtype, k_dtype, tables_dtype = dtypes
     found = [x.dtype for x in (results if isinstance(results, tuple) else (results,))]
     kinds: dict[Literal["own", "of q", "promoted"], list[torch.dtype]] = {
-        "own": [q_dtype, k_dtype],
-        "of q": [q_dtype, q_dtype],
-        "promoted": [tables_dtype, tables_dtype],
+        "own": [q_dtype, k_dtype, k_dtype],
+        "of q": [q_dtype, q_dtype, q_dtype],
+        "promoted": [tables_dtype, tables_dtype, tables_dtype],
     }
     for kind, expected in kinds.items():
         if found == expected[: len(found)]:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_rope._arguments import kind_of, message
 from torch_rope.integrations._forms import Function, UnknownFormError, replacement
+from torch_rope.integrations._proof import forget, prove
 
 __all__ = ["FUNCTIONS", "Patch", "kernel_mapping", "patch", "unpatch"]
 
@@ -29,6 +31,9 @@ FUNCTIONS = (
 # Where patch() looks if it is not told: transformers, and code it loads from model repositories.
 _PACKAGES = ("transformers.models.", "transformers_modules.")
 
+_PATCH = "torch_rope.integrations.transformers.patch"
+_UNPATCH = "torch_rope.integrations.transformers.unpatch"
+
 # What was replaced, by its module and name, and what took its place.
 _replaced: dict[tuple[ModuleType, str], tuple[Function, Function]] = {}
 
@@ -39,11 +44,14 @@ class Patch:
 
     Attributes:
         replaced: The functions that the call replaced, as ``module.function``.
+        already: The functions that an earlier call had replaced, which stay replaced at the end.
         left_alone: The functions that the operators do not express, each with the reason.
     """
 
     replaced: list[str] = field(default_factory=list)
+    already: list[str] = field(default_factory=list)
     left_alone: dict[str, str] = field(default_factory=dict)
+    _proven: list[nn.Module] = field(default_factory=list, repr=False)
 
     def unpatch(self) -> None:
         """Puts back what this call replaced."""
@@ -51,6 +59,7 @@ class Patch:
             if _name(*key) in self.replaced:
                 _put_back(*key)
         self.replaced.clear()
+        forget(self._proven)
 
     def __enter__(self) -> "Patch":
         """Returns itself: the functions are replaced already."""
@@ -74,10 +83,10 @@ def patch(model_or_module: nn.Module | ModuleType | None = None) -> Patch:
     the operators give what it gives; others are left alone. A module is patched for all models that
     it defines, existing and future. Models train, compile and generate as before.
 
-    A model's tables hold each angle twice. The first tables of each width that a function gets are
-    compared half with half; where they differ, it keeps its own arithmetic, and a warning says so.
-    This reads the tables on the host once. Under ``torch.compile`` it cannot be done, so run such a
-    model once before.
+    A model's tables have two values for each pair, and the functions get both: they are passed on
+    with ``full_width=True``. Of a model that is given here, the rotary modules are also called with
+    random positions; tables of one whose two values always agree are passed on by halves, which is
+    the same to the bit. Tables are never inspected in a call.
 
     Results are those of the original up to rounding: in float32 within a few units in the last
     place; in bfloat16 and float16 the original rounds after each step, this once.
@@ -89,11 +98,13 @@ def patch(model_or_module: nn.Module | ModuleType | None = None) -> Patch:
             first, or pass it.
 
     Returns:
-        What was replaced and what was left alone, to be used as a context manager if the change is
-        to end. What is replaced already is left to the earlier call.
+        What was replaced, what was replaced already and what was left alone, to be used as a
+        context manager if the change is to end. What is replaced already is left to the earlier
+        call.
 
     Raises:
         ValueError: If none of the modules has such a function.
+        TypeError: If the argument is neither a model nor a module.
 
     Example:
         >>> import torch
@@ -122,9 +133,10 @@ def patch(model_or_module: nn.Module | ModuleType | None = None) -> Patch:
                 continue
             found = True
             if (module, name) in _replaced and original is _replaced[module, name][1]:
+                done.already.append(_name(module, name))
                 continue
             try:
-                ours = replacement(original, _name(module, name))
+                ours = replacement(original)
             except UnknownFormError as reason:
                 done.left_alone[_name(module, name)] = str(reason)
                 continue
@@ -132,10 +144,10 @@ def patch(model_or_module: nn.Module | ModuleType | None = None) -> Patch:
             setattr(module, name, ours)
             done.replaced.append(_name(module, name))
     if not found:
-        raise ValueError(
-            f"patch(): expected modules with one of the functions {', '.join(FUNCTIONS)}, but "
-            f"found none in {_describe(model_or_module)}"
-        )
+        rule = f"have one of the functions {', '.join(FUNCTIONS)} in its modules"
+        raise ValueError(message(_PATCH, "model_or_module", rule, _describe(model_or_module)))
+    if isinstance(model_or_module, nn.Module):
+        done._proven = prove(model_or_module)
     return done
 
 
@@ -144,8 +156,15 @@ def unpatch(model_or_module: nn.Module | ModuleType | None = None) -> None:
 
     Args:
         model_or_module: As for :func:`patch`; None puts everything back.
+
+    Raises:
+        TypeError: If the argument is neither a model nor a module.
     """
-    modules = None if model_or_module is None else _modules(model_or_module)
+    modules = None if model_or_module is None else _modules(model_or_module, _UNPATCH)
+    if isinstance(model_or_module, nn.Module):
+        forget(list(model_or_module.modules()))
+    elif model_or_module is None:
+        forget()
     for module, name in list(_replaced):
         if modules is None or module in modules:
             _put_back(module, name)
@@ -161,10 +180,15 @@ def _name(module: ModuleType, function: str) -> str:
     return f"{module.__name__}.{function}"
 
 
-def _modules(model_or_module: nn.Module | ModuleType | None) -> list[ModuleType]:
+def _modules(
+    model_or_module: nn.Module | ModuleType | None, function: str = _PATCH
+) -> list[ModuleType]:
     """Returns the modules that may have such functions."""
     if isinstance(model_or_module, ModuleType):
         return [model_or_module]
+    if not (model_or_module is None or isinstance(model_or_module, nn.Module)):
+        rule = "be a model, a module of Python or None"
+        raise TypeError(message(function, "model_or_module", rule, kind_of(model_or_module)))
     names: Iterable[str]
     if model_or_module is None:
         names = [name for name in sys.modules if name.startswith(_PACKAGES)]
@@ -176,9 +200,9 @@ def _modules(model_or_module: nn.Module | ModuleType | None) -> list[ModuleType]
 
 def _describe(model_or_module: nn.Module | ModuleType | None) -> str:
     if model_or_module is None:
-        return "what is imported of transformers.models"
+        return "None, with nothing imported of transformers.models that has one"
     if isinstance(model_or_module, ModuleType):
-        return model_or_module.__name__
+        return f"the module {model_or_module.__name__}"
     return type(model_or_module).__name__
 
 
@@ -216,7 +240,7 @@ def _number(layer: type[nn.Module]) -> int:
     if layer not in _numbers:
         original = layer()
         try:
-            kernel = replacement(original, "rotary_pos_emb")
+            kernel = replacement(original)
         except UnknownFormError:
             kernel = original
         _kernels.append(kernel)

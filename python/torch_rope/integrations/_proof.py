@@ -1,0 +1,160 @@
+"""Whether both values that a table has for a pair are always the same, proved for a rotary module.
+
+NOTE [ The proof ]
+A table of transformers has two values for each pair. Mostly they are the same, and half of the
+table is enough; in some models they differ, for some positions. Full-width tables are right for
+both, so they are the rule, and half a table is what has to be justified. No value of a call can do
+that: it says nothing about the next call, reading it synchronizes with the device, and a
+recomputation, a transform or a compiler would not read it.
+
+``prove`` therefore calls a copy of the model's rotary module, once, when the model is patched: with
+positions that differ on every axis, in every shape that the module takes, and with random numbers
+in its buffers and parameters, so that what is loaded or learned later does not matter. Where both
+values agree throughout, a forward hook registers each table that the module returns. The replaced
+function uses half of a table if it is registered, as that very tensor and unchanged since. A cast,
+a slice, an in-place change, a tensor subclass, another rotary module, or a compiler, which cannot
+follow the identity of a tensor: all of these lead to full-width tables, and never to wrong ones.
+"""
+
+import copy
+import functools
+import inspect
+import weakref
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.utils.hooks import RemovableHandle
+
+Columns = Literal["halves", "neighbours"]
+
+_COLUMNS: tuple[Columns, ...] = ("halves", "neighbours")
+
+# Positions of tokens, alone and along one to six axes, which come first or last.
+_SHAPES = [(2, 7)]
+_SHAPES += [(*front, 2, 7, *back) for n in range(1, 7) for front, back in (((n,), ()), ((), (n,)))]
+
+# The tables registered, by id: the tensor, its version, and the columns that agree.
+_registered: dict[int, tuple["weakref.ref[Tensor]", int, frozenset[Columns]]] = {}
+
+# The hooks of the modules with a proof.
+_proven: "weakref.WeakKeyDictionary[nn.Module, RemovableHandle]" = weakref.WeakKeyDictionary()
+
+
+def first(columns: Columns, table: Tensor) -> Tensor:
+    """Returns a view of the first values of the pairs."""
+    return table[..., ::2] if columns == "neighbours" else table[..., : table.shape[-1] // 2]
+
+
+def second(columns: Columns, table: Tensor) -> Tensor:
+    """Returns a view of the second values of the pairs."""
+    return table[..., 1::2] if columns == "neighbours" else table[..., table.shape[-1] // 2 :]
+
+
+def angles_are_doubled(columns: Columns, cos: Tensor, sin: Tensor) -> bool:
+    """Returns whether tables are known to have the same two values for each pair."""
+    return not is_compiling() and _is_registered(columns, cos) and _is_registered(columns, sin)
+
+
+def prove(model: nn.Module) -> list[nn.Module]:
+    """Makes the proof for a model's rotary modules; returns those that have one since."""
+    added = []
+    for module in model.modules():
+        if module in _proven or not _is_rotary(module):
+            continue
+        columns = _doubled_columns(module)
+        if columns:
+            hook = functools.partial(_register, columns)
+            _proven[module] = module.register_forward_hook(hook)
+            added.append(module)
+    return added
+
+
+def forget(modules: list[nn.Module] | None = None) -> None:
+    """Ends the proofs of these modules, or of all."""
+    for module in list(_proven) if modules is None else modules:
+        handle = _proven.pop(module, None)
+        if handle is not None:
+            handle.remove()
+
+
+def _is_registered(columns: Columns, table: Tensor) -> bool:
+    entry = _registered.get(id(table))
+    if entry is None:
+        return False
+    reference, version, doubled = entry
+    return reference() is table and table._version == version and columns in doubled
+
+
+def _register(
+    columns: frozenset[Columns], module: nn.Module, arguments: object, tables: object
+) -> None:
+    """The forward hook of a module with a proof."""
+    if is_compiling() or not isinstance(tables, tuple):
+        return
+    for table in tables:
+        # Tensors of inference mode have no version, so a change in place could not be seen.
+        if type(table) is Tensor and not table.is_inference():
+            reference = weakref.ref(table, functools.partial(_unregister, id(table)))
+            _registered[id(table)] = reference, table._version, columns
+
+
+def _unregister(key: int, reference: "weakref.ref[Tensor]") -> None:
+    entry = _registered.get(key)
+    if entry is not None and entry[0] is reference:
+        del _registered[key]
+
+
+def _is_rotary(module: nn.Module) -> bool:
+    parameters = tuple(inspect.signature(module.forward).parameters)
+    return parameters in (("x", "position_ids"), ("x", "position_ids", "layer_type"))
+
+
+def _doubled_columns(module: nn.Module) -> frozenset[Columns]:
+    """Returns the columns in which both values of each pair agree for all positions."""
+    agreeing = set(_COLUMNS)
+    count = 0
+    try:
+        for cos, sin in _tables(module):
+            count += 1
+            for columns in list(agreeing):
+                pairs = [(first(columns, table), second(columns, table)) for table in (cos, sin)]
+                if not all(torch.equal(*pair) for pair in pairs):
+                    agreeing.remove(columns)
+    except Exception:  # Whatever it is, there is no proof.
+        return frozenset()
+    return frozenset(agreeing) if count else frozenset()
+
+
+def _tables(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Calls a copy of a rotary module with everything that it takes."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    tensors = [*module.parameters(), *module.buffers()]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    x = torch.zeros((2, 7, 8), dtype=torch.float32, device=device)
+    options: list[dict[str, Any]] = [{}]
+    if "layer_type" in inspect.signature(module.forward).parameters:
+        options += [{"layer_type": kind} for kind in getattr(module, "layer_types", ())]
+    for end in (64, 1 << 20):  # Frequencies may follow the length.
+        probe = copy.deepcopy(module)
+        _randomize(probe, generator)
+        for shape in _SHAPES:
+            ids = torch.randint(end, shape, generator=generator, device="cpu").to(device)
+            for chosen in options:
+                try:
+                    with torch.no_grad():
+                        tables = probe(x, ids, **chosen)
+                except Exception:  # It takes positions of other shapes.
+                    continue
+                if not isinstance(tables, tuple):
+                    raise TypeError
+                yield tables
+
+
+def _randomize(module: nn.Module, generator: torch.Generator) -> None:
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            values = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+            tensor.data = values.to(tensor)
