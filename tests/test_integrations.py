@@ -2,6 +2,7 @@
 
 import doctest
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from reference import random_values
-from torch import Tensor
+from torch import Tensor, nn
 from torch_rope.integrations import flash_attn, torchtitan, torchtune
 
 TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
@@ -183,9 +184,9 @@ def test_torchtitan_rotates_by_a_cache_of_cosines_and_sines(
 def test_torchtitan_refuses_tables_without_a_row_for_each_token(rows: int) -> None:
     q = random_values((2, 5, 4, 16))
     cos, sin = tables(rows, 8, "cpu")
-    with pytest.raises(ValueError, match="expected a table of at least 5 rows"):
+    with pytest.raises(ValueError, match="expected freqs_cis to have at least 5 rows"):
         torchtitan.apply_rotary_emb_single_complex(q, torch.complex(cos, sin))
-    with pytest.raises(ValueError, match="expected a table of at least 5 rows"):
+    with pytest.raises(ValueError, match="expected rope_cache to have at least 5 rows"):
         torchtitan.apply_rotary_emb_cos_sin(q, q, torch.cat((cos, cos, sin, sin), dim=-1))
 
 
@@ -244,6 +245,235 @@ def test_torchtune_keeps_its_frequencies_in_float32(device: str) -> None:
     assert module.theta.device.type == device
     assert torch.equal(module.theta.cpu(), theta)
     assert not module.state_dict()
+
+
+def test_torchtune_forms_its_frequencies_again_after_meta() -> None:
+    with torch.device("meta"):
+        module = torchtune.RotaryPositionalEmbeddings(16, base=500_000)
+    assert module.theta.is_meta
+    model = nn.Sequential(module).to_empty(device="cpu")
+    model.load_state_dict({})
+    expected = torchtune.RotaryPositionalEmbeddings(16, base=500_000)
+    assert torch.equal(module.theta, expected.theta)
+    there_and_back = expected.to("meta").to_empty(device="cpu").bfloat16()
+    assert torch.equal(there_and_back.theta, module.theta)
+
+
+X = random_values((2, 5, 3, 16))
+PACKED = random_values((10, 3, 16))
+COS, SIN = tables(16, 8, "cpu")
+FREQS_CIS = torch.complex(COS, SIN)
+CACHE = torch.cat((COS, COS, SIN, SIN), dim=-1)
+IDS = torch.arange(5).expand(2, 5)
+ENDS = torch.tensor([0, 5, 10])
+
+# What is given, the error, and its text after the name of what was called.
+REFUSED: dict[str, list[tuple[dict[str, Any], type[Exception], str]]] = {
+    "flash_attn.apply_rotary_emb": [
+        ({"x": 1}, TypeError, "x to be a tensor, but got int"),
+        (
+            {"x": PACKED},
+            ValueError,
+            "x to have dimensions (batch, seqlen, nheads, headdim), but got shape (10, 3, 16)",
+        ),
+        (
+            {"cu_seqlens": ENDS},
+            ValueError,
+            "x to have dimensions (total_seqlen, nheads, headdim), but got shape (2, 5, 3, 16)",
+        ),
+        ({"cos": [1.0]}, TypeError, "cos to be a tensor, but got list"),
+        ({"sin": None}, TypeError, "sin to be a tensor, but got None"),
+        (
+            {"cos": COS[0], "sin": SIN[0]},
+            ValueError,
+            "cos to have dimensions (seqlen_rotary, rotary_dim / 2), but got shape (8,)",
+        ),
+        ({"sin": SIN[:9]}, ValueError, "sin to have shape (16, 8), but got shape (9, 8)"),
+        (
+            {"seqlen_offsets": 1.0},
+            TypeError,
+            "seqlen_offsets to be an integer or a tensor of them, but got float",
+        ),
+        (
+            {"seqlen_offsets": None},
+            TypeError,
+            "seqlen_offsets to be an integer or a tensor of them, but got None",
+        ),
+        (
+            {"seqlen_offsets": torch.tensor([1.0, 2.0])},
+            TypeError,
+            "seqlen_offsets to be int32 or int64, but got float32",
+        ),
+        (
+            {"seqlen_offsets": torch.tensor(1)},
+            ValueError,
+            "seqlen_offsets to have shape (2,), but got shape ()",
+        ),
+        (
+            {"seqlen_offsets": torch.tensor([1, 2, 3])},
+            ValueError,
+            "seqlen_offsets to have shape (2,), but got shape (3,)",
+        ),
+        (
+            {"x": PACKED, "cu_seqlens": ENDS.float()},
+            TypeError,
+            "cu_seqlens to be int32 or int64, but got float32",
+        ),
+        (
+            {"x": PACKED, "cu_seqlens": [0, 5, 10]},
+            TypeError,
+            "cu_seqlens to be a tensor, but got list",
+        ),
+        (
+            {"x": PACKED, "cu_seqlens": ENDS[None]},
+            ValueError,
+            "cu_seqlens to have dimensions (batch + 1), but got shape (1, 3)",
+        ),
+        (
+            {"x": PACKED, "cu_seqlens": ENDS[:0]},
+            ValueError,
+            "cu_seqlens to have an element, but got none",
+        ),
+        (
+            {"x": PACKED, "cu_seqlens": ENDS, "seqlen_offsets": torch.tensor([1])},
+            ValueError,
+            "seqlen_offsets to have shape (2,), but got shape (1,)",
+        ),
+    ],
+    "torchtitan.apply_rotary_emb_complex": [
+        ({"xq": 1}, TypeError, "xq to be a tensor, but got int"),
+        (
+            {"xk": PACKED},
+            ValueError,
+            "xk to have dimensions (batch, seqlen, heads, head_dim), but got shape (10, 3, 16)",
+        ),
+        ({"freqs_cis": COS}, TypeError, "freqs_cis to be complex, but got float32"),
+        (
+            {"freqs_cis": FREQS_CIS[:, :4]},
+            ValueError,
+            "freqs_cis to have shape (16, 8), but got shape (16, 4)",
+        ),
+        (
+            {"freqs_cis": FREQS_CIS[None]},
+            ValueError,
+            "freqs_cis to have dimensions (max_seqlen, columns), but got shape (1, 16, 8)",
+        ),
+        ({"positions": 3}, TypeError, "positions to be a tensor, but got int"),
+        ({"positions": IDS.float()}, TypeError, "positions to be int32 or int64, but got float32"),
+        (
+            {"positions": IDS[0]},
+            ValueError,
+            "positions to have dimensions (batch, seqlen), but got shape (5,)",
+        ),
+        (
+            {"positions": IDS[:, :1]},
+            ValueError,
+            "positions to have shape (2, 5) or (1, 5), but got shape (2, 1)",
+        ),
+    ],
+    "torchtitan.apply_rotary_emb_single_complex": [
+        ({"x": None}, TypeError, "x to be a tensor, but got None"),
+        ({"freqs_cis": COS}, TypeError, "freqs_cis to be complex, but got float32"),
+    ],
+    "torchtitan.apply_rotary_emb_cos_sin": [
+        (
+            {"rope_cache": CACHE[:, :31]},
+            ValueError,
+            "rope_cache to have shape (16, 32), but got shape (16, 31)",
+        ),
+        (
+            {"rope_cache": CACHE[:, :16]},
+            ValueError,
+            "rope_cache to have shape (16, 32), but got shape (16, 16)",
+        ),
+        ({"rope_cache": (COS, SIN)}, TypeError, "rope_cache to be a tensor, but got tuple"),
+    ],
+    "torchtune.RotaryPositionalEmbeddings": [
+        ({"x": 1}, TypeError, "x to be a tensor, but got int"),
+        (
+            {"x": PACKED},
+            ValueError,
+            "x to have dimensions (b, s, n_h, h_d), but got shape (10, 3, 16)",
+        ),
+        (
+            {"x": X[..., :8]},
+            ValueError,
+            "x to have shape (2, 5, 3, 16), but got shape (2, 5, 3, 8)",
+        ),
+        ({"input_pos": 3}, TypeError, "input_pos to be a tensor, but got int"),
+        (
+            {"input_pos": IDS[:, :4]},
+            ValueError,
+            "input_pos to have shape (2, 5) or (1, 5) or (5,), but got shape (2, 4)",
+        ),
+    ],
+}
+
+GIVEN: dict[str, tuple[Any, dict[str, Any]]] = {
+    "flash_attn.apply_rotary_emb": (
+        flash_attn.apply_rotary_emb,
+        {"x": X, "cos": COS, "sin": SIN},
+    ),
+    "torchtitan.apply_rotary_emb_complex": (
+        torchtitan.apply_rotary_emb_complex,
+        {"xq": X, "xk": X, "freqs_cis": FREQS_CIS},
+    ),
+    "torchtitan.apply_rotary_emb_single_complex": (
+        torchtitan.apply_rotary_emb_single_complex,
+        {"x": X, "freqs_cis": FREQS_CIS},
+    ),
+    "torchtitan.apply_rotary_emb_cos_sin": (
+        torchtitan.apply_rotary_emb_cos_sin,
+        {"xq": X, "xk": X, "rope_cache": CACHE},
+    ),
+    "torchtune.RotaryPositionalEmbeddings": (
+        torchtune.RotaryPositionalEmbeddings(16),
+        {"x": X},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "error", "text"),
+    [(name, *case) for name, cases in REFUSED.items() for case in cases],
+)
+def test_what_cannot_be_used_is_refused_by_name(
+    name: str, changed: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    call, given = GIVEN[name]
+    call(**given)
+    with pytest.raises(error) as raised:
+        call(**given | changed)
+    assert str(raised.value) == f"torch_rope.integrations.{name}(): expected {text}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"dim": 7}, ValueError, "dim to be even and positive, but got 7"),
+        ({"dim": 0}, ValueError, "dim to be even and positive, but got 0"),
+        ({"dim": 8.0}, TypeError, "dim to be an integer, but got float"),
+        ({"dim": 8, "max_seq_len": "9"}, TypeError, "max_seq_len to be an integer, but got str"),
+        ({"dim": 8, "base": "1e4"}, TypeError, "base to be a number, but got str"),
+        ({"dim": 8, "base": -1.0}, ValueError, "base to be positive and finite, but got -1.0"),
+    ],
+)
+def test_torchtune_refuses_options(
+    arguments: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=re.escape(f"RotaryPositionalEmbeddings(): expected {text}")):
+        torchtune.RotaryPositionalEmbeddings(**arguments)
+
+
+@pytest.mark.parametrize("ends", [[1, 5, 10], [0, 7, 5, 10], [0, 5, 11]])
+def test_flash_attn_refuses_ends_that_do_not_ascend_to_the_tokens(ends: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"expected cu_seqlens to "):
+        flash_attn.apply_rotary_emb(PACKED, COS, SIN, cu_seqlens=torch.tensor(ends))
+
+
+def test_flash_attn_leaves_complex_tables_to_the_operator() -> None:
+    with pytest.raises(TypeError, match=r"rope::apply_cos_sin\(\): expected cos .*complex64"):
+        flash_attn.apply_rotary_emb(X, FREQS_CIS, FREQS_CIS)
 
 
 @pytest.mark.parametrize(

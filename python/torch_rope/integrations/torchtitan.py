@@ -6,13 +6,22 @@ A model takes them by assignment to the module that calls them, for example
 
 from torch import Tensor
 
+from torch_rope._arguments import message
 from torch_rope._operators import apply_cos_sin
+from torch_rope.integrations._checks import (
+    check_dims,
+    check_shape,
+    check_whole_numbers,
+    dtype_of,
+)
 
 __all__ = [
     "apply_rotary_emb_complex",
     "apply_rotary_emb_cos_sin",
     "apply_rotary_emb_single_complex",
 ]
+
+_PACKAGE = "torch_rope.integrations.torchtitan"
 
 
 def apply_rotary_emb_complex(
@@ -32,9 +41,12 @@ def apply_rotary_emb_complex(
 
     Raises:
         ValueError: If sizes do not fit.
-        TypeError: If a dtype or a device does not fit.
+        TypeError: If a type, a dtype or a device does not fit.
         IndexError: If a position is beyond the table (on CUDA a device-side assertion).
     """
+    name = f"{_PACKAGE}.apply_rotary_emb_complex"
+    _check({"xq": xq, "xk": xk}, "freqs_cis", freqs_cis, positions, name)
+    _check_complex(freqs_cis, xq, name)
     cos, sin, rows = _rows(freqs_cis.real, freqs_cis.imag, xq, positions)
     return apply_cos_sin((xq, xk), cos, sin, rows, interleaved=True)
 
@@ -54,9 +66,12 @@ def apply_rotary_emb_single_complex(
 
     Raises:
         ValueError: If sizes do not fit.
-        TypeError: If a dtype or a device does not fit.
+        TypeError: If a type, a dtype or a device does not fit.
         IndexError: If a position is beyond the table (on CUDA a device-side assertion).
     """
+    name = f"{_PACKAGE}.apply_rotary_emb_single_complex"
+    _check({"x": x}, "freqs_cis", freqs_cis, positions, name)
+    _check_complex(freqs_cis, x, name)
     cos, sin, rows = _rows(freqs_cis.real, freqs_cis.imag, x, positions)
     return apply_cos_sin(x, cos, sin, rows, interleaved=True)
 
@@ -80,12 +95,42 @@ def apply_rotary_emb_cos_sin(
 
     Raises:
         ValueError: If sizes do not fit.
-        TypeError: If a dtype or a device does not fit.
+        TypeError: If a type, a dtype or a device does not fit.
         IndexError: If a position is beyond the table (on CUDA a device-side assertion).
     """
+    name = f"{_PACKAGE}.apply_rotary_emb_cos_sin"
+    _check({"xq": xq, "xk": xk}, "rope_cache", rope_cache, positions, name)
+    check_shape(name, "rope_cache", rope_cache, (rope_cache.shape[0], 2 * xq.shape[-1]))
     cos, sin = (table[..., : xq.shape[-1] // 2] for table in rope_cache.chunk(2, dim=-1))
     cos, sin, rows = _rows(cos, sin, xq, positions)
     return apply_cos_sin((xq, xk), cos, sin, rows)
+
+
+def _check(
+    rotated: dict[str, Tensor],
+    argument: str,
+    table: Tensor,
+    positions: Tensor | None,
+    name: str,
+) -> None:
+    """Refuses what the operators would not see as it was given."""
+    for tensor_name, tensor in rotated.items():
+        check_dims(name, tensor_name, tensor, ("batch", "seqlen", "heads", "head_dim"))
+    check_dims(name, argument, table, ("max_seqlen", "columns"))
+    batch, tokens = next(iter(rotated.values())).shape[:2]
+    if positions is not None:
+        check_dims(name, "positions", positions, ("batch", "seqlen"))
+        check_whole_numbers(name, "positions", positions)
+        check_shape(name, "positions", positions, (batch, tokens), (1, tokens))
+    elif table.shape[0] < tokens:  # A single row would broadcast.
+        rule = f"have at least {tokens} rows, one for each token"
+        raise ValueError(message(name, argument, rule, f"{table.shape[0]} rows"))
+
+
+def _check_complex(freqs_cis: Tensor, x: Tensor, name: str) -> None:
+    if not freqs_cis.is_complex():
+        raise TypeError(message(name, "freqs_cis", "be complex", dtype_of(freqs_cis)))
+    check_shape(name, "freqs_cis", freqs_cis, (freqs_cis.shape[0], x.shape[-1] // 2))
 
 
 def _rows(
@@ -94,11 +139,6 @@ def _rows(
     """Returns tables that broadcast with x of shape (B, S, H, D), or positions that do."""
     if positions is not None:
         return cos, sin, positions.unsqueeze(-1)
-    if cos.shape[0] < x.shape[1]:  # A single row would broadcast.
-        raise ValueError(
-            f"torch_rope.integrations.torchtitan: expected a table of at least {x.shape[1]} rows, "
-            f"one for each token, but got {cos.shape[0]}"
-        )
     return cos[: x.shape[1]].unsqueeze(1), sin[: x.shape[1]].unsqueeze(1), None
 
 

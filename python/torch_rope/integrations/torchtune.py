@@ -1,13 +1,18 @@
 """torchtune's module of rotary embeddings, by this package's operator."""
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from torch_rope._arguments import check_integer, check_number, check_tensor, message
 from torch_rope._operators import apply
+from torch_rope.integrations._checks import check_dims, check_shape
 
 __all__ = ["RotaryPositionalEmbeddings"]
+
+_NAME = "torch_rope.integrations.torchtune.RotaryPositionalEmbeddings"
 
 
 class RotaryPositionalEmbeddings(nn.Module):
@@ -22,7 +27,12 @@ class RotaryPositionalEmbeddings(nn.Module):
         base: The base of the frequencies, positive.
 
     Attributes:
-        theta: The frequencies, float32 whatever dtype the module is brought to.
+        theta: The frequencies, float32 whatever dtype the module is brought to. A module made on
+            the meta device forms them when it is brought to another.
+
+    Raises:
+        ValueError: If a value does not fit, such as an odd ``dim``.
+        TypeError: If an argument is of another type.
 
     Example:
         >>> import torch
@@ -37,6 +47,13 @@ class RotaryPositionalEmbeddings(nn.Module):
     def __init__(self, dim: int, max_seq_len: int = 4096, base: float = 10_000) -> None:
         """Forms the frequencies."""
         super().__init__()
+        for argument, value in (("dim", dim), ("max_seq_len", max_seq_len)):
+            check_integer(_NAME, argument, value)
+        check_number(_NAME, "base", base)
+        if dim <= 0 or dim % 2:
+            raise ValueError(message(_NAME, "dim", "be even and positive", dim))
+        if not (math.isfinite(base) and base > 0):
+            raise ValueError(message(_NAME, "base", "be positive and finite", base))
         self.dim = dim
         self.max_seq_len = max_seq_len
         self.base = base
@@ -51,7 +68,7 @@ class RotaryPositionalEmbeddings(nn.Module):
         """Rotates queries or keys.
 
         Args:
-            x: Tensor of shape ``(b, s, n_h, h_d)``.
+            x: Tensor of shape ``(b, s, n_h, dim)``.
             input_pos: Positions of shape ``(b, s)`` or ``(s,)``; by default 0, 1, 2...
 
         Returns:
@@ -59,10 +76,17 @@ class RotaryPositionalEmbeddings(nn.Module):
 
         Raises:
             ValueError: If sizes do not fit.
-            TypeError: If a dtype or a device does not fit.
+            TypeError: If a type, a dtype or a device does not fit.
         """
+        check_dims(_NAME, "x", x, ("b", "s", "n_h", "h_d"))
+        batch, tokens, heads, width = x.shape
+        if width != self.dim:
+            check_shape(_NAME, "x", x, (batch, tokens, heads, self.dim))
         if input_pos is None:
-            input_pos = torch.arange(x.shape[1], device=x.device)
+            input_pos = torch.arange(tokens, device=x.device)
+        else:
+            check_tensor(_NAME, "input_pos", input_pos)
+            check_shape(_NAME, "input_pos", input_pos, (batch, tokens), (1, tokens), (tokens,))
         return apply(x, input_pos.unsqueeze(-1), self.theta, interleaved=True)
 
     def _apply(
@@ -70,7 +94,10 @@ class RotaryPositionalEmbeddings(nn.Module):
     ) -> "RotaryPositionalEmbeddings":
         before = self.theta
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.theta.dtype != before.dtype:
+        if before.is_meta and not self.theta.is_meta:  # What is there now is any memory's.
+            with self.theta.device:
+                self.rope_init()
+        elif self.theta.dtype != before.dtype:
             self.theta = before.to(self.theta.device)
         return self
 
