@@ -191,6 +191,28 @@ def test_rows_of_tables_are_picked(offset: int, standard: bool) -> None:
     check([Call(tensors, {"rotary_offset": offset}, "apply_cos_sin")], standard)
 
 
+def test_tables_may_come_with_rotary_dim() -> None:
+    cos, sin = random_values((5, 6), seed=1), random_values((5, 6), seed=2)
+    x = random_values((2, 4, 5, 16))
+    check([Call((x, cos, sin), {"rotary_dim": 12}, "apply_cos_sin")], standard=True)
+
+
+@pytest.mark.parametrize("conjugate", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_full_width_tables_become_plain_operators(interleaved: bool, conjugate: bool) -> None:
+    options = {"full_width": True, "interleaved": interleaved, "conjugate": conjugate}
+    calls = []
+    for shape, tokens in SHARED[:2]:
+        cos, sin = (random_values((*tokens, 12), seed=seed) for seed in (1, 2))
+        x = random_values(shape)
+        calls.append(Call((x, cos, sin), options, "apply_cos_sin"))
+        calls.append(Call((x, x, cos, sin), options | {"rotary_dim": 12}, "apply_cos_sin", True))
+    cos, sin = (random_values((9, 12), seed=seed) for seed in (1, 2))
+    rows = random_positions((5,), low=0, high=9)
+    calls.append(Call((random_values((2, 4, 5, 16)), cos, sin, rows), options, "apply_cos_sin"))
+    check(calls, standard=False)
+
+
 def test_a_pair_gives_two_operators() -> None:
     q, k = random_values((2, 4, 5, 16)), random_values((2, 2, 5, 16), seed=1)
     cos, sin = random_values((5, 8), seed=2), random_values((5, 8), seed=3)

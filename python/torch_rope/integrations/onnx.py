@@ -22,8 +22,9 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     float64, and is rotated in the last dimension from the first element on by tables or positions
     that all heads share: ``(S, N)`` or ``(B, 1, S, N)`` for ``x`` of shape ``(B, H, S, D)``,
     ``(S, 1, N)`` or ``(B, S, 1, N)`` for ``(B, S, H, D)``; positions the same without ``N``. Other
-    calls become plain operators. Both compute as the operators do: the same angles, in float32
-    (float64 for float64 ``x``).
+    calls become plain operators, also those with ``full_width`` tables, which may have two angles
+    for a pair. Both compute as the operators do: the same angles, in float32 (float64 for float64
+    ``x``).
 
     The operators in place have no such form: export a model that uses the functional ones.
 
@@ -94,21 +95,25 @@ def _apply_cos_sin(
     positions: Tensor | None = None,
     *,
     embedding_axis: int = -1,
+    rotary_dim: int | None = None,
     rotary_offset: int = 0,
     interleaved: bool = False,
     conjugate: bool = False,
+    full_width: bool = False,
 ) -> Tensor:
     tokens = cos.shape[:-1] if positions is None else positions.shape
-    if not _is_standard(x, tokens, embedding_axis, rotary_offset):
+    if full_width or not _is_standard(x, tokens, embedding_axis, rotary_offset):
         plain: Tensor = torch.ops.rope.apply_cos_sin_composed(
             x,
             cos,
             sin,
             positions,
             embedding_axis=embedding_axis,
+            rotary_dim=rotary_dim,
             rotary_offset=rotary_offset,
             interleaved=interleaved,
             conjugate=conjugate,
+            full_width=full_width,
         )
         return plain
     if positions is not None:
