@@ -1,4 +1,7 @@
-"""The Python examples of the README and of the pages in docs/ run, each page as one program."""
+"""The Python examples of the README and of the pages in docs/ run, each page as one program.
+
+What they say that they make is there afterwards.
+"""
 
 import re
 import subprocess
@@ -29,6 +32,33 @@ model = LlamaModel(LlamaConfig(hidden_size=64, num_hidden_layers=1, intermediate
 """,
 }
 
+# What a page's examples claim, checked after them in the same program. The files that they name are
+# looked for besides.
+CLAIMS = {
+    "README.md": """
+loaded = torch.jit.load("rotate.pt")
+assert torch.equal(loaded(q, positions), torch_rope.apply(q, positions, max_wavelength=500000.0))
+assert patch(model).already == [
+    "transformers.models.llama.modeling_llama.apply_rotary_pos_emb"
+]
+assert all(layer.self_attn.q_proj.weight.grad.any() for layer in model.model.layers)
+""",
+    "docs/integrations.md": """
+import onnx
+
+operators = [node.op_type for node in onnx.load("model.onnx").graph.node]
+assert operators.count("RotaryEmbedding") == 1
+""",
+    "docs/transformers.md": """
+from kernels.layer.globals import _KERNEL_MAPPING
+
+assert patch(model).already == [
+    "transformers.models.llama.modeling_llama.apply_rotary_pos_emb"
+]
+assert "rotary_pos_emb" in _KERNEL_MAPPING.get()
+""",
+}
+
 # The packages that they import.
 NEEDS = {
     "README.md": ["transformers"],
@@ -54,8 +84,11 @@ def test_the_examples_of_a_page_run(page: str, tmp_path: Path) -> None:
     for package in NEEDS[page]:
         pytest.importorskip(package)
     program = tmp_path / "page.py"  # A file: torch.jit.script reads its source.
-    program.write_text("\n".join([GIVEN[page], *examples(page)]))
+    program.write_text("\n".join([GIVEN[page], *examples(page), CLAIMS[page]]))
     completed = subprocess.run(
         [sys.executable, program], cwd=tmp_path, capture_output=True, text=True, timeout=600
     )
     assert completed.returncode == 0, completed.stderr
+    named = re.findall(r'"([\w-]+\.(?:onnx|pt|pt2|so|json))"', "\n".join(examples(page)))
+    for name in named:
+        assert (tmp_path / name).stat().st_size > 0
