@@ -115,6 +115,12 @@ def pair_by_rows(given: Inputs) -> tuple[Tensor, ...]:
     return torch_rope.apply_cos_sin((q, k), given.cos_rows, given.sin_rows, given.positions)
 
 
+def one_by_full_width_tables(given: Inputs) -> tuple[Tensor, ...]:
+    """Rotates one tensor by tables with a column for each element."""
+    cos, sin = (torch.cat((t, 2 * t), dim=-1) for t in (given.cos, given.sin))
+    return (torch_rope.apply_cos_sin(given.packed[:, :, 2], cos, sin, full_width=True),)
+
+
 def one_in_place(given: Inputs) -> tuple[Tensor, ...]:
     """Rotates one view of a packed tensor where it is."""
     packed = given.packed * 2
@@ -150,13 +156,14 @@ FORMS = (
     one_by_inv_freq,
     pair_by_axes,
     one_by_tables,
+    one_by_full_width_tables,
     pair_by_rows,
     one_in_place,
     pair_in_place,
     one_by_rows_in_place,
     pair_by_tables_in_place,
 )
-FUNCTIONAL_FORMS = FORMS[:6]
+FUNCTIONAL_FORMS = FORMS[:7]
 forms = pytest.mark.parametrize("form", FORMS)
 
 
@@ -298,6 +305,7 @@ def test_the_graph_of_a_form_is_the_operator(device: str) -> None:
         "apply_qk.default",
         "apply.default",
         "apply_qk.default",
+        "apply_cos_sin.default",
         "apply_cos_sin.default",
         "apply_cos_sin_qk.default",
     ]

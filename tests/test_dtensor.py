@@ -179,6 +179,12 @@ FORMS = {
     "tables, embedding axis in the middle": Form(
         ((B, D, S),), None, None, (S, N), {"embedding_axis": -2}
     ),
+    "full-width tables": Form(
+        ((B, S, H, D),), None, None, (S, 1, 2 * N), {"full_width": True, "rotary_dim": D}
+    ),
+    "pair with full-width tables by position": Form(
+        ((B, S, 8, D), (B, S, 2, D)), (S, 1), None, (9, 2 * N), {"full_width": True}
+    ),
     "table of one row": Form(((S, D),), None, None, (N,)),
     "tables by position": Form(((B, S, H, D),), (B, S, 1), None, (9, N)),
     "pair with grouped heads": Form(((B, S, 8, D), (B, S, 2, D)), (S, 1)),

@@ -24,6 +24,10 @@ class Rotations(torch.nn.Module):
         self.register_buffer("cos", random_values((50, 4), device=device, seed=1))
         self.register_buffer("sin", random_values((50, 4), device=device, seed=2))
 
+    def full_tables(self) -> tuple[Tensor, Tensor]:
+        """Returns tables with a column for each element."""
+        return torch.cat((self.cos, self.sin), -1), torch.cat((self.sin, self.cos), -1)
+
     def forward(self, packed: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Rotates q and k of ``packed``, (2, tokens, 3, 4, 8)."""
         q, k, _ = packed.unbind(2)
@@ -39,13 +43,15 @@ class Rotations(torch.nn.Module):
             four,
             torch_rope.apply(q, positions, rotary_dim=6, conjugate=True),
             *torch_rope.apply((q, k[:, :, :2]), positions, max_wavelength=5e5),
-            torch_rope.apply_cos_sin(q, self.cos, self.sin, positions),
+            torch_rope.apply_cos_sin(q, self.cos, self.sin, positions, rotary_dim=8),
+            torch_rope.apply_cos_sin(q, *self.full_tables(), positions, full_width=True),
             *torch_rope.apply_cos_sin((q, k), self.cos, self.sin, positions),
         )
 
 
-FUNCTIONAL = ["apply", "apply_cos_sin", "apply_cos_sin_qk", "apply_qk"]
-IN_PLACE = [f"{name}_" for name in FUNCTIONAL]
+OPERATORS = ["apply", "apply_cos_sin", "apply_cos_sin_qk", "apply_qk"]
+FUNCTIONAL = [*OPERATORS, "apply_cos_sin"]  # by tables of either width
+IN_PLACE = [f"{name}_" for name in OPERATORS]
 
 
 def inputs(tokens: int, device: str) -> tuple[Tensor, Tensor]:
@@ -90,7 +96,7 @@ def test_an_exported_program_calls_the_operators(device: str, strict: bool) -> N
 def test_a_decomposed_program_calls_the_functional_operators(device: str) -> None:
     model = Rotations(device)
     program = exported(model, device, strict=False).run_decompositions()
-    assert operators_of(program.graph_module) == sorted(2 * FUNCTIONAL)
+    assert operators_of(program.graph_module) == sorted(FUNCTIONAL + OPERATORS)
     for node in program.graph.nodes:
         schema = getattr(node.target, "_schema", None)
         assert schema is None or not schema.is_mutable, node

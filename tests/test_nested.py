@@ -166,6 +166,20 @@ def test_dense_tables(device: str, shape: tuple[int, ...]) -> None:
     assert_each(torch_rope.apply_cos_sin(x, cos, sin), expected)
 
 
+def test_full_width_tables(device: str) -> None:
+    offsets = offsets_of(LENGTHS, device)
+    x = nested_tensor_from_jagged(heads(device), offsets)
+    cos, sin = (
+        nested_tensor_from_jagged(heads(device, 1, 8, seed=seed), offsets) for seed in (1, 2)
+    )
+    options = {"full_width": True, "rotary_dim": 8}
+    expected = [
+        torch_rope.apply_cos_sin(*one, **options)
+        for one in zip(each(x), each(cos), each(sin), strict=True)
+    ]
+    assert_each(torch_rope.apply_cos_sin(x, cos, sin, **options), expected)
+
+
 def test_rows_of_tables(device: str) -> None:
     offsets = offsets_of(LENGTHS, device)
     x = nested_tensor_from_jagged(heads(device), offsets)

@@ -86,9 +86,11 @@ def test_options_of_apply_cos_sin_reach_the_operator(device: str) -> None:
     cos, sin = (random_values((5, 8), device=device, seed=seed) for seed in (2, 3))
     options: dict[str, Any] = {
         "embedding_axis": 1,
+        "rotary_dim": 8,
         "rotary_offset": 4,
         "interleaved": True,
         "conjugate": True,
+        "full_width": True,
     }
     arguments = cos, sin, torch.arange(27, device=device).view(9, 3) % 5
     assert_same_bits(
@@ -147,7 +149,8 @@ def test_the_defaults_are_those_of_the_contract(device: str) -> None:
         (
             "apply_cos_sin",
             "(Tensor x, Tensor cos, Tensor sin, Tensor? positions=None, *, int embedding_axis=-1, "
-            "int rotary_offset=0, bool interleaved=False, bool conjugate=False) -> Tensor",
+            "int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, "
+            "bool conjugate=False, bool full_width=False) -> Tensor",
         ),
     ],
 )

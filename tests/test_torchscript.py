@@ -34,7 +34,10 @@ def rotate_in_place(x: Tensor, positions: Tensor) -> Tensor:
 
 def rotate_by_tables(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> Tensor:
     """Calls the operator that takes tables."""
-    return torch.ops.rope.apply_cos_sin(x, cos, sin, positions)
+    halves = torch.ops.rope.apply_cos_sin(x, cos, sin, positions, rotary_dim=2 * cos.size(-1))
+    wide_cos, wide_sin = torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+    wide = torch.ops.rope.apply_cos_sin(x, wide_cos, wide_sin, positions, full_width=True)
+    return halves + wide
 
 
 def rotate_through_package(x: Tensor, positions: Tensor) -> Tensor:

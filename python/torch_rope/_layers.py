@@ -563,7 +563,9 @@ class RotaryEmbedding(nn.Module):
         if not is_scripting():
             if positions is None or k is None:
                 given = k if positions is None else positions
-                rotated: Any = self._rotate_first(q, given, seq_len)
+                is_plain = isinstance(q, Tensor) and given is not None
+                rotate: Any = self.rotate if is_plain else self._rotate_first
+                rotated: Any = rotate(q, given, seq_len)
                 return cast(tuple[Tensor, Tensor], rotated)
             return apply(
                 (q, k),
@@ -614,7 +616,7 @@ class RotaryEmbedding(nn.Module):
         """Rotates the first argument of ``forward``, a tensor or a pair."""
         if positions is None:
             raise TypeError(message(_ROTARY, "positions", "be a tensor", "None"))
-        if not isinstance(q, tuple | list):
+        if not isinstance(q, (tuple, list)):
             return self.rotate(q, positions, seq_len)
         if len(q) != 2:
             got = f"a {kind_of(q)} of {len(q)}"

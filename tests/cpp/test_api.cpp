@@ -42,11 +42,10 @@ std::map<std::string, c10::IValue> members(const rope::ApplyOptions& options) {
 }
 
 std::map<std::string, c10::IValue> members(const rope::CosSinOptions& options) {
-  return {{"positions", options.positions},
-          {"embedding_axis", options.embedding_axis},
-          {"rotary_offset", options.rotary_offset},
-          {"interleaved", options.interleaved},
-          {"conjugate", options.conjugate}};
+  return {{"positions", options.positions},     {"embedding_axis", options.embedding_axis},
+          {"rotary_dim", options.rotary_dim},   {"rotary_offset", options.rotary_offset},
+          {"interleaved", options.interleaved}, {"conjugate", options.conjugate},
+          {"full_width", options.full_width}};
 }
 
 // The arguments of a schema that have a default, with it.
@@ -173,9 +172,10 @@ TEST(ApplyQk, RotatesTensorsThatDiffer) {
   for (const at::Tensor& k :
        {random_values({7, 2, 32}, at::kHalf), random_values({3, 2, 7, 1, 32}, at::kDouble),
         random_values({2, 2, 7, 32}).transpose(1, 2), random_values({2, 7, 2, 64})}) {
-    const auto [q_rotated, k_rotated] = rope::apply_qk(q, k, positions);
-    EXPECT_TRUE(same_bits(q_rotated, rope::apply(q, positions)));
-    EXPECT_TRUE(same_bits(k_rotated, rope::apply(k, positions)));
+    const rope::ApplyOptions options = {.rotary_dim = 32};
+    const auto [q_rotated, k_rotated] = rope::apply_qk(q, k, positions, options);
+    EXPECT_TRUE(same_bits(q_rotated, rope::apply(q, positions, options)));
+    EXPECT_TRUE(same_bits(k_rotated, rope::apply(k, positions, options)));
   }
 }
 
@@ -224,12 +224,27 @@ TEST(ApplyCosSin, TakesEachOption) {
   for (const rope::CosSinOptions& options :
        {rope::CosSinOptions{.embedding_axis = 1}, rope::CosSinOptions{.embedding_axis = -2},
         rope::CosSinOptions{.positions = rows, .embedding_axis = 1},
-        rope::CosSinOptions{.embedding_axis = 1, .rotary_offset = 5},
+        rope::CosSinOptions{.embedding_axis = 1, .rotary_dim = 24, .rotary_offset = 5},
         rope::CosSinOptions{.embedding_axis = 1, .interleaved = true},
         rope::CosSinOptions{.embedding_axis = 1, .conjugate = true}}) {
     EXPECT_TRUE(is_rotated(rope::apply_cos_sin(x, cos, sin, options),
                            reference::apply_cos_sin(x, cos, sin, options)));
   }
+}
+
+TEST(ApplyCosSin, TakesFullWidthTables) {
+  const at::Tensor x = random_values({3, 7, 24}, at::kDouble);
+  const at::Tensor cos = random_values({7, 24}, at::kDouble, 1);
+  const at::Tensor sin = random_values({7, 24}, at::kDouble, 2);
+  const at::Tensor half = at::cat({-x.slice(2, 12), x.slice(2, 0, 12)}, 2);
+  const rope::CosSinOptions options{.rotary_dim = 24, .full_width = true};
+  EXPECT_TRUE(at::allclose(rope::apply_cos_sin(x, cos, sin, options), x * cos + half * sin));
+  // The transpose: sines belong to the elements that they came from.
+  const at::Tensor moved = x * sin;
+  const at::Tensor transposed = at::cat({moved.slice(2, 12), -moved.slice(2, 0, 12)}, 2);
+  EXPECT_TRUE(
+      at::allclose(rope::apply_cos_sin(x, cos, sin, {.conjugate = true, .full_width = true}),
+                   x * cos + transposed));
 }
 
 TEST(ApplyCosSin, RotatesPairsAndInPlaceAlike) {

@@ -69,20 +69,23 @@ struct Result {
 };
 
 // Calls an operator as it is for a device, on tensors of the CPU.
-template <typename Output>
-Output call(const char* name, const Arguments& arguments, c10::DispatchKey key) {
+template <typename Output, typename... FullWidth>
+Output call(const char* name, const Arguments& arguments, c10::DispatchKey key,
+            FullWidth... full_width) {
   const auto& [grad, x, sizes, slice, conjugate] = arguments;
   const auto handle = c10::Dispatcher::singleton()
                           .findSchemaOrThrow(name, "")
                           .typed<Output(const at::Tensor&, const at::Tensor&, c10::SymIntArrayRef,
-                                        std::int64_t, std::int64_t, bool, bool)>();
+                                        std::int64_t, std::int64_t, bool, bool, FullWidth...)>();
   return handle.redispatch(c10::DispatchKeySet(key), grad, x, c10::fromIntArrayRefSlow(sizes),
-                           slice.embedding_axis, slice.rotary_offset, slice.interleaved, conjugate);
+                           slice.embedding_axis, slice.rotary_offset, slice.interleaved, conjugate,
+                           full_width...);
 }
 
 Result call_cos_sin(const Arguments& arguments, c10::DispatchKey key = c10::DispatchKey::CUDA) {
   auto [cos, sin] =
-      call<std::tuple<at::Tensor, at::Tensor>>("rope::_cos_sin_gradient", arguments, key);
+      call<std::tuple<at::Tensor, at::Tensor>>("rope::_cos_sin_gradient", arguments, key,
+                                               /*full_width=*/false);
   return {cos, sin};
 }
 

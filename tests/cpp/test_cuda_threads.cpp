@@ -88,8 +88,11 @@ reference::Expected expected(const Call& call, const at::Tensor& x) {
   const auto positions =
       call.positions.defined() ? std::optional<at::Tensor>(call.positions) : std::nullopt;
   return reference::apply_cos_sin(x, call.cos, call.sin,
-                                  {positions, options.embedding_axis, options.rotary_offset,
-                                   options.interleaved, options.conjugate});
+                                  {.positions = positions,
+                                   .embedding_axis = options.embedding_axis,
+                                   .rotary_offset = options.rotary_offset,
+                                   .interleaved = options.interleaved,
+                                   .conjugate = options.conjugate});
 }
 
 Outputs rotated(const Call& call, const Running& running = {}) {
@@ -505,7 +508,6 @@ TEST(CudaThreads, RotatePairsThatDiffer) {
                        random_values({2, 2, 5, 32}, at::kFloat, 1).transpose(1, 2)));
   expect_right(
       call.on(random_values({2, 5, 6, 32}), strided_values({2, 5, 2, 32}, {960, 192, 96, 3})));
-  expect_right(call.on(random_values({2, 5, 6, 32}), random_values({2, 5, 2, 64}, at::kFloat, 1)));
   expect_right(call.on(random_values({2, 5, 6, 32}), random_values({2, 5, 2, 32}, at::kHalf, 1)));
   for (const std::int64_t k_size : {32, 33, 48, 100}) {
     const Call sliced =
