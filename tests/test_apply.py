@@ -155,14 +155,14 @@ def test_pairs_are_the_halves_of_the_slice(device: str) -> None:
     x = torch.tensor([1.0, 0.0, 0.0, 0.0], device=device)
     rotated = torch_rope.apply(x, torch.tensor(1.0, device=device))
     assert rotated[[1, 3]].tolist() == [0.0, 0.0]
-    assert rotated[0] ** 2 + rotated[2] ** 2 == pytest.approx(1.0)
+    assert (rotated[0] ** 2 + rotated[2] ** 2).item() == pytest.approx(1.0)
 
 
 def test_interleaved_pairs_are_neighbours(device: str) -> None:
     x = torch.tensor([1.0, 0.0, 0.0, 0.0], device=device)
     rotated = torch_rope.apply(x, torch.tensor(1.0, device=device), interleaved=True)
     assert rotated[2:].tolist() == [0.0, 0.0]
-    assert rotated[0] ** 2 + rotated[1] ** 2 == pytest.approx(1.0)
+    assert (rotated[0] ** 2 + rotated[1] ** 2).item() == pytest.approx(1.0)
 
 
 def test_a_quarter_turn_takes_the_first_element_to_the_second(device: str) -> None:

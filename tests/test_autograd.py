@@ -365,7 +365,9 @@ def test_the_backward_of_one_of_a_pair_rotates_one(device: str, asking: int) -> 
 def test_the_backward_of_angles_rotates_nothing(device: str, case: str) -> None:
     inputs = CASES[case].inputs(device)
     first = CASES[case].num_rotated
-    assert backward_of(case, range(first, len(inputs)), device).names == []
+    seen = backward_of(case, range(first, len(inputs)), device).names
+    # On CUDA kernels of ours form the sums.
+    assert [name for name in seen if name.startswith("apply")] == []
 
 
 def test_the_backward_of_one_input_spares_the_others(device: str) -> None:
