@@ -9,26 +9,20 @@
 #include <string>
 
 #include "gradients.h"
+#include "messages.h"
 #include "overlap.h"
 
 namespace rope {
 
 namespace {
 
-// Every message begins so: rope::apply(): expected <argument> to <rule>, but got <value>
-std::string expected(const std::string& operator_name, const char* argument) {
-  return c10::str("rope::", operator_name, "(): expected ", argument, " to ");
-}
-
 std::string expected(const Call& call, const char* argument) {
-  return expected(call.name(), argument);
+  return rope::expected(call.name(), argument);
 }
 
 std::string expected(const SumCall& call, const char* argument) {
-  return expected(call.operator_name, argument);
+  return rope::expected(call.operator_name, argument);
 }
-
-std::string name_of(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
 
 bool is_supported_float(at::ScalarType dtype) {
   return dtype == at::kDouble || dtype == at::kFloat || dtype == at::kHalf ||
@@ -43,9 +37,6 @@ c10::SymInt dim_of_columns(const Call& call) {
   const at::Tensor& table = call.uses_tables ? call.cos : *call.options.inv_freq;
   return call.full_width ? table.sym_size(-1) : table.sym_size(-1) * 2;
 }
-
-// True, and remembered as a fact, for sizes that are symbols.
-bool holds(const c10::SymBool& condition) { return condition.expect_true(__FILE__, __LINE__); }
 
 bool have_same_shape(const at::Tensor& x, const at::Tensor& y) {
   bool same_shape = x.dim() == y.dim();

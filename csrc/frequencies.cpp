@@ -16,18 +16,15 @@
 #include <sstream>
 #include <string_view>
 
+#include "messages.h"
+
 namespace rope {
 
 namespace {
 
-// "rope::frequencies(): expected factor to ", as every message begins.
-std::string expected(const char* function, std::string_view argument) {
-  return c10::str("rope::", function, "(): expected ", argument, " to ");
-}
-
 void check_dtype(const char* function, at::ScalarType dtype) {
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, expected(function, "dtype"),
-                   "be float32 or float64, but got ", c10::getDtypeNames(dtype).first);
+                   "be float32 or float64, but got ", name_of(dtype));
 }
 
 void check_positive(const char* function, std::string_view argument, double value) {
@@ -342,7 +339,7 @@ at::Tensor mrope_frequencies(const at::Tensor& inv_freq, at::IntArrayRef section
   constexpr const char* kFunction = "mrope_frequencies";
   TORCH_CHECK_TYPE(inv_freq.scalar_type() == at::kFloat || inv_freq.scalar_type() == at::kDouble,
                    expected(kFunction, "inv_freq"), "be float32 or float64, but got ",
-                   c10::getDtypeNames(inv_freq.scalar_type()).first);
+                   name_of(inv_freq.scalar_type()));
   TORCH_CHECK_VALUE(inv_freq.dim() == 1, expected(kFunction, "inv_freq"),
                     "have shape (N), but got ", inv_freq.sizes());
   const auto num_axes = static_cast<std::int64_t>(sections.size());

@@ -9,6 +9,8 @@
 #include <map>
 #include <utility>
 
+#include "messages.h"
+
 namespace rope {
 
 // ---- RotaryEmbedding ----
@@ -19,39 +21,32 @@ bool is_dynamic(const FrequencyOptions& scheme) { return scheme.rope_type == "dy
 
 bool is_longrope(const FrequencyOptions& scheme) { return scheme.rope_type == "longrope"; }
 
+constexpr const char* kRotary = "RotaryEmbedding";
+
 // Refuses what no call would take.
 void check_options(std::int64_t rotary_dim, const RotaryEmbeddingOptions& options) {
-  TORCH_CHECK_VALUE(rotary_dim > 0 && rotary_dim % 2 == 0,
-                    "rope::RotaryEmbedding(): expected rotary_dim to be positive and a multiple of "
-                    "2, but got ",
-                    rotary_dim);
+  TORCH_CHECK_VALUE(rotary_dim > 0 && rotary_dim % 2 == 0, expected(kRotary, "rotary_dim"),
+                    "be positive and a multiple of 2, but got ", rotary_dim);
   TORCH_CHECK_VALUE(options.max_wavelength > 0 && std::isfinite(options.max_wavelength),
-                    "rope::RotaryEmbedding(): expected max_wavelength to be positive and finite, "
-                    "but got ",
+                    expected(kRotary, "max_wavelength"), "be positive and finite, but got ",
                     options.max_wavelength);
   TORCH_CHECK_VALUE(std::isfinite(options.attention_factor.value_or(1.0)),
-                    "rope::RotaryEmbedding(): expected attention_factor to be finite, but got ",
+                    expected(kRotary, "attention_factor"), "be finite, but got ",
                     *options.attention_factor);
-  TORCH_CHECK_VALUE(options.rotary_offset >= 0,
-                    "rope::RotaryEmbedding(): expected rotary_offset to be at least 0, but got ",
-                    options.rotary_offset);
+  TORCH_CHECK_VALUE(options.rotary_offset >= 0, expected(kRotary, "rotary_offset"),
+                    "be at least 0, but got ", options.rotary_offset);
 }
 
 void check_inv_freq(std::int64_t rotary_dim, const at::Tensor& inv_freq) {
-  TORCH_CHECK_TYPE(
-      inv_freq.defined(),
-      "rope::RotaryEmbedding(): expected inv_freq to be a tensor, but got an undefined "
-      "one");
+  TORCH_CHECK_TYPE(inv_freq.defined(), expected(kRotary, "inv_freq"), "be a tensor, but got none");
   TORCH_CHECK_TYPE(inv_freq.scalar_type() == at::kFloat || inv_freq.scalar_type() == at::kDouble,
-                   "rope::RotaryEmbedding(): expected inv_freq to be float32 or float64, but got ",
-                   c10::getDtypeNames(inv_freq.scalar_type()).first);
-  TORCH_CHECK_VALUE(inv_freq.dim() == 1 || inv_freq.dim() == 2,
-                    "rope::RotaryEmbedding(): expected inv_freq to have shape (N) or (A, N), but "
-                    "got ",
-                    inv_freq.sizes());
-  TORCH_CHECK_VALUE(inv_freq.size(-1) == rotary_dim / 2,
-                    "rope::RotaryEmbedding(): expected inv_freq to have rotary_dim / 2 = ",
-                    rotary_dim / 2, " columns, but got ", inv_freq.size(-1));
+                   expected(kRotary, "inv_freq"), "be float32 or float64, but got ",
+                   name_of(inv_freq.scalar_type()));
+  TORCH_CHECK_VALUE(inv_freq.dim() == 1 || inv_freq.dim() == 2, expected(kRotary, "inv_freq"),
+                    "have shape (N) or (A, N), but got ", inv_freq.sizes());
+  TORCH_CHECK_VALUE(inv_freq.size(-1) == rotary_dim / 2, expected(kRotary, "inv_freq"),
+                    "have rotary_dim / 2 = ", rotary_dim / 2, " columns, but got ",
+                    inv_freq.size(-1));
 }
 
 template <typename Value>
@@ -216,7 +211,7 @@ void RotaryEmbeddingImpl::pretty_print(std::ostream& stream) const {
     stream << ", learned=true";
   }
   if (inv_freq.scalar_type() != at::kFloat) {
-    stream << ", dtype=" << c10::getDtypeNames(inv_freq.scalar_type()).first;
+    stream << ", dtype=" << name_of(inv_freq.scalar_type());
   }
   stream << ")";
 }

@@ -2,27 +2,18 @@
 
 #include <ATen/ATen.h>
 #include <ATen/TensorSubclassLikeUtils.h>
-#include <c10/core/ScalarType.h>
 #include <torch/library.h>
 
 #include <string>
 #include <vector>
+
+#include "messages.h"
 
 namespace rope {
 
 namespace {
 
 // The functions take symbolic sizes: compiled programs serve every length.
-
-// "rope::grid_positions(): expected sizes to ", as every message begins.
-std::string expected(const char* function, const char* argument) {
-  return c10::str("rope::", function, "(): expected ", argument, " to ");
-}
-
-std::string name_of(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
-
-// True, and remembered as a fact, for sizes that are symbols.
-bool holds(const c10::SymBool& condition) { return condition.expect_true(__FILE__, __LINE__); }
 
 void check_defined(const char* function, const char* argument, const at::Tensor& tensor) {
   TORCH_CHECK_TYPE(tensor.defined(), expected(function, argument), "be a tensor, but got none");

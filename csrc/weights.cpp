@@ -4,17 +4,13 @@
 #include <torch/library.h>
 
 #include <array>
-#include <string>
 #include <vector>
+
+#include "messages.h"
 
 namespace rope {
 
 namespace {
-
-// "rope::permute_half_to_interleaved(): expected head_dim to ", as every message begins.
-std::string expected(const char* function, const char* argument) {
-  return c10::str("rope::", function, "(): expected ", argument, " to ");
-}
 
 void check_weight(const char* function, const at::Tensor& weight, std::int64_t head_dim) {
   TORCH_CHECK_TYPE(weight.defined(), expected(function, "weight"), "be a tensor, but got none");

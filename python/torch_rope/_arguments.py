@@ -64,6 +64,12 @@ def check_bool(function: str, argument: str, value: Any) -> None:
         raise TypeError(message(function, argument, "be a bool", kind_of(value)))
 
 
+def check_dtype(function: str, dtype: Any) -> None:
+    """Raises TypeError for what is no dtype. C++ tells which dtypes frequencies have."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(message(function, "dtype", "be float32 or float64", kind_of(dtype)))
+
+
 def _stands_for_another(value: Any) -> bool:
     """Whether it is a Proxy of ``torch.fx``, whose value is not known yet."""
     return not isinstance(value, Tensor) and hasattr(type(value), "__torch_function__")

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from torch_rope import _C
 from torch_rope._arguments import (
+    check_bool,
+    check_dtype,
     check_integer,
     check_integers,
     check_number,
@@ -364,15 +366,3 @@ def check_rope_parameters(function: str, rope_parameters: Any, hint: str = "") -
         else:
             rule = f"have no keys but {', '.join(_KEYS)}"
         raise ValueError(message(function, "rope_parameters", rule, f"the key {key!r}"))
-
-
-def check_dtype(function: str, dtype: Any) -> None:
-    """Raises TypeError for what is no dtype. C++ tells which dtypes frequencies have."""
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(message(function, "dtype", "be float32 or float64", kind_of(dtype)))
-
-
-def check_bool(function: str, argument: str, value: Any) -> None:
-    """Raises TypeError for what is no bool."""
-    if not isinstance(value, bool):
-        raise TypeError(message(function, argument, "be a bool", kind_of(value)))

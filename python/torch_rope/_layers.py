@@ -10,12 +10,18 @@ import torch.fx
 from torch import Tensor, nn
 from torch._jit_internal import is_scripting
 
-from torch_rope._arguments import check_integer, check_number, check_tensor, kind_of, message
+from torch_rope._arguments import (
+    check_bool,
+    check_dtype,
+    check_integer,
+    check_number,
+    check_tensor,
+    kind_of,
+    message,
+)
 from torch_rope._config import read_config
 from torch_rope._frequencies import (
     Frequencies,
-    check_bool,
-    check_dtype,
     check_rope_parameters,
     default_device,
     frequencies,

@@ -251,7 +251,7 @@ TEST(RotaryEmbedding, RefusesOptionsOfNoUse) {
                     "expected inv_freq to have shape (N) or (A, N), but got [1, 3, 16]");
   EXPECT_THROW_WITH(of(at::ones(16, at::kBFloat16)), c10::TypeError,
                     "expected inv_freq to be float32 or float64, but got bfloat16");
-  EXPECT_THROW_WITH(of(at::Tensor()), c10::TypeError, "but got an undefined one");
+  EXPECT_THROW_WITH(of(at::Tensor()), c10::TypeError, "but got none");
   EXPECT_THROW_WITH(RotaryEmbedding(32, RotaryEmbeddingOptions{.attention_factor = std::nan("")}),
                     c10::ValueError, "expected attention_factor to be finite, but got nan");
   EXPECT_THROW_WITH(RotaryEmbedding(32, RotaryEmbeddingOptions{.max_wavelength = -1.0}),
