@@ -578,9 +578,9 @@ def test_what_is_no_tensor_is_refused_by_name_and_type(
     rule = "be a tensor or a (q, k) tuple" if argument == "x" else "be a tensor"
     rule += " or None" if optional else ""
     got = type(value).__name__ if not isinstance(value, np.ndarray) else "numpy.ndarray"
-    if argument == "x" and isinstance(value, list):
-        pytest.skip("a pair")
     message = f"rope::{function}{in_place}(): expected {argument} to {rule}, but got {got}"
+    if argument == "x" and isinstance(value, list):  # a pair, of integers
+        message = f"rope::{function}_qk{in_place}(): expected q to be a tensor, but got int"
     with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
         getattr(torch_rope, function + in_place)(*arguments.values())
 
@@ -664,6 +664,23 @@ def test_what_is_neither_a_tensor_nor_a_pair_is_refused(x: Any) -> None:
     message = f"rope::apply(): expected x to be a tensor or a (q, k) tuple, but got {got}"
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         torch_rope.apply(x, torch.arange(3))
+
+
+def test_what_goes_with_a_subclass_is_refused_alike() -> None:
+    class Subclass(Tensor):
+        pass
+
+    x = floats(3, 8).as_subclass(Subclass)
+    with pytest.raises(
+        TypeError, match=r"^rope::apply\(\): expected positions to be a tensor, but got"
+    ):
+        torch_rope.apply(x, 3)
+    with pytest.raises(
+        TypeError, match=r"^rope::apply_qk_\(\): expected k to be a tensor, but got int"
+    ):
+        torch_rope.apply_((x, 3), torch.arange(3))
+    with pytest.raises(TypeError, match=r"expected sin to be a tensor, but got list"):
+        torch_rope.apply_cos_sin(x, floats(3, 4), [1.0])
 
 
 def test_a_wrong_member_of_a_pair_is_named() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.compiler import is_compiling
 
+from torch_rope._arguments import check_tensor
 from torch_rope._compile import call_traced
 
 
@@ -25,6 +26,9 @@ def _by_position(name: str) -> Callable[..., Any]:
         if is_compiling():
             angles = values[num_rotated:num_tensors]
             return call_traced(name, values[:num_rotated], angles, options)
+        for argument, value in zip(arguments, values[:num_tensors], strict=False):
+            if value is not None or not argument.has_default_value():
+                check_tensor(f"rope::{name}", argument.name, value)
         return operator(*values[:num_tensors], **options)
 
     return call
