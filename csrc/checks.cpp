@@ -173,15 +173,18 @@ void check_rotated(const Call& call, const at::Tensor& x, const char* argument) 
   TORCH_CHECK_VALUE(holds((dim % 2).sym_eq(0)), expected(call, "rotary_dim"), "be even, but got ",
                     dim);
   if (has_columns(call)) {
-    constexpr const char* kDoubledTables =
-        " (for tables with a column for each element, as Hugging Face's have, pass "
-        "full_width=True; where both halves are alike, cos[..., :N] will do)";
+    const auto doubled_tables = [&] {
+      return c10::str(
+          " (for tables with a column for each element, as Hugging Face's have, pass "
+          "full_width=True; where both values of a pair are alike, cos[..., ",
+          options.interleaved ? "::2" : ":N", "] will do)");
+    };
     const c10::SymInt columns_per_pair = call.full_width ? 2 : 1;
     TORCH_CHECK_VALUE(
         holds(dim.sym_le(room)), expected(call, call.uses_tables ? "cos" : "inv_freq"),
         "have at most ", room / 2 * columns_per_pair, " columns, one for each ",
         call.full_width ? "" : "pair ", "of the ", room, " elements of ", argument,
-        " from rotary_offset on", call.uses_tables && !call.full_width ? kDoubledTables : "",
+        " from rotary_offset on", call.uses_tables && !call.full_width ? doubled_tables() : "",
         ", but got ", dim / 2 * columns_per_pair);
   } else {
     TORCH_CHECK_VALUE(holds(dim.sym_le(room)), expected(call, "rotary_dim"), "be at most ", room,

@@ -164,6 +164,7 @@ class Description {
       angles.inv_freq_dtype = at::kDouble;
       angles.wavelength_frequencies =
           wavelength_frequencies(call_.options.max_wavelength, rotary_dim);
+      angles.max_wavelength = call_.options.max_wavelength;
     }
     add_token_dims(positions, has_axes ? 1 : 0, positions.dim(), positions);
   }

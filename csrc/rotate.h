@@ -69,6 +69,7 @@ struct PositionAngles {
   std::int64_t inv_freq_axis_stride;
   std::int64_t inv_freq_stride;
   const double* wavelength_frequencies;  // host memory, num_pairs of them; null with inv_freq
+  double max_wavelength;                 // what they are of
   double scale_factor;
   double attention_factor;
 };

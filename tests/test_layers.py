@@ -1357,3 +1357,32 @@ def test_it_turns_as_the_model_does() -> None:
 def test_the_messages_name_the_layer() -> None:
     with pytest.raises(ValueError, match=re.escape("torch_rope.RotaryEmbedding(): expected")):
         RotaryEmbedding(32, LINEAR, max_wavelength=2.0)
+
+
+@pytest.mark.parametrize(
+    ("older", "theta"),
+    [
+        ({"rope_theta": 1e6, "rope_local_base_freq": 1e4}, (1e6, 1e4)),
+        ({"global_rope_theta": 160000.0, "local_rope_theta": 1e4}, (160000.0, 1e4)),
+        ({"rope_theta": 1e6, "swa_rope_theta": 5e4}, (1e6, 5e4)),
+    ],
+    ids=["gemma3", "modernbert", "dots3_note"],
+)
+def test_older_files_with_a_base_for_each_type_of_layer_are_read(
+    older: dict[str, float], theta: tuple[float, float]
+) -> None:
+    config = {"head_dim": 8, **older, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    with pytest.raises(ValueError, match="expected layer_type to be one of"):
+        torch_rope.RotaryEmbedding.from_config(config)
+    full = torch_rope.RotaryEmbedding.from_config(config, layer_type="full_attention")
+    sliding = torch_rope.RotaryEmbedding.from_config(config, layer_type="sliding_attention")
+    exponents = torch.arange(0, 8, 2) / 8
+    torch.testing.assert_close(full.inv_freq, 1 / theta[0] ** exponents / 8.0)
+    torch.testing.assert_close(sliding.inv_freq, 1 / theta[1] ** exponents)
+
+
+def test_sections_that_are_not_applied_are_not_shown() -> None:
+    parameters = {"rope_theta": 1e4, "mrope_section": [1, 2, 1], "mrope_interleaved": False}
+    assert "mrope" not in repr(torch_rope.RotaryEmbedding(8, parameters))
+    config = {"head_dim": 8, "rope_scaling": parameters}
+    assert "mrope_section=(1, 2, 1)" in repr(torch_rope.RotaryEmbedding.from_config(config))

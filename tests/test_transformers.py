@@ -771,6 +771,42 @@ def test_a_rotary_module_that_comes_later_has_no_proof(widths: list[str]) -> Non
     assert used(widths, model) == "half"
 
 
+def test_a_rotary_module_that_changes_loses_its_proof(widths: list[str]) -> None:
+    def second_values_negated(tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        cos, sin = tables
+        return cos, torch.cat((sin[..., :8], -sin[..., 8:]), dim=-1)
+
+    class Changed(modeling_llama.LlamaRotaryEmbedding):
+        def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+            return second_values_negated(super().forward(x, position_ids))
+
+    def forward(module: nn.Module) -> None:
+        own = module.forward
+        module.forward = lambda *given, **named: second_values_negated(own(*given, **named))
+
+    changes: list[Callable[[nn.Module], Any]] = [
+        forward,
+        lambda module: setattr(module, "__class__", Changed),
+        lambda module: module.register_forward_hook(
+            lambda _, given, tables: second_values_negated(tables), prepend=True
+        ),
+        lambda module: module.register_forward_pre_hook(lambda _, given: given),
+        lambda module: setattr(module, "rope_type", "another"),
+    ]
+    for change in changes:
+        model = tiny_llama()
+        patch(model)
+        assert used(widths, model.train()) == used(widths, model.eval()) == "half"
+        change(model.model.rotary_emb)
+        assert used(widths, model) == "full"
+        actual = model(TOKENS).logits
+        unpatch()
+        torch.testing.assert_close(actual, model(TOKENS).logits)
+        patch(model)
+        assert (used(widths, model) == "half") == (change in changes[-2:])
+        unpatch()
+
+
 def test_both_widths_give_the_same_bits() -> None:
     model = tiny_llama().bfloat16()
     with patch(modeling_llama), torch.no_grad():

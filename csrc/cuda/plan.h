@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "cuda/rotate_thread.h"
+#include "cuda/turns.h"
 #include "rotate.h"
 
 namespace rope::cuda {
@@ -157,9 +158,12 @@ inline RotatePlan make_rotate_plan(const Launch& launch, std::int64_t first_pair
                                1, kMaxRowsPerThread),
       plan);
 
-  if (!launch.uses_tables && launch.by_position.wavelength_frequencies != nullptr) {
+  if (const std::uint64_t* turns = turns_of_wavelength(launch)) {
+    work.in_turns = true;
+    std::copy(turns + first_pair, turns + last_pair, plan.frequencies.turns);
+  } else if (!launch.uses_tables && launch.by_position.wavelength_frequencies != nullptr) {
     std::copy(launch.by_position.wavelength_frequencies + first_pair,
-              launch.by_position.wavelength_frequencies + last_pair, plan.frequencies.values);
+              launch.by_position.wavelength_frequencies + last_pair, plan.frequencies.radians);
   }
   return plan;
 }

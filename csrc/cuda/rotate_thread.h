@@ -13,8 +13,9 @@ namespace rope::cuda {
 // Frequencies of max_wavelength travel with the launch, so that they need no device memory; where
 // there are more, there are more launches.
 inline constexpr int kMaxFrequencies = 256;
-struct Frequencies {
-  double values[kMaxFrequencies];
+union Frequencies {
+  double radians[kMaxFrequencies];
+  std::uint64_t turns[kMaxFrequencies];  // See NOTE [ Angles in turns ]
 };
 
 // Asks for its first rows, finds the cosines and sines of its pairs while they are on their way,
@@ -154,13 +155,7 @@ class RotateThread : private Thread<scalar_t, kPairs, kInterleaved, Index> {
   C10_HOST_DEVICE void find_angles(Index first_pair, const Index (&token_offsets)[kTokenArrays],
                                    Angles& angles) const {
     if (!launch_.uses_tables) {
-      double radians[kPairs];
-      if (launch_.by_position.inv_freq_dtype == c10::ScalarType::Float) {
-        form_angles<float>(first_pair, token_offsets[kAngle], radians);
-      } else {
-        form_angles<double>(first_pair, token_offsets[kAngle], radians);
-      }
-      find_rotations(radians, launch_.by_position.scale_factor, angles);
+      find_angles_by_position(first_pair, token_offsets[kAngle], angles);
       const auto factor = static_cast<Real>(launch_.by_position.attention_factor);
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
@@ -180,12 +175,50 @@ class RotateThread : private Thread<scalar_t, kPairs, kInterleaved, Index> {
     }
   }
 
+  // Without float64, for x of other dtypes, where angles come in turns or are float32.
+  C10_HOST_DEVICE void find_angles_by_position(Index first_pair, Index position_offset,
+                                               Angles& angles) const {
+    const PositionAngles& source = launch_.by_position;
+    if constexpr (std::is_same_v<Real, float>) {
+      if (work_.in_turns) {
+        const auto position = static_cast<std::uint64_t>(
+            load_position<std::int64_t>(source.positions, source.positions_dtype, position_offset));
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) {
+          const Index n = first_pair + i - static_cast<Index>(work_.first_pair);
+          angles[i] = rotation_of_turns(position * frequencies_.turns[n]);
+        }
+        return;
+      }
+      if (source.inv_freq_dtype == c10::ScalarType::Float) {
+        float radians[kPairs];
+        form_angles(first_pair, position_offset, radians);
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) {
+          angles[i] = rotation_of_float32(radians[i]);
+        }
+        return;
+      }
+    }
+    double radians[kPairs];
+    if (source.inv_freq_dtype == c10::ScalarType::Float) {
+      float rounded[kPairs];
+      form_angles(first_pair, position_offset, rounded);
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        radians[i] = static_cast<double>(rounded[i]);
+      }
+    } else {
+      form_angles(first_pair, position_offset, radians);
+    }
+    find_rotations(radians, source.scale_factor, angles);
+  }
+
   // What form_angle is for one pair, for the pairs of a chunk: each position is read once.
   template <typename Frequency>
   C10_HOST_DEVICE void form_angles(Index first_pair, Index position_offset,
-                                   double (&radians)[kPairs]) const {
+                                   Frequency (&sums)[kPairs]) const {
     const PositionAngles& source = launch_.by_position;
-    Frequency sums[kPairs];
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       sums[i] = 0;
@@ -200,10 +233,6 @@ class RotateThread : private Thread<scalar_t, kPairs, kInterleaved, Index> {
         sums[i] = axis == 0 ? product : sums[i] + product;
       }
     }
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      radians[i] = static_cast<double>(sums[i]);
-    }
   }
 
   template <typename Frequency>
@@ -211,7 +240,7 @@ class RotateThread : private Thread<scalar_t, kPairs, kInterleaved, Index> {
     const PositionAngles& source = launch_.by_position;
     if constexpr (std::is_same_v<Frequency, double>) {
       if (source.inv_freq == nullptr) {
-        return frequencies_.values[pair - static_cast<Index>(work_.first_pair)];
+        return frequencies_.radians[pair - static_cast<Index>(work_.first_pair)];
       }
     }
     return static_cast<const Frequency*>(

@@ -41,6 +41,7 @@ struct Work {
   std::int64_t items;      // threads that have work
   int threads;             // of a block
   bool tables_have_words;  // Cosines and sines can be read 16 bytes at a time.
+  bool in_turns;           // Frequencies are in turns; positions are integers.
 };
 
 // Elements that are loaded and stored as one.

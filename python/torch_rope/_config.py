@@ -92,6 +92,9 @@ _OTHER_SECTIONS = frozenset(
     ("hunyuan_vl", "hunyuan_vl_text", "ernie4_5_vl_moe", "ernie4_5_vl_moe_text")
 )
 
+# The base of layers with sliding attention, where a dictionary has two.
+_LOCAL_THETA = ("rope_local_base_freq", "local_rope_theta", "swa_rope_theta")
+
 # Names that sizes have in dictionaries; an object has the first of each.
 _HEAD_DIM = ("head_dim", "qk_rope_head_dim", "attention_head_dim", "kv_channels")
 _HIDDEN_SIZE = ("hidden_size", "n_embd", "d_model")
@@ -240,6 +243,12 @@ def _rope_parameters(config: Any, layer_type: str | None) -> dict[str, Any]:
     if not isinstance(parameters, Mapping):
         rule = "be a dictionary"
         raise TypeError(message(_FUNCTION, "rope_parameters", rule, kind_of(parameters)))
+    local = _get_first(config, *_LOCAL_THETA)
+    if local is not None and isinstance(config, Mapping) and "sliding_attention" not in parameters:
+        # As older files of Gemma 3 and ModernBERT have it; an object has read it.
+        own = _get_first(config, "global_rope_theta", "rope_theta")
+        full = dict(parameters) if own is None else {"rope_theta": own, **parameters}
+        parameters = {"full_attention": full, "sliding_attention": {"rope_theta": local}}
     by_type = {key: value for key, value in parameters.items() if isinstance(value, Mapping)}
     if not by_type and layer_type is None:
         return dict(parameters)

@@ -302,7 +302,8 @@ class RotaryEmbedding(nn.Module):
 
     Args:
         rotary_dim: How many elements are rotated, even.
-        rope_parameters: The scheme of the frequencies, as for :func:`frequencies`.
+        rope_parameters: The scheme of the frequencies, as for :func:`frequencies`: those along one
+            axis. (:meth:`from_config` applies an ``mrope_section``.)
         max_position_embeddings: As for :func:`frequencies`.
         max_wavelength: The base of the frequencies, where ``rope_parameters`` have no
             ``rope_theta``.
@@ -470,10 +471,11 @@ class RotaryEmbedding(nn.Module):
             if mrope_interleaved is None:
                 mrope_interleaved = parameters.get("mrope_interleaved")
             if mrope_interleaved is None:
-                raise ValueError(
-                    f"{name}(): expected mrope_interleaved to be given for a config with "
-                    "mrope_section that does not say it, but got None"
+                rule = (
+                    "be given for a config with mrope_section that does not have it (False for "
+                    "Qwen2-VL, True for Qwen3-VL)"
                 )
+                raise ValueError(message(name, "mrope_interleaved", rule, "None"))
             if parameters["rope_type"] in _FOLLOWING_LENGTH:
                 raise ValueError(
                     f"{name}(): expected rope_type not to be one of {_FOLLOWING_LENGTH} together "
@@ -676,6 +678,8 @@ class RotaryEmbedding(nn.Module):
             if self.rope_type in _FOLLOWING_LENGTH:
                 numbers["max_position_embeddings"] = self.max_position_embeddings
             numbers["rope_type"] = self.rope_type
+            for key in ("mrope_section", "mrope_interleaved"):  # Not applied but by from_config.
+                numbers.pop(key, None)
             if self._sections is not None:
                 numbers["mrope_section"] = self._sections
                 numbers["mrope_interleaved"] = self._sections_take_turns

@@ -1,6 +1,7 @@
 // How launches are spread over the threads of a CUDA device. No memory is touched: addresses are
 // made up.
 #include <cmath>
+#include <numbers>
 
 #include "host_launch.h"
 #include "reference.h"
@@ -135,21 +136,63 @@ TEST(CudaPlan, CopiesWhatIsOutsideTheSliceOnlyOutOfPlace) {
 TEST(CudaPlan, CarriesEveryFrequencyOfTheWavelengthOnce) {
   for (const std::int64_t pairs : {1, 64, 255, 256, 257, 512, 513, 1000}) {
     SCOPED_TRACE(c10::str("pairs = ", pairs));
-    const Call call = by_tokens(5, {.rotary_dim = 2 * pairs, .max_wavelength = 5e5});
+    const Call call =
+        host::apply(fake({5, 1}, at::kFloat, kPositions),
+                    {.rotary_dim = 2 * pairs, .max_wavelength = 5e5, .scale_factor = 8.0});
+    const Call in_turns =
+        by_tokens(5, {.rotary_dim = 2 * pairs, .max_wavelength = 5e5, .scale_factor = 8.0});
+    const std::vector<RotatePlan> all_in_turns = plans(in_turns.on(fake({5, 3, 2 * pairs + 16})));
     const std::vector<RotatePlan> all = plans(call.on(fake({5, 3, 2 * pairs + 16})));
     EXPECT_EQ(std::ssize(all), (pairs + 255) / 256);
+    EXPECT_EQ(all_in_turns.size(), all.size());
     std::int64_t next = 0;
-    for (const RotatePlan& some : all) {
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      const RotatePlan& some = all[i];
+      EXPECT_FALSE(some.work.in_turns);
+      EXPECT_TRUE(all_in_turns[i].work.in_turns);
       EXPECT_EQ(some.work.first_pair, next);
       EXPECT_EQ(some.work.copy_chunks > 0, next == 0);
       for (std::int64_t n = next; n < some.work.last_pair; ++n) {
         const double exponent = -2.0 * static_cast<double>(n) / (2.0 * static_cast<double>(pairs));
         const double frequency = std::pow(5e5, exponent);
-        ASSERT_NEAR(some.frequencies.values[n - next], frequency, 1e-15 * frequency);
+        ASSERT_NEAR(some.frequencies.radians[n - next], frequency, 1e-15 * frequency);
+        // The scale factor is counted in.
+        const double turns = std::ldexp(frequency / 8.0 / (2 * std::numbers::pi), 64);
+        ASSERT_NEAR(static_cast<double>(all_in_turns[i].frequencies.turns[n - next]), turns,
+                    1e-15 * turns + 1);
       }
       next = some.work.last_pair;
     }
     EXPECT_EQ(next, pairs);
+  }
+}
+
+TEST(CudaPlan, FormsAnglesInTurnsOfIntegerPositionsAlone) {
+  const auto in_turns = [](at::ScalarType positions, const rope::ApplyOptions& options,
+                           at::ScalarType dtype = at::kBFloat16) {
+    const at::Tensor p = fake({5, 1}, positions, kPositions);
+    return plan(host::apply(p, options).on(fake({5, 3, 64}, dtype))).work.in_turns;
+  };
+  for (const at::ScalarType dtype : {at::kBFloat16, at::kHalf, at::kFloat}) {
+    EXPECT_TRUE(in_turns(at::kLong, {}, dtype));
+    EXPECT_TRUE(in_turns(at::kInt, {.max_wavelength = 1.0, .scale_factor = 1.0}, dtype));
+  }
+  EXPECT_FALSE(in_turns(at::kFloat, {}));
+  EXPECT_FALSE(in_turns(at::kDouble, {}));
+  EXPECT_FALSE(in_turns(at::kLong, {}, at::kDouble));
+  EXPECT_FALSE(in_turns(at::kLong, {.inv_freq = fake({32}, at::kFloat)}));
+  // Frequencies above 1.
+  EXPECT_FALSE(in_turns(at::kLong, {.max_wavelength = 0.5}));
+  EXPECT_FALSE(in_turns(at::kLong, {.scale_factor = 0.5}));
+}
+
+TEST(CudaPlan, KeepsTheFrequenciesOfSeveralWavelengths) {
+  const at::Tensor x = fake({5, 3, 64});
+  const std::vector<double> wavelengths = {1e4, 5e5, 1e6, 100, 1e4, 2e4, 1e4, 5e5};
+  for (const double wavelength : wavelengths) {
+    const RotatePlan some = plan(by_tokens(5, {.max_wavelength = wavelength}).on(x));
+    const double turns = std::ldexp(std::pow(wavelength, -31.0 / 32) / (2 * std::numbers::pi), 64);
+    EXPECT_NEAR(static_cast<double>(some.frequencies.turns[31]), turns, 1e-14 * turns + 1);
   }
 }
 

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <random>
 #include <string>
 
 #include "cuda/rotate_thread.h"
@@ -269,6 +270,65 @@ TEST(CudaThreads, FindTheCosineAndSineOfAnyAngle) {
     rope::Rotation<float> rotations[1];
     rope::cuda::find_rotations(angles, 1.0, rotations);
     EXPECT_TRUE(std::isnan(rotations[0].cos) && std::isnan(rotations[0].sin));
+  }
+}
+
+TEST(CudaThreads, FindTheCosineAndSineOfAnyFloat32WithoutFloat64) {
+  std::mt19937 random(1);
+  for (int i = 0; i < 2'000'000; ++i) {
+    const auto bits = static_cast<std::uint32_t>(random());
+    float t;
+    std::memcpy(&t, &bits, sizeof(t));
+    const rope::Rotation<float> rotation = rope::rotation_of_float32(t);
+    if (std::isfinite(t)) {
+      ASSERT_NEAR(rotation.cos, std::cos(static_cast<double>(t)), 2.5e-7) << t;
+      ASSERT_NEAR(rotation.sin, std::sin(static_cast<double>(t)), 2.5e-7) << t;
+    } else {
+      ASSERT_TRUE(std::isnan(rotation.cos) && std::isnan(rotation.sin)) << t;
+    }
+  }
+  for (const float t : {0.0f, -0.0f, 1.5f, -1.5f, 1.4999999f, 0x1p24f, 0x1p87f, -0x1p88f, 0x1p127f,
+                        std::numeric_limits<float>::max(), 1e-45f}) {
+    EXPECT_NEAR(rope::rotation_of_float32(t).cos, std::cos(static_cast<double>(t)), 2.5e-7) << t;
+    EXPECT_NEAR(rope::rotation_of_float32(t).sin, std::sin(static_cast<double>(t)), 2.5e-7) << t;
+  }
+}
+
+// Against the exact angle, which a long double product has to 2e-10.
+TEST(CudaThreads, FormExactAnglesOfIntegerPositions) {
+  if (std::numeric_limits<long double>::digits < 64) {
+    GTEST_SKIP() << "long double has too few bits";
+  }
+  constexpr std::int64_t kFar = (std::int64_t{1} << 31) - 1;
+  std::mt19937_64 random(1);
+  for (const auto& [max_wavelength, scale_factor] :
+       {std::pair{1e4, 1.0}, {5e5, 8.0}, {1e6, 1.0}, {2.0, 3.0}, {1.0, 1.0}}) {
+    Launch launch{};
+    launch.dtype = at::kFloat;
+    launch.num_pairs = 64;
+    const double unused = 0;
+    launch.by_position.positions_dtype = at::kLong;
+    launch.by_position.wavelength_frequencies = &unused;
+    launch.by_position.max_wavelength = max_wavelength;
+    launch.by_position.scale_factor = scale_factor;
+    const std::uint64_t* turns = rope::cuda::turns_of_wavelength(launch);
+    ASSERT_NE(turns, nullptr);
+    for (std::int64_t n = 0; n < 64; ++n) {
+      const long double frequency =
+          std::pow(static_cast<long double>(max_wavelength), -static_cast<long double>(n) / 64) /
+          scale_factor;
+      for (int i = 0; i < 4000; ++i) {
+        const std::int64_t position =
+            i < 100   ? i - 50
+            : i < 200 ? (i % 2 == 0 ? kFar - i : i - kFar)
+                      : static_cast<std::int64_t>(random() % (2 * kFar + 1)) - kFar;
+        const long double angle = frequency * static_cast<long double>(position);
+        const rope::Rotation<float> rotation =
+            rope::rotation_of_turns(static_cast<std::uint64_t>(position) * turns[n]);
+        ASSERT_NEAR(rotation.cos, static_cast<double>(std::cos(angle)), 2.5e-7) << position;
+        ASSERT_NEAR(rotation.sin, static_cast<double>(std::sin(angle)), 2.5e-7) << position;
+      }
+    }
   }
 }
 

@@ -9,11 +9,13 @@ recomputation, a transform or a compiler would not read it.
 
 ``prove`` therefore calls a copy of the model's rotary module, once, when the model is patched: with
 positions that differ on every axis, in every shape that the module takes, and with random numbers
-in its buffers and parameters, so that what is loaded or learned later does not matter. Where both
-values agree throughout, a forward hook registers each table that the module returns. The replaced
-function uses half of a table if it is registered, as that very tensor and unchanged since. A cast,
-a slice, an in-place change, a tensor subclass, another rotary module, or a compiler, which cannot
-follow the identity of a tensor: all of these lead to full-width tables, and never to wrong ones.
+in its buffers and parameters, so that what is loaded or learned later does not matter, for training
+and for evaluation. Where both values agree throughout, a forward hook registers each table that the
+module returns, as long as the module is what it was: its class, forward, hooks and attributes. The
+replaced function uses half of a table if it is registered, as that very tensor and unchanged since.
+A cast, a slice, an in-place change, a tensor subclass, another rotary module, a changed one, or a
+compiler, which cannot follow the identity of a tensor: all of these lead to full-width tables, and
+never to wrong ones.
 """
 
 import copy
@@ -26,6 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils.hooks import RemovableHandle
 
 Columns = Literal["halves", "neighbours"]
@@ -66,7 +69,7 @@ def prove(model: nn.Module) -> list[nn.Module]:
             continue
         columns = _doubled_columns(module)
         if columns:
-            hook = functools.partial(_register, columns)
+            hook = functools.partial(_register, columns, _state(module))
             _proven[module] = module.register_forward_hook(hook)
             added.append(module)
     return added
@@ -89,10 +92,14 @@ def _is_registered(columns: Columns, table: Tensor) -> bool:
 
 
 def _register(
-    columns: frozenset[Columns], module: nn.Module, arguments: object, tables: object
+    columns: frozenset[Columns],
+    proven: object,
+    module: nn.Module,
+    arguments: object,
+    tables: object,
 ) -> None:
-    """The forward hook of a module with a proof."""
-    if is_compiling() or not isinstance(tables, tuple):
+    """The forward hook of a module with a proof, which holds for what the module then was."""
+    if is_compiling() or not isinstance(tables, tuple) or _state(module) != proven:
         return
     for table in tables:
         # Tensors of inference mode have no version, so a change in place could not be seen.
@@ -107,7 +114,32 @@ def _unregister(key: int, reference: "weakref.ref[Tensor]") -> None:
         del _registered[key]
 
 
+def _state(module: nn.Module) -> object:
+    """Returns what the tables of a module may depend on besides tensors and training or not."""
+    attributes = {
+        name: _frozen(value)
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name != "training"
+    }
+    hooks = [*module._forward_hooks.values(), *_global_forward_hooks.values()]
+    others = [hook for hook in hooks if getattr(hook, "func", None) is not _register]
+    pre_hooks = [*module._forward_pre_hooks.values(), *_global_forward_pre_hooks.values()]
+    return type(module), type(module).forward, attributes, others, pre_hooks
+
+
+def _frozen(value: object) -> object:
+    """Returns what a change of the value would make unequal."""
+    if isinstance(value, dict):
+        return [(key, _frozen(one)) for key, one in value.items()]
+    if isinstance(value, list | tuple):
+        return [_frozen(one) for one in value]
+    # Of other objects the type: a copy of the module has others.
+    return value if isinstance(value, int | float | str | None) or callable(value) else type(value)
+
+
 def _is_rotary(module: nn.Module) -> bool:
+    if "forward" in vars(module):  # One that a copy would share.
+        return False
     parameters = tuple(inspect.signature(module.forward).parameters)
     return parameters in (("x", "position_ids"), ("x", "position_ids", "layer_type"))
 
@@ -137,8 +169,9 @@ def _tables(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     options: list[dict[str, Any]] = [{}]
     if "layer_type" in inspect.signature(module.forward).parameters:
         options += [{"layer_type": kind} for kind in getattr(module, "layer_types", ())]
-    for end in (64, 1 << 20):  # Frequencies may follow the length.
-        probe = copy.deepcopy(module)
+    # Frequencies may follow the length.
+    for end, training in ((64, False), (1 << 20, False), (64, True), (1 << 20, True)):
+        probe = copy.deepcopy(module).train(training)
         _randomize(probe, generator)
         for shape in _SHAPES:
             ids = torch.randint(end, shape, generator=generator, device="cpu").to(device)

@@ -86,8 +86,8 @@ def apply_rotary_emb_cos_sin(
     Args:
         xq: As for :func:`apply_rotary_emb_complex`.
         xk: As there.
-        rope_cache: Table of shape ``(max_seqlen, 2 * head_dim)``: cosines and sines, each of which
-            holds its values twice.
+        rope_cache: Table of shape ``(max_seqlen, 2 * head_dim)``: cosines and sines, each with a
+            column for each element of a head.
         positions: As there.
 
     Returns:
@@ -101,9 +101,9 @@ def apply_rotary_emb_cos_sin(
     name = f"{_PACKAGE}.apply_rotary_emb_cos_sin"
     _check({"xq": xq, "xk": xk}, "rope_cache", rope_cache, positions, name)
     check_shape(name, "rope_cache", rope_cache, (rope_cache.shape[0], 2 * xq.shape[-1]))
-    cos, sin = (table[..., : xq.shape[-1] // 2] for table in rope_cache.chunk(2, dim=-1))
+    cos, sin = rope_cache.chunk(2, dim=-1)
     cos, sin, rows = _rows(cos, sin, xq, positions)
-    return apply_cos_sin((xq, xk), cos, sin, rows)
+    return apply_cos_sin((xq, xk), cos, sin, rows, full_width=True)
 
 
 def _check(

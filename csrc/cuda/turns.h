@@ -1,0 +1,59 @@
+// Frequencies of max_wavelength in turns: see NOTE [ Angles in turns ]. Plain host code.
+#pragma once
+
+#include <c10/util/irange.h>
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <numbers>
+#include <vector>
+
+#include "rotate.h"
+
+namespace rope::cuda {
+
+// Turns per unit of position in units of 2^-64, for each pair of a launch, from an exact
+// max_wavelength^(-2n / rotary_dim) / scale_factor; null where a float64 product is what there is:
+// of positions that are not integers, of frequencies above 1 radian, which would take more bits,
+// and on hosts whose long double has too few. Powers are slow: a thread keeps the last few results.
+inline const std::uint64_t* turns_of_wavelength(const Launch& launch) {
+  const PositionAngles& source = launch.by_position;
+  const bool is_integer = source.positions_dtype == c10::ScalarType::Int ||
+                          source.positions_dtype == c10::ScalarType::Long;
+  if (launch.uses_tables || source.wavelength_frequencies == nullptr || !is_integer ||
+      launch.dtype == c10::ScalarType::Double || source.max_wavelength < 1 ||
+      source.scale_factor < 1 || std::numeric_limits<long double>::digits < 64) {
+    return nullptr;
+  }
+  struct Kept {
+    double max_wavelength = 0;
+    double scale_factor = 0;
+    std::int64_t num_pairs = 0;
+    std::vector<std::uint64_t> turns;
+  };
+  thread_local std::array<Kept, 4> all;
+  thread_local std::size_t oldest = 0;
+  for (const Kept& kept : all) {
+    if (kept.max_wavelength == source.max_wavelength && kept.scale_factor == source.scale_factor &&
+        kept.num_pairs == launch.num_pairs) {
+      return kept.turns.data();
+    }
+  }
+  Kept& kept = all[oldest];
+  oldest = (oldest + 1) % all.size();
+  kept = {source.max_wavelength, source.scale_factor, launch.num_pairs,
+          std::vector<std::uint64_t>(launch.num_pairs)};
+  for (const auto n : c10::irange(launch.num_pairs)) {
+    const long double exponent =
+        -static_cast<long double>(n) / static_cast<long double>(launch.num_pairs);
+    const long double radians =
+        std::pow(static_cast<long double>(source.max_wavelength), exponent) / source.scale_factor;
+    const long double turns = radians / (2 * std::numbers::pi_v<long double>);
+    kept.turns[n] = static_cast<std::uint64_t>(std::llrint(std::ldexp(turns, 64)));
+  }
+  return kept.turns.data();
+}
+
+}  // namespace rope::cuda
