@@ -166,15 +166,16 @@ def test_torchtitan_rotates_by_a_cache_of_cosines_and_sines(
 ) -> None:
     q = random_values((2, 5, 4, 16), device=device)
     k = random_values((2, 5, 2, 16), device=device, seed=1)
-    cos, sin = tables(16, 8, device)
-    cache = torch.cat((cos, cos, sin, sin), dim=-1)
+    cos, sin = tables(16, 16, device)  # The two values of a pair need not be the same.
+    cache = torch.cat((cos, sin), dim=-1)
     positions = None
     rows = torch.arange(5, device=device)
     if positions_shape is not None:
         rows = positions = torch.arange(10, device=device).view(2, 5)[: positions_shape[0]] + 3
     actual = torchtitan.apply_rotary_emb_cos_sin(q, k, cache, positions)
     expected = tuple(
-        rotated(x, cos[rows].unsqueeze(-2), sin[rows].unsqueeze(-2), interleaved=False)
+        x * cos[rows].unsqueeze(-2)
+        + torch.cat((-x[..., 8:], x[..., :8]), dim=-1) * sin[rows].unsqueeze(-2)
         for x in (q, k)
     )
     torch.testing.assert_close(actual, expected, **TOLERANCE)
