@@ -803,8 +803,118 @@ def test_a_rotary_module_that_changes_loses_its_proof(widths: list[str]) -> None
         unpatch()
         torch.testing.assert_close(actual, model(TOKENS).logits)
         patch(model)
-        assert (used(widths, model) == "half") == (change in changes[-2:])
+        assert (used(widths, model) == "half") == (change is changes[-1])
         unpatch()
+
+
+def rotary_module(table: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> type[nn.Module]:
+    """Makes a class of rotary modules from what it does to the table of sines."""
+
+    class Rotary(modeling_llama.LlamaRotaryEmbedding):
+        def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+            cos, sin = super().forward(x, position_ids)
+            return cos, table(self, sin, position_ids)
+
+    return Rotary
+
+
+def scaled(sin: Tensor, by: Tensor | float) -> Tensor:
+    """Scales the second half of a table."""
+    half = sin.shape[-1] // 2
+    return torch.cat((sin[..., :half], sin[..., half:] * by), dim=-1)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        lambda module, sin, ids: scaled(sin, 0.5) if module.training else sin,
+        lambda module, sin, ids: scaled(sin, 0.5) if sin.dtype == torch.bfloat16 else sin,
+        lambda module, sin, ids: scaled(sin, 0.5) if torch.is_grad_enabled() else sin,
+        lambda module, sin, ids: scaled(sin, 0.5) if ids.shape[-1] > 20 else sin,
+        lambda module, sin, ids: scaled(sin, torch.where(ids[..., None] < 0, 0.5, 1.0)),
+        lambda module, sin, ids: scaled(sin, torch.where(ids[..., None] >= 1 << 20, 0.5, 1.0)),
+    ],
+    ids=["training", "dtype", "grad", "length", "negative", "far"],
+)
+def test_a_difference_that_shows_later_is_no_proof(widths: list[str], table: Any) -> None:
+    model = tiny_llama()
+    model.model.rotary_emb = rotary_module(table)(model.config)
+    patch(model.eval())
+    with torch.no_grad():
+        assert used(widths, model) == "full"
+
+
+@pytest.mark.parametrize("kind", ["integer buffer", "complex buffer", "attribute", "own forward"])
+def test_what_a_probe_cannot_vary_is_no_proof(widths: list[str], kind: str) -> None:
+    model = tiny_llama()
+    module = model.model.rotary_emb
+    if kind == "attribute":
+        module.table = torch.ones(2)
+    elif kind == "own forward":
+        module.forward = module.forward
+    else:
+        dtype = torch.int64 if kind.startswith("integer") else torch.complex64
+        module.register_buffer("table", torch.ones(2, dtype=dtype))
+    patch(model)
+    assert used(widths, model) == "full"
+
+
+def test_a_table_that_a_module_keeps_and_changes_is_used_in_full(widths: list[str]) -> None:
+    class Keeping(modeling_llama.LlamaRotaryEmbedding):
+        def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+            if not hasattr(self, "_kept"):
+                self._kept = super().forward(x, position_ids)
+            return self._kept
+
+    model = tiny_llama()
+    model.model.rotary_emb = Keeping(model.config)
+    patch(model)
+    assert used(widths, model) == "half"
+    with torch.no_grad():
+        model.model.rotary_emb._kept[1][..., 8:] *= 0.5
+    assert used(widths, model) == "full"
+    assert used(widths, model) == "full"
+
+
+def test_a_module_without_a_signature_is_passed_over() -> None:
+    model = tiny_llama()
+    model.extra = torch.jit.trace(nn.Linear(2, 2), torch.randn(1, 2))
+    model.other = nn.Module()
+    model.other.forward = torch._C._nn.gelu
+    assert patch(model).replaced
+
+
+def test_copies_register_nothing_after_the_patch_ended(widths: list[str]) -> None:
+    model = tiny_llama()
+    patch(model)
+    other = copy.deepcopy(model)
+    unpatch()
+    with patch(modeling_llama):
+        assert used(widths, other) == "full"
+
+
+def test_an_ended_patch_leaves_a_later_one() -> None:
+    first = patch(modeling_llama)
+    unpatch()
+    patch(modeling_llama)
+    ours = modeling_llama.apply_rotary_pos_emb
+    first.unpatch()
+    assert modeling_llama.apply_rotary_pos_emb is ours
+
+
+def test_a_function_that_changes_its_arguments_is_left_alone() -> None:
+    def rotate(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
+        rotated = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
+        return q.copy_(rotated[0]), k.copy_(rotated[1])
+
+    done = patch(module_with(rotate))
+    assert list(done.left_alone.values()) == ["it changes q in place"]
+
+
+def test_a_patch_under_autocast_is_the_same() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        done = patch(modeling_llama)
+    assert done.left_alone == {}
 
 
 def test_both_widths_give_the_same_bits() -> None:

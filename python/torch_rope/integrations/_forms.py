@@ -137,7 +137,7 @@ def replacement(function: Function) -> Function:
     refusals: list[str] = []
     for call in calls:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 form = _find_form(function, names, call)
         except UnknownFormError as reason:
             refusals.append(str(reason))
@@ -383,11 +383,16 @@ def _find_form(function: Function, names: tuple[str, ...], call: _Call) -> Form:
 
     def attempt(form: Form, trial: _Trial) -> Any:
         """Returns what the function gives, or None if it does not take the arguments."""
+        arguments = trial.arguments(names, form)
         try:
-            return function(**trial.arguments(names, form))
+            result = function(**arguments)
         except Exception as error:
             failures.append(f"{type(error).__name__}: {error}".partition("\n")[0])
             return None
+        for name, before in trial.arguments(names, form).items():
+            if isinstance(before, Tensor) and not torch.equal(arguments[name], before):
+                raise UnknownFormError(f"it changes {name} in place")
+        return result
 
     def fits(form: Form, **changes: Any) -> bool:
         ours = call.make(form, function)

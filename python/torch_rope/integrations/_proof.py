@@ -8,14 +8,15 @@ that: it says nothing about the next call, reading it synchronizes with the devi
 recomputation, a transform or a compiler would not read it.
 
 ``prove`` therefore calls a copy of the model's rotary module, once, when the model is patched: with
-positions that differ on every axis, in every shape that the module takes, and with random numbers
-in its buffers and parameters, so that what is loaded or learned later does not matter, for training
-and for evaluation. Where both values agree throughout, a forward hook registers each table that the
-module returns, as long as the module is what it was: its class, forward, hooks and attributes. The
-replaced function uses half of a table if it is registered, as that very tensor and unchanged since.
-A cast, a slice, an in-place change, a tensor subclass, another rotary module, a changed one, or a
-compiler, which cannot follow the identity of a tensor: all of these lead to full-width tables, and
-never to wrong ones.
+positions that differ on every axis, in every shape that the module takes, for training and for
+evaluation, and with random numbers in its buffers and parameters, so that what is loaded or learned
+later does not matter. Where both values agree throughout, a forward hook registers each table that
+the module returns, as long as the module is what it was: its class, forward, hooks and attributes.
+The replaced function uses half of a table if it is registered, as that very tensor and unchanged
+since. A cast, a slice, an in-place change, a tensor subclass, another rotary module, a changed one,
+or a compiler, which cannot follow the identity of a tensor: all of these lead to full-width tables.
+What the calls cannot see is code that fills both halves differently for other inputs than these, or
+that writes to a table behind autograd's back (``.data``, NumPy).
 """
 
 import copy
@@ -35,15 +36,25 @@ Columns = Literal["halves", "neighbours"]
 
 _COLUMNS: tuple[Columns, ...] = ("halves", "neighbours")
 
-# Positions of tokens, alone and along one to six axes, which come first or last.
-_SHAPES = [(2, 7)]
-_SHAPES += [(*front, 2, 7, *back) for n in range(1, 7) for front, back in (((n,), ()), ((), (n,)))]
+# Positions of tokens alone, and along one to six axes, which come first or last.
+_AXES: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((), ())]
+_AXES += [axes for n in range(1, 7) for axes in (((n,), ()), ((), (n,)))]
+
+# The positions, their number, the dtype of x, and whether the module is training. Frequencies may
+# follow the length.
+_RANGES = [
+    (0, 64, 7, torch.float32, False),
+    (0, 1 << 20, 40, torch.bfloat16, True),
+    (-(1 << 20), 1 << 20, 9, torch.float32, True),
+    (1 << 20, 1 << 31, 3, torch.float16, False),
+]
 
 # The tables registered, by id: the tensor, its version, and the columns that agree.
 _registered: dict[int, tuple["weakref.ref[Tensor]", int, frozenset[Columns]]] = {}
 
 # The hooks of the modules with a proof.
-_proven: "weakref.WeakKeyDictionary[nn.Module, RemovableHandle]" = weakref.WeakKeyDictionary()
+_proven: "weakref.WeakKeyDictionary[nn.Module, tuple[_Proof, RemovableHandle]]"
+_proven = weakref.WeakKeyDictionary()
 
 
 def first(columns: Columns, table: Tensor) -> Tensor:
@@ -61,6 +72,35 @@ def angles_are_doubled(columns: Columns, cos: Tensor, sin: Tensor) -> bool:
     return not is_compiling() and _is_registered(columns, cos) and _is_registered(columns, sin)
 
 
+class _Proof:
+    """The forward hook of a module with a proof.
+
+    Attributes:
+        columns: The columns in which the two values of a pair agree.
+        state: What the module was.
+        has_ended: Whether ``forget`` ended the proof, of copies of the module too.
+    """
+
+    def __init__(self, columns: frozenset[Columns], module: nn.Module) -> None:
+        self.columns = columns
+        self.state = _state(module)
+        self.has_ended = False
+
+    def __deepcopy__(self, memo: object) -> "_Proof":
+        return self
+
+    def __call__(self, module: nn.Module, arguments: object, tables: object) -> None:
+        """Registers the tables that the module returned."""
+        if self.has_ended or is_compiling() or not isinstance(tables, tuple):
+            return
+        if _has_other_hooks(module) or _state(module) != self.state:
+            return
+        for table in tables:
+            # Tensors of inference mode have no version, so a change in place could not be seen.
+            if type(table) is Tensor and not table.is_inference():
+                _register(table, self.columns)
+
+
 def prove(model: nn.Module) -> list[nn.Module]:
     """Makes the proof for a model's rotary modules; returns those that have one since."""
     added = []
@@ -69,8 +109,8 @@ def prove(model: nn.Module) -> list[nn.Module]:
             continue
         columns = _doubled_columns(module)
         if columns:
-            hook = functools.partial(_register, columns, _state(module))
-            _proven[module] = module.register_forward_hook(hook)
+            proof = _Proof(columns, module)
+            _proven[module] = proof, module.register_forward_hook(proof)
             added.append(module)
     return added
 
@@ -78,8 +118,9 @@ def prove(model: nn.Module) -> list[nn.Module]:
 def forget(modules: list[nn.Module] | None = None) -> None:
     """Ends the proofs of these modules, or of all."""
     for module in list(_proven) if modules is None else modules:
-        handle = _proven.pop(module, None)
-        if handle is not None:
+        if module in _proven:
+            proof, handle = _proven.pop(module)
+            proof.has_ended = True
             handle.remove()
 
 
@@ -91,21 +132,13 @@ def _is_registered(columns: Columns, table: Tensor) -> bool:
     return reference() is table and table._version == version and columns in doubled
 
 
-def _register(
-    columns: frozenset[Columns],
-    proven: object,
-    module: nn.Module,
-    arguments: object,
-    tables: object,
-) -> None:
-    """The forward hook of a module with a proof, which holds for what the module then was."""
-    if is_compiling() or not isinstance(tables, tuple) or _state(module) != proven:
-        return
-    for table in tables:
-        # Tensors of inference mode have no version, so a change in place could not be seen.
-        if type(table) is Tensor and not table.is_inference():
-            reference = weakref.ref(table, functools.partial(_unregister, id(table)))
-            _registered[id(table)] = reference, table._version, columns
+def _register(table: Tensor, columns: frozenset[Columns]) -> None:
+    entry = _registered.get(id(table))
+    if entry is not None and entry[0]() is table:
+        # A module that keeps its table, which may have been changed since.
+        columns = entry[2] if entry[1] == table._version else frozenset()
+    reference = weakref.ref(table, functools.partial(_unregister, id(table)))
+    _registered[id(table)] = reference, table._version, columns
 
 
 def _unregister(key: int, reference: "weakref.ref[Tensor]") -> None:
@@ -121,10 +154,14 @@ def _state(module: nn.Module) -> object:
         for name, value in vars(module).items()
         if not name.startswith("_") and name != "training"
     }
-    hooks = [*module._forward_hooks.values(), *_global_forward_hooks.values()]
-    others = [hook for hook in hooks if getattr(hook, "func", None) is not _register]
-    pre_hooks = [*module._forward_pre_hooks.values(), *_global_forward_pre_hooks.values()]
-    return type(module), type(module).forward, attributes, others, pre_hooks
+    return type(module), type(module).forward, attributes
+
+
+def _has_other_hooks(module: nn.Module) -> bool:
+    """Returns whether somebody else's hook may change what goes into a module or comes out."""
+    hooks = (*module._forward_hooks.values(), *_global_forward_hooks.values())
+    others = any(not isinstance(hook, _Proof) for hook in hooks)
+    return others or bool(module._forward_pre_hooks or _global_forward_pre_hooks)
 
 
 def _frozen(value: object) -> object:
@@ -138,9 +175,16 @@ def _frozen(value: object) -> object:
 
 
 def _is_rotary(module: nn.Module) -> bool:
-    if "forward" in vars(module):  # One that a copy would share.
+    """Returns whether a proof can be tried: of a module that can be copied as it is."""
+    own = vars(module)
+    if "forward" in own or any(isinstance(value, Tensor) for value in own.values()):
         return False
-    parameters = tuple(inspect.signature(module.forward).parameters)
+    if _has_other_hooks(module) or not all(t.is_floating_point() for t in module.buffers()):
+        return False
+    try:
+        parameters = tuple(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):  # No function of Python.
+        return False
     return parameters in (("x", "position_ids"), ("x", "position_ids", "layer_type"))
 
 
@@ -165,21 +209,22 @@ def _tables(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     generator = torch.Generator("cpu").manual_seed(0)
     tensors = [*module.parameters(), *module.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
-    x = torch.zeros((2, 7, 8), dtype=torch.float32, device=device)
     options: list[dict[str, Any]] = [{}]
     if "layer_type" in inspect.signature(module.forward).parameters:
         options += [{"layer_type": kind} for kind in getattr(module, "layer_types", ())]
-    # Frequencies may follow the length.
-    for end, training in ((64, False), (1 << 20, False), (64, True), (1 << 20, True)):
-        probe = copy.deepcopy(module).train(training)
-        _randomize(probe, generator)
-        for shape in _SHAPES:
-            ids = torch.randint(end, shape, generator=generator, device="cpu").to(device)
+    probe = copy.deepcopy(module)
+    for low, high, tokens, dtype, training in _RANGES:
+        _randomize(probe.train(training), generator)
+        x = torch.zeros((2, tokens, 8), dtype=dtype, device=device)
+        for front, back in _AXES:
+            ids = torch.randint(
+                low, high, (*front, 2, tokens, *back), generator=generator, device="cpu"
+            )
             for chosen in options:
                 try:
-                    with torch.no_grad():
-                        tables = probe(x, ids, **chosen)
-                except Exception:  # It takes positions of other shapes.
+                    with torch.set_grad_enabled(training):
+                        tables = probe(x, ids.to(device), **chosen)
+                except Exception:  # It takes other positions.
                     continue
                 if not isinstance(tables, tuple):
                     raise TypeError

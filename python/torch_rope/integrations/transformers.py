@@ -51,14 +51,16 @@ class Patch:
     replaced: list[str] = field(default_factory=list)
     already: list[str] = field(default_factory=list)
     left_alone: dict[str, str] = field(default_factory=dict)
+    _installed: list[Function] = field(default_factory=list, repr=False)
     _proven: list[nn.Module] = field(default_factory=list, repr=False)
 
     def unpatch(self) -> None:
         """Puts back what this call replaced."""
-        for key in list(_replaced):
-            if _name(*key) in self.replaced:
+        for key, (_, ours) in list(_replaced.items()):
+            if any(ours is one for one in self._installed):
                 _put_back(*key)
         self.replaced.clear()
+        self._installed.clear()
         forget(self._proven)
 
     def __enter__(self) -> "Patch":
@@ -143,6 +145,7 @@ def patch(model_or_module: nn.Module | ModuleType | None = None) -> Patch:
             _replaced[module, name] = original, ours
             setattr(module, name, ours)
             done.replaced.append(_name(module, name))
+            done._installed.append(ours)
     if not found:
         rule = f"have one of the functions {', '.join(FUNCTIONS)} in its modules"
         raise ValueError(message(_PATCH, "model_or_module", rule, _describe(model_or_module)))
