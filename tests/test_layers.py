@@ -567,12 +567,31 @@ def test_own_frequencies_are_set_in_any_way(learned: bool, set_frequencies: Any)
         assert_same_bits(scripted.rotate(q, positions), torch_rope.apply(q, positions, OWN))
 
 
-def test_unset_frequencies_are_refused_by_compiled_and_scripted_layers() -> None:
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_unset_frequencies_are_refused_by_compiled_layers_until_they_are_set(backend: str) -> None:
     q, k, positions = inputs("cpu")
-    with pytest.raises(ValueError, match=UNSET):
-        torch.compile(emptied(), backend="eager")(q, k, positions)
+    rotary = emptied()
+    compiled = torch.compile(rotary, backend=backend)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=UNSET):
+            compiled(q, k, positions)
+    with torch.no_grad():
+        rotary.inv_freq.copy_(OWN)
+    for _ in range(2):
+        for actual, expected in zip(
+            compiled(q, k, positions), torch_rope.apply((q, k), positions, OWN), strict=True
+        ):
+            assert_same_bits(actual, expected)
+
+
+def test_unset_frequencies_are_refused_by_scripted_layers() -> None:
+    q, k, positions = inputs("cpu")
     with pytest.raises(Exception, match="_refuse_unset"):
         torch.jit.script(emptied())(q, k, positions)
+
+
+def test_unset_frequencies_are_no_garbage() -> None:
+    assert emptied().inv_freq.isnan().all()
 
 
 def test_own_frequencies_on_the_meta_device_load_by_assignment() -> None:

@@ -2,6 +2,7 @@
 
 import math
 import reprlib
+import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast, overload
 
@@ -735,6 +736,8 @@ class RotaryEmbedding(nn.Module):
         super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
         if is_to_come and not self.inv_freq.is_meta:
             if self.rope_type is None:
+                with torch.no_grad():  # For tracers that do not see the mark: never garbage.
+                    self.inv_freq.fill_(math.nan)
                 self._mark_unset()
             else:
                 self.reset_parameters()
@@ -760,7 +763,14 @@ class RotaryEmbedding(nn.Module):
 
     @torch.jit.unused
     def _refuse_unset(self) -> None:
-        is_unset = self._is_as_it_was() if torch.compiler.is_compiling() else self._is_unset()
+        if torch.compiler.is_compiling():
+            is_unset = self._is_as_it_was()
+        else:
+            # A compiler that is there would take up the function by itself, and give it versions of
+            # its own.
+            compiler = sys.modules.get("torch._dynamo")
+            ask = self._is_unset if compiler is None else compiler.disable(self._is_unset)
+            is_unset = ask()
         if is_unset:
             rule = "be set after it came from the meta device (module.inv_freq.copy_)"
             raise ValueError(message(_ROTARY, "inv_freq", rule, "uninitialised memory"))
