@@ -57,6 +57,16 @@ std::string hint(std::string_view argument, py::handle value) {
              : "";
 }
 
+std::string kind_of(py::handle value) {
+  int overflow = 0;
+  if (PyLong_CheckExact(value.ptr())) {
+    PyLong_AsLongLongAndOverflow(value.ptr(), &overflow);
+  }
+  return value.is_none() ? "None"
+         : overflow != 0 ? "one beyond 64 bits"
+                         : Py_TYPE(value.ptr())->tp_name;
+}
+
 // One argument, read. pybind11's own message would hold the values of all arguments, those of
 // tensors too, for which it would wait for a device.
 template <typename Value>
@@ -66,8 +76,7 @@ struct Argument {
   Argument(const std::string& function, const char* name, py::handle value) {
     TORCH_CHECK_TYPE(load(value), "rope::", function, "(): expected ", name, " to ",
                      name == std::string_view("x") ? "be a tensor or a (q, k) tuple" : kRule<Value>,
-                     ", but got ", value.is_none() ? "None" : Py_TYPE(value.ptr())->tp_name,
-                     hint(name, value));
+                     ", but got ", kind_of(value), hint(name, value));
   }
 
  private:

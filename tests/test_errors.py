@@ -601,6 +601,8 @@ def test_none_is_refused_where_a_tensor_is_needed(function: str) -> None:
         ("embedding_axis", -1.0, "be an integer"),
         ("rotary_dim", 4.0, "be an integer or None"),
         ("rotary_dim", "4", "be an integer or None"),
+        ("rotary_dim", 2**63, "be an integer or None"),
+        ("embedding_axis", -(2**64), "be an integer"),
         ("rotary_offset", 0.5, "be an integer"),
         ("max_wavelength", "1e5", "be a number"),
         ("max_wavelength", None, "be a number"),
@@ -617,6 +619,7 @@ def test_an_option_of_another_type_is_refused_by_name_and_type(
     option: str, value: Any, rule: str
 ) -> None:
     got = "None" if value is None else type(value).__name__
+    got = "one beyond 64 bits" if isinstance(value, int) else got
     of_angles = ("max_wavelength", "scale_factor", "attention_factor")
     for function, arguments in (("apply", GOOD), ("apply_cos_sin", TABLES)):
         if option in (("full_width",) if function == "apply" else of_angles):
