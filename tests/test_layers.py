@@ -1405,3 +1405,32 @@ def test_sections_that_are_not_applied_are_not_shown() -> None:
     assert "mrope" not in repr(torch_rope.RotaryEmbedding(8, parameters))
     config = {"head_dim": 8, "rope_scaling": parameters}
     assert "mrope_section=(1, 2, 1)" in repr(torch_rope.RotaryEmbedding.from_config(config))
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "text"),
+    [
+        ({"head_dim": [4]}, TypeError, "head_dim to be an integer, but got list"),
+        ({"head_dim": 0}, ValueError, "head_dim to be at least 1, but got 0"),
+        ({"hidden_size": 8, "num_attention_heads": 0}, ValueError, "num_attention_heads to be at"),
+        ({"hidden_size": [8], "num_attention_heads": 2}, TypeError, "hidden_size to be an integer"),
+        (
+            {"partial_rotary_factor": float("inf")},
+            ValueError,
+            "partial_rotary_factor to be positive",
+        ),
+        (
+            {"partial_rotary_factor": float("nan")},
+            ValueError,
+            "partial_rotary_factor to be positive",
+        ),
+        ({"partial_rotary_factor": [0.5]}, TypeError, "partial_rotary_factor to be a number"),
+    ],
+    ids=str,
+)
+def test_sizes_of_no_use_in_a_configuration_are_refused(
+    config: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    whole = {"rope_theta": 1e4, **({} if "hidden_size" in config else {"head_dim": 16}), **config}
+    with pytest.raises(error, match=rf"from_config\(\): expected {text}"):
+        RotaryEmbedding.from_config(whole)

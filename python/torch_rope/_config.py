@@ -1,12 +1,13 @@
 """What a Hugging Face configuration says about rotary position embedding."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from torch_rope._arguments import kind_of, message
+from torch_rope._arguments import check_integer, check_number, kind_of, message
 
 _FUNCTION = "torch_rope.RotaryEmbedding.from_config"
 
@@ -284,10 +285,23 @@ def _rotary_dim(config: Any, parameters: Mapping[str, Any]) -> int:
                 "torch_rope.RotaryEmbedding.from_config(): expected config to have head_dim, or "
                 "hidden_size and num_attention_heads, but they are missing"
             )
+        _check_size("hidden_size", hidden_size)
+        _check_size("num_attention_heads", num_heads)
         head_dim = hidden_size // num_heads
+    _check_size("head_dim", head_dim)
     if is_proportional:
         return int(head_dim)
     share = parameters["partial_rotary_factor"]
     if share is None:
         return int(_get(config, "rotary_dim") or head_dim)
+    check_number(_FUNCTION, "partial_rotary_factor", share)
+    if not (share > 0 and math.isfinite(share)):
+        rule = "be positive and finite"
+        raise ValueError(message(_FUNCTION, "partial_rotary_factor", rule, repr(share)))
     return int(head_dim * share)
+
+
+def _check_size(key: str, value: Any) -> None:
+    check_integer(_FUNCTION, key, value)
+    if value < 1:
+        raise ValueError(message(_FUNCTION, key, "be at least 1", value))
