@@ -80,18 +80,29 @@ struct Operators {
   template <typename... Arguments>
   struct Family {
     static at::Tensor single(const at::Tensor& x, Arguments... arguments) {
-      return rotate(on(make_call(arguments...), x)).q;
+      return rotate(make(x, {}, false, arguments...)).q;
     }
     static std::tuple<at::Tensor, at::Tensor> pair(const at::Tensor& q, const at::Tensor& k,
                                                    Arguments... arguments) {
-      Outputs outputs = rotate(on(make_call(arguments...), q, k));
+      Outputs outputs = rotate(make(q, k, true, arguments...));
       return {std::move(outputs.q), std::move(outputs.k)};
     }
     static void single_in_place(const at::Tensor& x, Arguments... arguments) {
-      rotate(in_place(on(make_call(arguments...), x)));
+      rotate(in_place(make(x, {}, false, arguments...)));
     }
     static void pair_in_place(const at::Tensor& q, const at::Tensor& k, Arguments... arguments) {
-      rotate(in_place(on(make_call(arguments...), q, k)));
+      rotate(in_place(make(q, k, true, arguments...)));
+    }
+
+   private:
+    // What on() does, without moving the call: it is made for each step of its way to a kernel.
+    static Call make(const at::Tensor& q, const at::Tensor& k, bool is_pair,
+                     Arguments... arguments) {
+      Call call = make_call(arguments...);
+      call.q = q;
+      call.k = k;
+      call.is_pair = is_pair;
+      return call;
     }
   };
   using Apply = WithPositionArguments<Family>;

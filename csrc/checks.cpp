@@ -329,33 +329,37 @@ bool are_known_to_share_memory(const at::Tensor& x, const at::Tensor& y) {
          TORCH_GUARD_OR_FALSE(y.sym_numel().sym_gt(0));
 }
 
-// One past the last byte of a tensor in its storage.
-std::int64_t end_in_storage(const at::Tensor& x) {
+// One past the last element of a tensor in its storage; 0 where there is none.
+std::int64_t end_in_storage(const c10::TensorImpl& x) {
+  if (x.numel() == 0) {
+    return 0;
+  }
+  if (x.is_contiguous()) {
+    return x.storage_offset() + x.numel();
+  }
   const at::IntArrayRef sizes = x.sizes();
   const at::IntArrayRef strides = x.strides();
   std::int64_t last = x.storage_offset();
   for (const auto d : c10::irange(sizes.size())) {
-    if (sizes[d] == 0) {
-      return 0;
-    }
     last += (sizes[d] - 1) * strides[d];
   }
-  return (last + 1) * x.element_size();
+  return last + 1;
 }
 
 // That sizes and strides stay within the storage, which may have been resized to nothing. Not of
 // tensors without memory of their own, such as those of compilers.
-void check_storage(const Call& call, const at::Tensor& x, const char* argument) {
-  const c10::TensorImpl* tensor = x.unsafeGetTensorImpl();
-  if (!x.defined() || tensor->has_symbolic_sizes_strides() || tensor->is_python_dispatch() ||
-      !tensor->has_storage() || x.is_meta()) {
+void check_storage(const Call& call, const at::Tensor& tensor, const char* argument) {
+  const c10::TensorImpl& x = *tensor.unsafeGetTensorImpl();
+  if (x.has_symbolic_sizes_strides() || x.is_python_dispatch() || x.is_meta() || !x.has_storage()) {
     return;
   }
-  const std::optional<std::int64_t> bytes =
-      tensor->unsafe_storage().unsafeGetStorageImpl()->sym_nbytes().maybe_as_int();
-  TORCH_CHECK_VALUE(!bytes.has_value() || end_in_storage(x) <= *bytes, expected(call, argument),
-                    "lie within its storage, but got sizes ", x.sizes(), " with strides ",
-                    x.strides(), " at offset ", x.storage_offset(), " in ", *bytes, " bytes");
+  const c10::SymInt bytes = x.unsafe_storage().unsafeGetStorageImpl()->sym_nbytes();
+  const std::int64_t end = end_in_storage(x);
+  TORCH_CHECK_VALUE(end == 0 || bytes.is_symbolic() ||
+                        end * static_cast<std::int64_t>(x.itemsize()) <= bytes.as_int_unchecked(),
+                    expected(call, argument), "lie within its storage, but got sizes ", x.sizes(),
+                    " with strides ", x.strides(), " at offset ", x.storage_offset(), " in ", bytes,
+                    " bytes");
 }
 
 // What only calls in place must meet.
@@ -393,8 +397,10 @@ void check(const Call& call) {
       {call.q, q_name},       {call.k, "k"},     {call.positions, "positions"},
       {inv_freq, "inv_freq"}, {call.cos, "cos"}, {call.sin, "sin"}};
   for (const auto& [tensor, argument] : tensors) {
-    check_layout(call, tensor);
-    check_storage(call, tensor, argument);
+    if (tensor.defined()) {
+      check_layout(call, tensor);
+      check_storage(call, tensor, argument);
+    }
   }
   check_defined(call, call.q, q_name);
   if (call.uses_tables) {

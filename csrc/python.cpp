@@ -67,16 +67,25 @@ std::string kind_of(py::handle value) {
                          : Py_TYPE(value.ptr())->tp_name;
 }
 
-// One argument, read. pybind11's own message would hold the values of all arguments, those of
-// tensors too, for which it would wait for a device.
+// pybind11's own message would hold the values of all arguments, those of tensors too, for which it
+// would wait for a device.
+[[noreturn, gnu::noinline, gnu::cold]] void refuse(const std::string& function,
+                                                   std::string_view argument, const char* rule,
+                                                   py::handle value) {
+  TORCH_CHECK_TYPE(false, "rope::", function, "(): expected ", argument, " to ",
+                   argument == "x" ? "be a tensor or a (q, k) tuple" : rule, ", but got ",
+                   kind_of(value), hint(argument, value));
+}
+
+// One argument, read.
 template <typename Value>
 struct Argument {
   py::detail::make_caster<Value> caster;
 
   Argument(const std::string& function, const char* name, py::handle value) {
-    TORCH_CHECK_TYPE(load(value), "rope::", function, "(): expected ", name, " to ",
-                     name == std::string_view("x") ? "be a tensor or a (q, k) tuple" : kRule<Value>,
-                     ", but got ", kind_of(value), hint(name, value));
+    if (!load(value)) [[unlikely]] {
+      refuse(function, name, kRule<Value>, value);
+    }
   }
 
  private:
