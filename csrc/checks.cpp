@@ -53,38 +53,41 @@ c10::SymDimVector batch_sizes(const at::Tensor& x, std::int64_t embedding_axis) 
   return sizes;
 }
 
-// Whether sizes expand to the target: ordinary broadcasting, which the shape of x bounds.
-bool broadcasts_to(c10::SymIntArrayRef sizes, c10::SymIntArrayRef target) {
+// Whether sizes expand to the target: ordinary broadcasting, which the shape of x bounds. are_equal
+// compares two sizes, of which neither need be a number.
+template <typename AreEqual>
+bool broadcasts_to(c10::SymIntArrayRef sizes, c10::SymIntArrayRef target,
+                   const AreEqual& are_equal) {
   if (sizes.size() > target.size()) {
     return false;
   }
   for (const auto i : c10::irange(sizes.size())) {
     const c10::SymInt& size = sizes[sizes.size() - 1 - i];
-    if (!TORCH_GUARD_OR_FALSE(size.sym_eq(1)) &&
-        !holds(size.sym_eq(target[target.size() - 1 - i]))) {
+    if (!TORCH_GUARD_OR_FALSE(size.sym_eq(1)) && !are_equal(size, target[target.size() - 1 - i])) {
       return false;
     }
   }
   return true;
 }
 
+// The same, where it is to hold.
+bool broadcasts_to(c10::SymIntArrayRef sizes, c10::SymIntArrayRef target) {
+  return broadcasts_to(sizes, target, [](const c10::SymInt& size, const c10::SymInt& wanted) {
+    return holds(size.sym_eq(wanted));
+  });
+}
+
 // Which dimension of 1, counted from the end, would make the sizes expand to the target; trailing
 // ones come after them. 0 where none would.
 std::int64_t missing_dimension(c10::SymIntArrayRef sizes, c10::SymIntArrayRef target,
                                std::int64_t trailing) {
-  const auto expands = [&](const c10::SymDimVector& candidate) {
-    bool fits = candidate.size() <= target.size();
-    for (std::size_t i = 0; fits && i < candidate.size(); ++i) {
-      const c10::SymInt& size = candidate[candidate.size() - 1 - i];
-      fits = TORCH_GUARD_OR_FALSE(size.sym_eq(1)) ||
-             TORCH_GUARD_OR_FALSE(size.sym_eq(target[target.size() - 1 - i]));
-    }
-    return fits;
+  const auto are_known_to_be_equal = [](const c10::SymInt& size, const c10::SymInt& wanted) {
+    return TORCH_GUARD_OR_FALSE(size.sym_eq(wanted));
   };
   for (std::size_t from_end = 0; from_end < sizes.size(); ++from_end) {
     c10::SymDimVector candidate(sizes.begin(), sizes.end());
     candidate.insert(candidate.end() - from_end, 1);
-    if (expands(candidate)) {
+    if (broadcasts_to(candidate, target, are_known_to_be_equal)) {
       return -1 - trailing - static_cast<std::int64_t>(from_end);
     }
   }
@@ -111,8 +114,7 @@ std::string one_tuple_hint(const Call& call) {
 
 void check_layout(const Call& call, const at::Tensor& tensor) {
   TORCH_CHECK_NOT_IMPLEMENTED(
-      !tensor.defined() || !tensor.is_nested() || tensor.layout() != at::kStrided,
-      "rope::", call.name(),
+      !tensor.is_nested() || tensor.layout() != at::kStrided, "rope::", call.name(),
       "(): expected nested tensors to have the layout torch.jagged, but got torch.strided");
 }
 
