@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <string>
+#include <string_view>
 
 #include "gradients.h"
 #include "messages.h"
@@ -20,7 +21,7 @@ std::string expected(const Call& call, const char* argument) {
   return rope::expected(call.name(), argument);
 }
 
-std::string expected(const SumCall& call, const char* argument) {
+std::string expected(const SumCall& call, std::string_view argument) {
   return rope::expected(call.operator_name, argument);
 }
 
@@ -380,6 +381,44 @@ void check_memory(const Call& call, const at::Tensor& x, const char* argument) {
   }
 }
 
+// Of the operators of gradients.h: that a tensor, its gradient, and the sizes of the sums fit.
+void check_operand(const SumCall& call, std::size_t i) {
+  const auto& [axis, offset] = std::pair(call.options.embedding_axis, call.options.rotary_offset);
+  const at::Tensor& x = call.xs[i];
+  const at::Tensor& grad = call.grads[i];
+  const at::Tensor& first = call.xs[0];
+  const auto x_name = [&] { return c10::str(call.xs_name, "[", i, "]"); };
+  const auto grad_name = [&] { return c10::str("grads[", i, "]"); };
+  TORCH_CHECK_TYPE(is_supported_float(x.scalar_type()), expected(call, x_name()),
+                   "be float64, float32, float16 or bfloat16, but got ", name_of(x.scalar_type()));
+  TORCH_CHECK_TYPE(x.scalar_type() == first.scalar_type() && x.device() == first.device(),
+                   expected(call, x_name()), "be ", name_of(first.scalar_type()), " on ",
+                   first.device(), ", as ", call.xs_name, "[0] is, but got ",
+                   name_of(x.scalar_type()), " on ", x.device());
+  TORCH_CHECK_TYPE(grad.scalar_type() == x.scalar_type() && grad.device() == x.device(),
+                   expected(call, grad_name()), "be ", name_of(x.scalar_type()), " on ", x.device(),
+                   ", as ", x_name(), " is, but got ", name_of(grad.scalar_type()), " on ",
+                   grad.device());
+  TORCH_CHECK_VALUE(have_same_shape(grad, x), expected(call, grad_name()), "have the shape of ",
+                    x_name(), ", ", x.sym_sizes(), ", but got ", grad.sym_sizes());
+  TORCH_CHECK_INDEX(-x.dim() <= axis && axis < x.dim(), expected(call, "embedding_axis"),
+                    "be a dimension of ", x_name(), ", which has ", x.dim(), ", but got ", axis);
+  const c10::SymIntArrayRef sizes = call.sizes;
+  const c10::SymInt dim =
+      sizes.empty() ? c10::SymInt(-1) : sizes.back() * (call.full_width ? 1 : 2);
+  TORCH_CHECK_VALUE(offset >= 0 && holds(dim.sym_ge(0)) && holds((dim % 2).sym_eq(0)) &&
+                        holds((dim + offset).sym_le(x.sym_size(axis))),
+                    expected(call, "sizes"), "end in the number of ",
+                    call.full_width ? "elements" : "pairs", " that ", x_name(), " has in its ",
+                    x.sym_size(axis), " elements from rotary_offset ", offset, " on, but got ",
+                    sizes);
+  const c10::SymDimVector target = batch_sizes(x, axis);
+  TORCH_CHECK_VALUE(broadcasts_to(sizes.slice(0, sizes.size() - 1), target),
+                    expected(call, "sizes"), "be broadcastable, without the last, with ",
+                    c10::SymIntArrayRef(target), ", the shape of ", x_name(),
+                    " without embedding_axis, but got ", sizes);
+}
+
 }  // namespace
 
 c10::SymInt rotary_dim(const Call& call, const at::Tensor& x) {
@@ -449,33 +488,14 @@ void check(const Call& call) {
 }
 
 void check(const SumCall& call) {
-  const auto& [axis, offset] = std::pair(call.options.embedding_axis, call.options.rotary_offset);
-  const at::Tensor& x = call.x;
-  const at::Tensor& grad = call.grad;
-  TORCH_CHECK_TYPE(is_supported_float(x.scalar_type()), expected(call, call.x_name),
-                   "be float64, float32, float16 or bfloat16, but got ", name_of(x.scalar_type()));
-  TORCH_CHECK_TYPE(grad.scalar_type() == x.scalar_type() && grad.device() == x.device(),
-                   expected(call, "grad"), "be ", name_of(x.scalar_type()), " on ", x.device(),
-                   ", as ", call.x_name, " is, but got ", name_of(grad.scalar_type()), " on ",
-                   grad.device());
-  TORCH_CHECK_VALUE(have_same_shape(grad, x), expected(call, "grad"), "have the shape of ",
-                    call.x_name, ", ", x.sym_sizes(), ", but got ", grad.sym_sizes());
-  TORCH_CHECK_INDEX(-x.dim() <= axis && axis < x.dim(), expected(call, "embedding_axis"),
-                    "be a dimension of ", call.x_name, ", which has ", x.dim(), ", but got ", axis);
-  const c10::SymIntArrayRef sizes = call.sizes;
-  const c10::SymInt dim =
-      sizes.empty() ? c10::SymInt(-1) : sizes.back() * (call.full_width ? 1 : 2);
-  TORCH_CHECK_VALUE(offset >= 0 && holds(dim.sym_ge(0)) && holds((dim % 2).sym_eq(0)) &&
-                        holds((dim + offset).sym_le(x.sym_size(axis))),
-                    expected(call, "sizes"), "end in the number of ",
-                    call.full_width ? "elements" : "pairs", " that ", call.x_name, " has in its ",
-                    x.sym_size(axis), " elements from rotary_offset ", offset, " on, but got ",
-                    sizes);
-  const c10::SymDimVector target = batch_sizes(x, axis);
-  TORCH_CHECK_VALUE(broadcasts_to(sizes.slice(0, sizes.size() - 1), target),
-                    expected(call, "sizes"), "be broadcastable, without the last, with ",
-                    c10::SymIntArrayRef(target), ", the shape of ", call.x_name,
-                    " without embedding_axis, but got ", sizes);
+  const std::size_t count = call.xs.size();
+  TORCH_CHECK_VALUE(count == 1 || count == 2, expected(call, call.xs_name),
+                    "be one tensor or two, but got ", count);
+  TORCH_CHECK_VALUE(call.grads.size() == count, expected(call, "grads"), "be as many as ",
+                    call.xs_name, ", ", count, ", but got ", call.grads.size());
+  for (const auto i : c10::irange(count)) {
+    check_operand(call, i);
+  }
 }
 
 void check_rows_exist(const Call& call) {

@@ -6,6 +6,7 @@
 #include <c10/util/irange.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <numeric>
 #include <tuple>
 #include <utility>
@@ -31,10 +32,17 @@ Pair<at::Tensor> real_pairs(const SumCall& call, const at::Tensor& x) {
   return {views.a.to(real), views.b.to(real)};
 }
 
-Rotation<at::Tensor> sum_composed(const SumCall& call) {
-  check(call);
-  const Pair<at::Tensor> g = real_pairs(call, call.grad);
-  const Pair<at::Tensor> x = real_pairs(call, call.x);
+void add(at::Tensor& sum, const at::Tensor& term) {
+  if (term.defined()) {
+    sum = sum.defined() ? sum + term : term;
+  }
+}
+
+// The sums of one tensor of the call.
+Rotation<at::Tensor> sum_one(const SumCall& call, const at::Tensor& grad,
+                             const at::Tensor& tensor) {
+  const Pair<at::Tensor> g = real_pairs(call, grad);
+  const Pair<at::Tensor> x = real_pairs(call, tensor);
   if (call.full_width) {
     c10::SymDimVector sizes(call.sizes.begin(), call.sizes.end());
     sizes.back() = sizes.back() / 2;
@@ -57,30 +65,49 @@ Rotation<at::Tensor> sum_composed(const SumCall& call) {
           summed(call.options.conjugate ? -sin : sin)};
 }
 
+Rotation<at::Tensor> sum_composed(const SumCall& call) {
+  check(call);
+  Rotation<at::Tensor> total;
+  for (const auto i : c10::irange(call.xs.size())) {
+    const Rotation<at::Tensor> one = sum_one(call, call.grads[i], call.xs[i]);
+    add(total.cos, one.cos);
+    add(total.sin, one.sin);
+  }
+  return total;
+}
+
 // The launch of tables that look like the sums: NOTE [ Sums ] in cuda/sum_thread.h.
 void for_each_sum_launch(const SumCall& call, const at::Tensor& like_sums,
                          c10::function_ref<void(const Launch&)> launch) {
   const ApplyOptions& options = call.options;
-  const Call tables = make_call(like_sums, like_sums, std::nullopt, options.embedding_axis,
-                                std::nullopt, options.rotary_offset, options.interleaved,
-                                options.conjugate, /*full_width=*/false);
-  for_each_launch(on(tables, call.grad), {call.x, {}}, launch);
+  const Call tables =
+      make_call(like_sums, like_sums, std::nullopt, options.embedding_axis, std::nullopt,
+                options.rotary_offset, options.interleaved, options.conjugate, call.full_width);
+  if (call.xs.size() == 1) {
+    for_each_launch(on(tables, call.grads[0]), {call.xs[0], {}}, launch);
+  } else {
+    for_each_launch(on(tables, call.grads[0], call.grads[1]), {call.xs[0], call.xs[1]}, launch);
+  }
 }
 
 Rotation<at::Tensor> sum_on_cuda(const SumCall& call) {
-  // With so many dimensions a launch may be split, and the parts have sums in common. Full-width
-  // tables have no kernel.
-  if (!cuda::has_kernels() || call.x.dim() > kMaxDims || call.full_width) {
+  check(call);
+  // With so many dimensions a launch may be split, and the parts have sums in common.
+  const bool is_one_launch =
+      std::ranges::all_of(call.xs, [](const at::Tensor& x) { return x.dim() <= kMaxDims; });
+  if (!cuda::has_kernels() || !is_one_launch) {
     return sum_composed(call);
   }
-  check(call);
   const at::IntArrayRef sizes = C10_AS_INTARRAYREF_SLOW(call.sizes);
   const std::int64_t numel = c10::multiply_integers(sizes);
-  const at::TensorOptions options = call.x.options().dtype(at::toOpMathType(call.x.scalar_type()));
+  const at::Tensor& x = call.xs[0];
+  const at::TensorOptions options = x.options().dtype(at::toOpMathType(x.scalar_type()));
   const auto only_wanted = [&](const auto& make) {
     return Rotation<at::Tensor>{call.wants_cos ? make() : at::Tensor(), make()};
   };
-  if (call.x.numel() == 0 || numel == 0) {
+  const bool is_empty =
+      std::ranges::all_of(call.xs, [](const at::Tensor& x) { return x.numel() == 0; });
+  if (is_empty || numel == 0) {
     return only_wanted([&] { return at::zeros(sizes, options); });
   }
   Rotation<at::Tensor> sums;
@@ -94,7 +121,7 @@ Rotation<at::Tensor> sum_on_cuda(const SumCall& call) {
     cuda::sum(launch,
               {call.wants_cos ? sums.cos.mutable_data_ptr() : nullptr, sums.sin.mutable_data_ptr(),
                numel},
-              call.x.get_device());
+              x.get_device());
     if (groups > 1) {
       sums = {call.wants_cos ? sums.cos.sum(0) : at::Tensor(), sums.sin.sum(0)};
     }
@@ -105,20 +132,20 @@ Rotation<at::Tensor> sum_on_cuda(const SumCall& call) {
 // The operators that one function over calls makes, with the signatures of the schemas.
 template <Rotation<at::Tensor> (*sum)(const SumCall&)>
 struct SumOperators {
-  static at::Tensor angle(const at::Tensor& grad, const at::Tensor& y, c10::SymIntArrayRef sizes,
+  static at::Tensor angle(at::TensorList grads, at::TensorList ys, c10::SymIntArrayRef sizes,
                           std::int64_t embedding_axis, std::int64_t rotary_offset, bool interleaved,
                           bool conjugate) {
-    return sum({"_angle_gradient", "y", grad, y, sizes,
+    return sum({"_angle_gradient", "ys", grads, ys, sizes,
                 slice(embedding_axis, rotary_offset, interleaved, conjugate)})
         .sin;
   }
-  static std::tuple<at::Tensor, at::Tensor> cos_sin(const at::Tensor& grad, const at::Tensor& x,
+  static std::tuple<at::Tensor, at::Tensor> cos_sin(at::TensorList grads, at::TensorList xs,
                                                     c10::SymIntArrayRef sizes,
                                                     std::int64_t embedding_axis,
                                                     std::int64_t rotary_offset, bool interleaved,
                                                     bool conjugate, bool full_width) {
     Rotation<at::Tensor> sums =
-        sum({"_cos_sin_gradient", "x", grad, x, sizes,
+        sum({"_cos_sin_gradient", "xs", grads, xs, sizes,
              slice(embedding_axis, rotary_offset, interleaved, conjugate), true, full_width});
     return {std::move(sums.cos), std::move(sums.sin)};
   }
@@ -145,8 +172,9 @@ Rotation<at::Tensor> dispatch(const SumCall& call) {
   };
   const auto send = [&](const auto& handle, auto... full_width) {
     const ApplyOptions& options = call.options;
-    return handle.call(call.grad, call.x, call.sizes, options.embedding_axis, options.rotary_offset,
-                       options.interleaved, options.conjugate, full_width...);
+    return handle.call(call.grads, call.xs, call.sizes, options.embedding_axis,
+                       options.rotary_offset, options.interleaved, options.conjugate,
+                       full_width...);
   };
   if (call.wants_cos) {
     static const auto cos_sin =
@@ -161,12 +189,12 @@ Rotation<at::Tensor> dispatch(const SumCall& call) {
 // For a device with a kernel of its own, which ends what PyTorch does for composite operators by
 // itself. Subclasses, such as the tensors of compilers, see ATen operators, as elsewhere.
 Rotation<at::Tensor> sum_with_autograd(const SumCall& call) {
-  bool is_plain = !is_transformed();
-  for (const at::Tensor* tensor : {&call.grad, &call.x}) {
-    is_plain = is_plain && !tensor->unsafeGetTensorImpl()->is_python_dispatch() &&
-               !has_tangent(*tensor) && !(at::GradMode::is_enabled() && requires_grad(*tensor));
-  }
-  if (!is_plain) {
+  const auto is_plain = [](const at::Tensor& tensor) {
+    return !tensor.unsafeGetTensorImpl()->is_python_dispatch() && !has_tangent(tensor) &&
+           !(at::GradMode::is_enabled() && requires_grad(tensor));
+  };
+  if (is_transformed() || !std::ranges::all_of(call.grads, is_plain) ||
+      !std::ranges::all_of(call.xs, is_plain)) {
     return sum_composed(call);
   }
   const at::AutoDispatchBelowAutograd guard;
@@ -176,8 +204,8 @@ Rotation<at::Tensor> sum_with_autograd(const SumCall& call) {
 // -------------------------------------------------------------------------------------------------
 // The gradients
 
-// The sums of one tensor of the call.
-Rotation<at::Tensor> sum_to_tokens(const Call& call, const at::Tensor& grad, const at::Tensor& x) {
+// The sums of the call's tensors, which have the same dtype.
+Rotation<at::Tensor> sum_to_tokens(const Call& call, at::TensorList grads, at::TensorList xs) {
   c10::SymIntArrayRef tokens;
   if (call.positions.defined()) {
     const auto& inv_freq = call.options.inv_freq;
@@ -186,14 +214,30 @@ Rotation<at::Tensor> sum_to_tokens(const Call& call, const at::Tensor& grad, con
     tokens = call.cos.sym_sizes().slice(0, call.cos.dim() - 1);
   }
   c10::SymDimVector sizes(tokens.begin(), tokens.end());
-  const c10::SymInt dim = rotary_dim(call, x);
+  const c10::SymInt dim = rotary_dim(call, xs[0]);
   sizes.push_back(call.full_width ? dim : dim / 2);
-  return dispatch({.grad = grad,
-                   .x = x,
+  return dispatch({.grads = grads,
+                   .xs = xs,
                    .sizes = sizes,
                    .options = call.options,
                    .wants_cos = call.uses_tables,
                    .full_width = call.full_width});
+}
+
+// Visits the tensors whose gradients are defined: two of the same dtype together.
+void for_each_dtype(at::TensorList grads, at::TensorList kept,
+                    c10::function_ref<void(at::TensorList, at::TensorList)> visit) {
+  const bool together = grads.size() == 2 && grads[0].defined() && grads[1].defined() &&
+                        kept[0].scalar_type() == kept[1].scalar_type();
+  if (together) {
+    visit(grads, kept);
+    return;
+  }
+  for (const auto i : c10::irange(grads.size())) {
+    if (grads[i].defined()) {
+      visit(grads[i], kept[i]);
+    }
+  }
 }
 
 at::Tensor positions_gradient(const Call& call, const at::Tensor& angle) {
@@ -231,26 +275,18 @@ at::Tensor table_rows_gradient(const Call& call, const at::Tensor& table,
       .to(table.scalar_type());
 }
 
-void add(at::Tensor& sum, const at::Tensor& term) {
-  if (term.defined()) {
-    sum = sum.defined() ? sum + term : term;
-  }
-}
-
 }  // namespace
 
 AngleGradients angle_gradients(const Call& call, at::TensorList grads, at::TensorList kept,
                                const WantedGradients& wanted) {
+  // With y = R(t) x the derivative dy/dt is y turned by a right angle: of a call by positions the
+  // output is all it takes.
   Rotation<at::Tensor> total;
-  for (const auto i : c10::irange(grads.size())) {
-    if (grads[i].defined()) {
-      // With y = R(t) x the derivative dy/dt is y turned by a right angle: of a call by positions
-      // the output is all it takes.
-      const Rotation<at::Tensor> one = sum_to_tokens(call, grads[i], kept[i]);
-      add(total.cos, one.cos);
-      add(total.sin, one.sin);
-    }
-  }
+  for_each_dtype(grads, kept, [&](at::TensorList some_grads, at::TensorList some_kept) {
+    const Rotation<at::Tensor> some = sum_to_tokens(call, some_grads, some_kept);
+    add(total.cos, some.cos);
+    add(total.sin, some.sin);
+  });
   AngleGradients result;
   if (!total.sin.defined()) {
     return result;

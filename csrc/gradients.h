@@ -31,7 +31,8 @@ struct AngleGradients {
 AngleGradients angle_gradients(const Call& call, at::TensorList grads, at::TensorList kept,
                                const WantedGradients& wanted);
 
-// One call of either operator. With g the gradient of what came out of a rotation of x, they are
+// One call of either operator, on one tensor or on two of the same dtype, such as q and k, whose
+// sums are added. With g the gradient of what came out of a rotation of x, they are
 //   cos: sum(g.a * x.a + g.b * x.b)    sin: sum(g.b * x.a - g.a * x.b)
 // over the pairs (a, b) that share an angle, in the type in which x is computed with. They are the
 // gradients of cos t and sin t; where x is what came out, the sine's is that of the angle t. With
@@ -39,11 +40,11 @@ AngleGradients angle_gradients(const Call& call, at::TensorList grads, at::Tenso
 //   cos: sum(g.a * x.a), sum(g.b * x.b)    sin: sum(-g.a * x.b), sum(g.b * x.a)
 struct SumCall {
   const char* operator_name = "";
-  const char* x_name = "";
-  at::Tensor grad;
-  at::Tensor x;
-  // Of a sum: (tokens..., N), or (tokens..., 2 N) with full_width, where tokens broadcast with x as
-  // tables do.
+  const char* xs_name = "";
+  at::TensorList grads;
+  at::TensorList xs;
+  // Of a sum: (tokens..., N), or (tokens..., 2 N) with full_width, where tokens broadcast with each
+  // x as tables do.
   c10::SymIntArrayRef sizes;
   ApplyOptions options;  // embedding_axis, rotary_offset, interleaved, conjugate
   bool wants_cos = false;

@@ -30,7 +30,9 @@
 //
 // Two of them are the heavy part of gradients, and no more than that: csrc/gradients.h.
 //
-// - grad: the gradient of what came out of a rotation of x, or of y, which came out.
+// - grads: the gradients of what came out of rotations of xs, or of ys, which came out: of one
+// tensor
+//   or of two, whose sums are added.
 // - sizes: those of the sums, (tokens..., N), or (tokens..., 2 N) with full_width: as tables
 // without
 //   positions have them.
@@ -97,7 +99,7 @@ TORCH_LIBRARY(rope, library) {
 
   const std::string sums =
       "SymInt[] sizes, int embedding_axis, int rotary_offset, bool interleaved, bool conjugate";
-  define(library, "_angle_gradient(Tensor grad, Tensor y, " + sums + ") -> Tensor");
-  define(library, "_cos_sin_gradient(Tensor grad, Tensor x, " + sums + ", bool full_width=False)" +
-                      " -> (Tensor, Tensor)");
+  define(library, "_angle_gradient(Tensor[] grads, Tensor[] ys, " + sums + ") -> Tensor");
+  define(library, "_cos_sin_gradient(Tensor[] grads, Tensor[] xs, " + sums +
+                      ", bool full_width=False)" + " -> (Tensor, Tensor)");
 }

@@ -1,5 +1,7 @@
 """The private operators that form the heavy part of gradients: sums over what shares an angle."""
 
+import re
+from functools import partial
 from typing import Any
 
 import pytest
@@ -59,8 +61,8 @@ def test_sums_follow_their_formula(
 ) -> None:
     grad, x = inputs(device, dtype)
     sizes = (*tokens, 5)
-    cos, sin = cos_sin_gradient(grad, x, sizes, *options)
-    angle = angle_gradient(grad, x, sizes, *options)
+    cos, sin = cos_sin_gradient([grad], [x], sizes, *options)
+    angle = angle_gradient([grad], [x], sizes, *options)
     expected_cos, expected_sin = by_formula(grad, x, sizes, options)
     # Of at most 30 rows: each product and each sum rounds once.
     real = torch.float64 if dtype == torch.float64 else torch.float32
@@ -78,7 +80,7 @@ def test_full_width_sums_follow_their_formula(
 ) -> None:
     axis, offset, interleaved, conjugate = options
     grad, x = inputs(device, dtype)
-    cos, sin = cos_sin_gradient(grad, x, (*tokens, 10), *options, full_width=True)
+    cos, sin = cos_sin_gradient([grad], [x], (*tokens, 10), *options, full_width=True)
     n = torch.arange(5)
     first = 2 * n if interleaved else n
     second = first + (1 if interleaved else 5)
@@ -103,7 +105,7 @@ def test_full_width_sums_follow_their_formula(
 @pytest.mark.parametrize("operator", OPERATORS, ids=str)
 def test_operators_pass_opcheck(device: str, operator: Any) -> None:
     grad, x = inputs(device, requires_grad=True)
-    opcheck(operator.default, (grad, x, (5, 1, 5), -1, 3, True, True))
+    opcheck(operator.default, ([grad], [x], (5, 1, 5), -1, 3, True, True))
 
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=str)
@@ -111,7 +113,7 @@ def test_sums_are_differentiable(device: str, operator: Any) -> None:
     grad, x = (tensor[:, :2, :1].detach() for tensor in inputs(device))
 
     def sums(grad: Tensor, x: Tensor) -> Any:
-        return operator(grad, x, (2, 1, 5), -1, 3, True, False)
+        return operator([grad], [x], (2, 1, 5), -1, 3, True, False)
 
     arguments = (grad.requires_grad_(), x.requires_grad_())
     assert gradcheck(sums, arguments, check_forward_ad=True, check_batched_grad=True)
@@ -126,7 +128,7 @@ def test_sums_are_mapped(device: str, in_dims: tuple[int | None, int | None]) ->
     ]
 
     def sums(grad: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        arguments = (grad, x, (5, 1, 5), -1, 3, False, True)
+        arguments = ([grad], [x], (5, 1, 5), -1, 3, False, True)
         return angle_gradient(*arguments), *cos_sin_gradient(*arguments)
 
     mapped = torch.func.vmap(sums, in_dims)(*tensors)
@@ -165,8 +167,8 @@ def test_a_batch_of_gradients_takes_as_many_operators_as_one(mapped_by: str) -> 
 
 def test_compilers_see_aten_operators_of_a_cuda_tensor_too() -> None:
     def sums(grad: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        angle = angle_gradient(grad, x, (5, 1, 5), -1, 3, False, True)
-        return angle, *cos_sin_gradient(grad, x, (5, 1, 5), -1, 3, False, True)
+        angle = angle_gradient([grad], [x], (5, 1, 5), -1, 3, False, True)
+        return angle, *cos_sin_gradient([grad], [x], (5, 1, 5), -1, 3, False, True)
 
     for device in ("cpu", "cuda"):
         with FakeTensorMode():
@@ -179,20 +181,56 @@ def test_compilers_see_aten_operators_of_a_cuda_tensor_too() -> None:
 
 def test_a_mode_of_a_cpu_tensor_sees_aten_operators() -> None:
     with OperatorsSeen() as seen:
-        angle_gradient(*inputs("cpu"), (5, 1, 5), -1, 3, False, True)
+        angle_gradient(*([tensor] for tensor in inputs("cpu")), (5, 1, 5), -1, 3, False, True)
     assert seen.names == []
     assert "aten::mul" in seen.others
 
 
+def test_two_tensors_have_their_sums_added(device: str) -> None:
+    grad, x = inputs(device)
+    grads, xs = [grad, 3 * grad[:, :, :1]], [x, x[:, :, :1]]
+    together = cos_sin_gradient(grads, xs, (5, 1, 5), -1, 3, True, True)
+    alone = [
+        cos_sin_gradient([grad], [x], (5, 1, 5), -1, 3, True, True)
+        for grad, x in zip(grads, xs, strict=True)
+    ]
+    for both, first, second in zip(together, *alone, strict=True):
+        torch.testing.assert_close(both, first + second)
+    angle = angle_gradient(grads, xs, (5, 1, 5), -1, 3, True, True)
+    torch.testing.assert_close(angle, together[1])
+
+
 def test_what_does_not_fit_is_refused(device: str) -> None:
     grad, x = inputs(device)
-    with pytest.raises(TypeError, match="expected grad to be float64 on"):
-        angle_gradient(grad.float(), x, (5, 1, 5), -1, 3, False, False)
-    with pytest.raises(ValueError, match="expected grad to have the shape of x"):
-        cos_sin_gradient(grad[:1], x, (5, 1, 5), -1, 3, False, False)
-    with pytest.raises(IndexError, match="expected embedding_axis to be a dimension of y"):
-        angle_gradient(grad, x, (5, 1, 5), 4, 3, False, False)
-    with pytest.raises(ValueError, match="expected sizes to end in the number of pairs"):
-        angle_gradient(grad, x, (5, 1, 7), -1, 3, False, False)
-    with pytest.raises(ValueError, match="expected sizes to be broadcastable"):
-        angle_gradient(grad, x, (4, 1, 5), -1, 3, False, False)
+
+    def refuse(error: type[Exception], message: str, *changes: Any, operator: Any) -> None:
+        arguments = [[grad], [x], (5, 1, 5), -1, 3, False, False]
+        arguments[: len(changes)] = changes
+        with pytest.raises(error, match=re.escape(message)):
+            operator(*arguments)
+
+    refuse_angle = partial(refuse, operator=angle_gradient)
+    refuse_angle(ValueError, "expected ys to be one tensor or two, but got 0", [], [])
+    refuse_angle(ValueError, "expected ys to be one tensor or two, but got 3", [grad] * 3, [x] * 3)
+    refuse_angle(ValueError, "expected grads to be as many as ys, 2, but got 1", [grad], [x, x])
+    refuse_angle(TypeError, "expected grads[0] to be float64 on", [grad.float()])
+    refuse_angle(
+        TypeError,
+        f"expected ys[1] to be float64 on {x.device}, as ys[0] is, but got float32",
+        [grad, grad.float()],
+        [x, x.float()],
+    )
+    refuse_angle(
+        ValueError, "expected grads[1] to have the shape of ys[1]", [grad, grad[0]], [x, x]
+    )
+    refuse(
+        ValueError,
+        "expected grads[0] to have the shape of xs[0]",
+        [grad[:1]],
+        operator=cos_sin_gradient,
+    )
+    tensors = ([grad], [x])
+    axis_error = "expected embedding_axis to be a dimension of ys[0]"
+    refuse_angle(IndexError, axis_error, *tensors, (5, 1, 5), 4)
+    refuse_angle(ValueError, "expected sizes to end in the number of pairs", *tensors, (5, 1, 7))
+    refuse_angle(ValueError, "expected sizes to be broadcastable", *tensors, (4, 1, 5))
