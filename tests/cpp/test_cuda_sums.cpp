@@ -75,7 +75,7 @@ Output call(const char* name, const Arguments& arguments, c10::DispatchKey key,
   const auto& [grad, x, sizes, slice, conjugate] = arguments;
   const auto handle = c10::Dispatcher::singleton()
                           .findSchemaOrThrow(name, "")
-                          .typed<Output(const at::Tensor&, const at::Tensor&, c10::SymIntArrayRef,
+                          .typed<Output(at::TensorList, at::TensorList, c10::SymIntArrayRef,
                                         std::int64_t, std::int64_t, bool, bool, FullWidth...)>();
   return handle.redispatch(c10::DispatchKeySet(key), grad, x, c10::fromIntArrayRefSlow(sizes),
                            slice.embedding_axis, slice.rotary_offset, slice.interleaved, conjugate,
@@ -417,11 +417,11 @@ TEST(CudaSums, RefuseWhatDoesNotFitBeforeAnythingIsRead) {
     }
   };
   const std::string expected = "rope::_angle_gradient(): expected ";
-  refused({x.to(at::kLong), x.to(at::kLong), {5, 1, 8}}, expected + "y to be float64");
-  refused({x.to(at::kHalf), x, {5, 1, 8}}, expected + "grad to be float32 on cpu");
-  refused({x.slice(0, 1), x, {5, 1, 8}}, expected + "grad to have the shape of y");
-  refused({x[0], x, {5, 1, 8}}, expected + "grad to have the shape of y");
-  refused({x, x, {5, 1, 8}, {3, 0, false}}, expected + "embedding_axis to be a dimension of y");
+  refused({x.to(at::kLong), x.to(at::kLong), {5, 1, 8}}, expected + "ys[0] to be float64");
+  refused({x.to(at::kHalf), x, {5, 1, 8}}, expected + "grads[0] to be float32 on cpu");
+  refused({x.slice(0, 1), x, {5, 1, 8}}, expected + "grads[0] to have the shape of ys[0]");
+  refused({x[0], x, {5, 1, 8}}, expected + "grads[0] to have the shape of ys[0]");
+  refused({x, x, {5, 1, 8}, {3, 0, false}}, expected + "embedding_axis to be a dimension of ys[0]");
   refused({x, x, {}}, expected + "sizes to end in the number of pairs");
   refused({x, x, {5, 1, 9}}, expected + "sizes to end in the number of pairs");
   refused({x, x, {5, 1, -1}}, expected + "sizes to end in the number of pairs");
