@@ -26,17 +26,24 @@ C10_HOST_DEVICE inline Number load_position(const void* positions, c10::ScalarTy
   }
 }
 
-// The angle of one pair, in radians: products of positions and frequencies over the axes, and their
-// sum from left to right, each rounded to Frequency. position(axis) and inv_freq(axis) give the
-// factors. For the host; a thread of a device forms those of several pairs (cuda/rotate_thread.h).
+// Products of positions and frequencies over the axes, and their sum from left to right, each
+// rounded to Frequency. position(axis) and inv_freq(axis) give the factors.
 template <typename Frequency, typename Position, typename InvFreq>
-inline double form_angle(int num_axes, const Position& position, const InvFreq& inv_freq,
-                         double scale_factor) {
+C10_HOST_DEVICE inline Frequency sum_products(int num_axes, const Position& position,
+                                              const InvFreq& inv_freq) {
   Frequency sum = position(0) * inv_freq(0);
   for (int axis = 1; axis < num_axes; ++axis) {
     sum = sum + position(axis) * inv_freq(axis);
   }
-  return scale_factor == 1.0 ? static_cast<double>(sum) : static_cast<double>(sum) / scale_factor;
+  return sum;
+}
+
+// The angle of one pair, in radians.
+template <typename Frequency, typename Position, typename InvFreq>
+C10_HOST_DEVICE inline double form_angle(int num_axes, const Position& position,
+                                         const InvFreq& inv_freq, double scale_factor) {
+  const auto sum = static_cast<double>(sum_products<Frequency>(num_axes, position, inv_freq));
+  return scale_factor == 1.0 ? sum : sum / scale_factor;
 }
 
 // Where a token's cosines and sines are in tables of elements of type Table.
@@ -46,6 +53,16 @@ struct TableRow {
   const Table* sin;
 };
 
+// Whether the tables have the row that a token names.
+C10_HOST_DEVICE inline bool has_table_row(const TableAngles& table, std::int64_t angle_offset) {
+  if (table.rows == nullptr) {
+    return true;
+  }
+  const auto row = load_position<std::int64_t>(table.rows, table.rows_dtype, angle_offset);
+  return 0 <= row && row < table.num_rows;
+}
+
+// Only of a row that the tables have. (The CPU looks before it starts: check_rows_exist.)
 template <typename Table>
 C10_HOST_DEVICE inline TableRow<Table> find_table_row(const TableAngles& table,
                                                       std::int64_t angle_offset,
@@ -53,8 +70,6 @@ C10_HOST_DEVICE inline TableRow<Table> find_table_row(const TableAngles& table,
   std::int64_t cos_offset = angle_offset;
   if (table.rows != nullptr) {
     const auto row = load_position<std::int64_t>(table.rows, table.rows_dtype, angle_offset);
-    // The CPU has looked before (check_rows_exist); a device cannot, and stops here.
-    CUDA_KERNEL_ASSERT(0 <= row && row < table.num_rows);
     cos_offset = row * table.cos_row_stride;
     sin_offset = row * table.sin_row_stride;
   }
@@ -72,13 +87,12 @@ C10_HOST_DEVICE inline Rotation<Real> load_rotation(const TableAngles& table,
 
 // That of pair n in full-width tables.
 template <typename Real, typename Table>
-C10_HOST_DEVICE inline FullRotation<Real> load_full_rotation(const Launch& launch,
+C10_HOST_DEVICE inline FullRotation<Real> load_full_rotation(const TableAngles& table,
                                                              const TableRow<Table>& row,
-                                                             std::int64_t n) {
-  const std::int64_t a = launch.interleaved ? 2 * n : n;
-  const std::int64_t b = launch.interleaved ? 2 * n + 1 : n + launch.num_pairs;
-  return {load_rotation<Real>(launch.by_table, row, a),
-          load_rotation<Real>(launch.by_table, row, b)};
+                                                             std::int64_t n, std::int64_t num_pairs,
+                                                             bool interleaved) {
+  return {load_rotation<Real>(table, row, interleaved ? 2 * n : n),
+          load_rotation<Real>(table, row, interleaved ? 2 * n + 1 : n + num_pairs)};
 }
 
 }  // namespace rope

@@ -5,7 +5,6 @@
 
 #include "call.h"
 #include "checks.h"
-#include "composed.h"
 #include "cpu/launch.h"
 #include "cpu/memory.h"
 #include "cuda/launch.h"
@@ -57,17 +56,6 @@ Outputs rotate_on_cuda(const Call& call) {
       "the pip packages cuda-toolkit[cccl,crt,nvcc,nvvm]: ROPE_CUDA=1 pip install "
       "--no-build-isolation .");
   Outputs outputs = check_and_allocate<empty_like>(call);
-  if (call.full_width) {
-    // No kernel takes full-width tables yet.
-    Call functional = call;
-    functional.in_place = false;
-    const Outputs composed = rotate_composed(functional);
-    outputs.q.copy_(composed.q);
-    if (call.is_pair) {
-      outputs.k.copy_(composed.k);
-    }
-    return outputs;
-  }
   for_each_launch(call, outputs,
                   [&](const Launch& launch) { cuda::launch(launch, call.q.get_device()); });
   return outputs;

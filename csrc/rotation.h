@@ -63,6 +63,14 @@ C10_HOST_DEVICE inline Rotation<Real> add_gradient(const Pair<Real>& g, const Pa
   return {fmadd(g.b, x.b, fmadd(g.a, x.a, sum.cos)), fmadd(-g.a, x.b, fmadd(g.b, x.a, sum.sin))};
 }
 
+// The same for full-width tables: of the cosine and sine of each of the two elements.
+template <typename Real>
+C10_HOST_DEVICE inline FullRotation<Real> add_gradient(const Pair<Real>& g, const Pair<Real>& x,
+                                                       const FullRotation<Real>& sum) {
+  return {{fmadd(g.a, x.a, sum.a.cos), fmadd(-g.a, x.b, sum.a.sin)},
+          {fmadd(g.b, x.b, sum.b.cos), fmadd(g.b, x.a, sum.b.sin)}};
+}
+
 // The transpose of a rotation turns the other way; attention_factor scales it.
 template <typename Real>
 C10_HOST_DEVICE inline Rotation<Real> scale(const Rotation<Real>& angle, Real attention_factor,

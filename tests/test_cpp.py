@@ -20,7 +20,12 @@ PROGRAMS = {
     "test_api": ("test_api.cpp",),
     "test_modules": ("test_modules.cpp", "test_positions.cpp"),
     "test_registration": ("test_registration.cpp",),
-    "test_cuda": ("test_cuda_plan.cpp", "test_cuda_threads.cpp", "test_cuda_sums.cpp"),
+    "test_cuda": (
+        "test_cuda_plan.cpp",
+        "test_cuda_threads.cpp",
+        "test_cuda_sums.cpp",
+        "test_frequency_tables.cpp",
+    ),
 }
 
 

@@ -812,7 +812,8 @@ ROPE_INLINE void rotations_of_table(const Launch& launch, const std::int64_t* of
     const std::int64_t half = padded(launch.num_pairs);
     for_each_place<scalar_t, interleaved>(
         launch.num_pairs, [&](std::int64_t place, std::int64_t n) __attribute__((always_inline)) {
-          const auto loaded = load_full_rotation<Real>(launch, row, n);
+          const auto loaded =
+              load_full_rotation<Real>(table, row, n, launch.num_pairs, launch.interleaved);
           const auto angle = launch.conjugate ? transpose(loaded) : loaded;
           const Rotation<Real> a = quiet(angle.a);
           const Rotation<Real> b = quiet(angle.b);

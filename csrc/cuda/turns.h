@@ -14,19 +14,23 @@
 
 namespace rope::cuda {
 
-// Turns per unit of position in units of 2^-64, for each pair of a launch, from an exact
-// max_wavelength^(-2n / rotary_dim) / scale_factor; null where a float64 product is what there is:
-// of positions that are not integers, of frequencies above 1 radian, which would take more bits,
-// and on hosts whose long double has too few. Powers are slow: a thread keeps the last few results.
-inline const std::uint64_t* turns_of_wavelength(const Launch& launch) {
+// Whether a launch takes frequencies in turns: not where a float64 product is what there is: of
+// positions that are not integers, of frequencies above 1 radian, which would take more bits, and
+// on hosts whose long double has too few.
+inline bool has_turns(const Launch& launch) {
   const PositionAngles& source = launch.by_position;
   const bool is_integer = source.positions_dtype == c10::ScalarType::Int ||
                           source.positions_dtype == c10::ScalarType::Long;
-  if (launch.uses_tables || source.wavelength_frequencies == nullptr || !is_integer ||
-      launch.dtype == c10::ScalarType::Double || source.max_wavelength < 1 ||
-      source.scale_factor < 1 || std::numeric_limits<long double>::digits < 64) {
-    return nullptr;
-  }
+  return !launch.uses_tables && source.wavelength_frequencies != nullptr && is_integer &&
+         launch.dtype != c10::ScalarType::Double && source.max_wavelength >= 1 &&
+         source.scale_factor >= 1 && std::numeric_limits<long double>::digits >= 64;
+}
+
+// Turns per unit of position in units of 2^-64, for each pair of a launch that has_turns, from an
+// exact max_wavelength^(-2n / rotary_dim) / scale_factor. Powers are slow: a thread keeps the last
+// few results.
+inline const std::uint64_t* turns_of_wavelength(const Launch& launch) {
+  const PositionAngles& source = launch.by_position;
   struct Kept {
     double max_wavelength = 0;
     double scale_factor = 0;

@@ -54,27 +54,28 @@ inline Call apply_cos_sin(const at::Tensor& cos, const at::Tensor& sin,
                   .rotary_offset = options.rotary_offset,
                   .interleaved = options.interleaved,
                   .conjugate = options.conjugate};
+  call.full_width = options.full_width;
   return call;
 }
 
-using VisitPlan = std::function<void(const rope::Launch&, const rope::cuda::RotatePlan&)>;
+using VisitPlan = std::function<void(const rope::Launch&, const rope::cuda::Plan&)>;
 
 // Visits each kernel that the call would start, in order.
 inline void for_each_plan(const rope::Call& call, const rope::Outputs& outputs,
                           const VisitPlan& visit) {
   rope::check(call);
   rope::for_each_launch(call, outputs, [&](const rope::Launch& launch) {
-    rope::cuda::for_each_plan(launch,
-                              [&](const rope::cuda::RotatePlan& plan) { visit(launch, plan); });
+    const rope::cuda::Plan plan = rope::cuda::make_rotate_plan(launch);
+    if (plan.grid_x > 0) {
+      visit(launch, plan);
+    }
   });
 }
 
-inline std::vector<rope::cuda::RotatePlan> plans(const rope::Call& call,
-                                                 const rope::Outputs& outputs) {
-  std::vector<rope::cuda::RotatePlan> result;
-  for_each_plan(call, outputs, [&](const rope::Launch&, const rope::cuda::RotatePlan& plan) {
-    result.push_back(plan);
-  });
+inline std::vector<rope::cuda::Plan> plans(const rope::Call& call, const rope::Outputs& outputs) {
+  std::vector<rope::cuda::Plan> result;
+  for_each_plan(call, outputs,
+                [&](const rope::Launch&, const rope::cuda::Plan& plan) { result.push_back(plan); });
   return result;
 }
 

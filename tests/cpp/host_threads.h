@@ -1,9 +1,16 @@
 // The threads of the CUDA kernels, run on the host, and tensors to run them on.
 #pragma once
 
-#include <cstdint>
+#include <gtest/gtest.h>
 
-#include "cuda/thread.h"
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <new>
+#include <vector>
+
+#include "cuda/plan.h"
 #include "reference.h"
 
 namespace host {
@@ -13,21 +20,68 @@ constexpr std::int64_t kGuard = 64;
 
 // How the threads of a launch are run; all ways must give the same bits.
 struct Running {
-  bool last_thread_first = false;
-  bool index_is_64bit = false;  // also where 32 bits are enough
+  bool last_thread_first = false;  // in each phase, and the last block first
+  bool index_is_64bit = false;     // also where 32 bits are enough
 };
 
-// Runs every thread of the blocks [first_block, last_block).
-template <typename Threads>
-void run_blocks(const Threads& threads, const rope::cuda::Work& work, std::int64_t first_block,
-                std::int64_t last_block, const Running& running) {
-  const std::int64_t begin = first_block * work.threads;
-  const std::int64_t end = last_block * work.threads;
-  for (std::int64_t i = begin; i < end; ++i) {
-    const std::int64_t turn = running.last_thread_first ? end - 1 - (i - begin) : i;
-    threads.run(turn / work.threads, static_cast<int>(turn % work.threads));
+// Runs every thread of the blocks [first_block, last_block), counted over both dimensions of the
+// grid: all threads of a block through one phase, then all through the next, as a barrier has them.
+template <typename Thread, typename BeginBlock, typename... Phases>
+void run_blocks(const typename Thread::Params& params, const rope::cuda::Plan& plan,
+                std::int64_t first_block, std::int64_t last_block, const Running& running,
+                const BeginBlock& begin_block, const Phases&... phases) {
+  for (std::int64_t i = first_block; i < last_block; ++i) {
+    const std::int64_t block = running.last_thread_first ? last_block - 1 - (i - first_block) : i;
+    begin_block();
+    std::vector<Thread> threads;
+    threads.reserve(plan.block_x * plan.block_y * plan.block_z);
+    for (int z = 0; z < plan.block_z; ++z) {
+      for (int y = 0; y < plan.block_y; ++y) {
+        for (int x = 0; x < plan.block_x; ++x) {
+          threads.emplace_back(params, rope::cuda::ThreadIndex{
+                                           x, y, z, static_cast<std::uint32_t>(block % plan.grid_x),
+                                           static_cast<std::uint32_t>(block / plan.grid_x)});
+        }
+      }
+    }
+    const auto run_phase = [&](const auto& phase) {
+      for (std::size_t t = 0; t < threads.size(); ++t) {
+        phase(threads[running.last_thread_first ? threads.size() - 1 - t : t]);
+      }
+    };
+    (run_phase(phases), ...);
   }
 }
+
+// Shared memory of a block: NaN, so that nothing is used that was not put there; and guarded.
+template <typename Thread>
+class SharedMemory {
+ public:
+  using Real = typename Thread::Real;
+
+  explicit SharedMemory(const rope::cuda::Plan& plan)
+      : size_(Thread::shared_elements(plan.blocks)),
+        memory_(new (std::align_val_t(16)) Real[size_ + kGuard]) {
+    clear();
+  }
+  ~SharedMemory() {
+    for (std::int64_t i = size_; i < size_ + kGuard; ++i) {
+      EXPECT_TRUE(std::isnan(memory_[i])) << "beyond the end of shared memory";
+    }
+    ::operator delete[](memory_, std::align_val_t(16));
+  }
+  SharedMemory(const SharedMemory&) = delete;
+  SharedMemory& operator=(const SharedMemory&) = delete;
+
+  void clear() const {
+    std::fill_n(memory_, size_ + kGuard, std::numeric_limits<Real>::quiet_NaN());
+  }
+  Real* get() const { return memory_; }
+
+ private:
+  std::int64_t size_;
+  Real* memory_;
+};
 
 // All that is in the storage of x.
 inline at::Tensor storage_of(const at::Tensor& x) {

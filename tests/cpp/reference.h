@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "rope/rope.h"
@@ -38,11 +39,16 @@ struct Slice {
   bool interleaved;
 };
 
-// cos, sin and error have one column for each pair, and broadcast with x without the embedding
-// axis.
-inline Expected rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
-                       const at::Tensor& error, const Slice& slice) {
-  const std::int64_t num_pairs = cos.size(-1);
+// What turns the first element of each pair, and the second.
+struct Angles {
+  at::Tensor cos_a, sin_a, cos_b, sin_b;
+};
+
+// Angles and error have one column for each
+// pair, and broadcast with x without the embedding axis.
+inline Expected rotate(const at::Tensor& x, const Angles& angle, const at::Tensor& error,
+                       const Slice& slice) {
+  const std::int64_t num_pairs = angle.cos_a.size(-1);
   const at::Tensor n = at::arange(num_pairs);
   const at::Tensor first = slice.rotary_offset + (slice.interleaved ? 2 * n : n);
   const at::Tensor second = first + (slice.interleaved ? 1 : num_pairs);
@@ -51,14 +57,18 @@ inline Expected rotate(const at::Tensor& x, const at::Tensor& cos, const at::Ten
   const at::Tensor a = values.index_select(-1, first);
   const at::Tensor b = values.index_select(-1, second);
   at::Tensor rotated = values.clone();
-  rotated.index_copy_(-1, first, a * cos - b * sin);
-  rotated.index_copy_(-1, second, b * cos + a * sin);
+  rotated.index_copy_(-1, first, a * angle.cos_a - b * angle.sin_a);
+  rotated.index_copy_(-1, second, b * angle.cos_b + a * angle.sin_b);
 
   at::Tensor tolerance = at::zeros_like(values);
-  const at::Tensor of_pair = at::hypot(a, b) * at::hypot(cos, sin) * error;
-  tolerance.index_copy_(-1, first, of_pair);
-  tolerance.index_copy_(-1, second, of_pair);
+  tolerance.index_copy_(-1, first, at::hypot(a, b) * at::hypot(angle.cos_a, angle.sin_a) * error);
+  tolerance.index_copy_(-1, second, at::hypot(a, b) * at::hypot(angle.cos_b, angle.sin_b) * error);
   return {rotated.movedim(-1, slice.embedding_axis), tolerance.movedim(-1, slice.embedding_axis)};
+}
+
+inline Expected rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
+                       const at::Tensor& error, const Slice& slice) {
+  return rotate(x, {cos, sin, cos, sin}, error, slice);
 }
 
 // The angle of each pair at each position, float64 of shape (..., N).
@@ -119,10 +129,25 @@ inline Expected apply_cos_sin(const at::Tensor& x, const at::Tensor& cos, const 
   };
   const at::Tensor used_cos = rows_of(cos);
   const at::Tensor used_sin = rows_of(sin);
-  const at::Tensor error = at::full_like(
-      used_cos, x.scalar_type() == at::kDouble ? kFloat64ErrorOfTables : kFloat32Error);
-  return rotate(x, used_cos, options.conjugate ? -used_sin : used_sin, error,
-                {options.embedding_axis, options.rotary_offset, options.interleaved});
+  const double error_of_tables =
+      x.scalar_type() == at::kDouble ? kFloat64ErrorOfTables : kFloat32Error;
+  const Slice slice = {options.embedding_axis, options.rotary_offset, options.interleaved};
+  if (!options.full_width) {
+    return rotate(x, used_cos, options.conjugate ? -used_sin : used_sin,
+                  at::full_like(used_cos, error_of_tables), slice);
+  }
+  const auto halves = [&](const at::Tensor& table) -> std::pair<at::Tensor, at::Tensor> {
+    const std::int64_t width = table.size(-1);
+    if (options.interleaved) {
+      return {table.slice(-1, 0, width, 2), table.slice(-1, 1, width, 2)};
+    }
+    return {table.slice(-1, 0, width / 2), table.slice(-1, width / 2)};
+  };
+  const auto [cos_a, cos_b] = halves(used_cos);
+  const auto [sin_a, sin_b] = halves(used_sin);
+  const Angles angle =
+      options.conjugate ? Angles{cos_a, -sin_b, cos_b, -sin_a} : Angles{cos_a, sin_a, cos_b, sin_b};
+  return rotate(x, angle, at::full_like(cos_a, error_of_tables), slice);
 }
 
 // The most that rounding a number of this magnitude to the dtype can change it.

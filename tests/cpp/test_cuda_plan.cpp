@@ -1,4 +1,4 @@
-// How launches are spread over the threads of a CUDA device. No memory is touched: addresses are
+// How launches are cut into blocks for a CUDA device. No memory is touched: addresses are
 // made up.
 #include <cmath>
 #include <numbers>
@@ -11,7 +11,6 @@ namespace {
 using host::Call;
 using rope::Outputs;
 using rope::cuda::Plan;
-using rope::cuda::RotatePlan;
 
 constexpr std::int64_t kMostBlocks = (std::int64_t{1} << 31) - 1;  // of a grid's first dimension
 constexpr std::int64_t kGiga = std::int64_t{1} << 30;
@@ -37,7 +36,7 @@ at::Tensor fake(at::IntArrayRef sizes, at::ScalarType dtype = at::kBFloat16,
 }
 
 // The plans of a call whose outputs are aligned.
-std::vector<RotatePlan> plans(const Call& call) {
+std::vector<Plan> plans(const Call& call) {
   if (call.in_place) {
     return host::plans(call, {call.q, call.k});
   }
@@ -47,8 +46,8 @@ std::vector<RotatePlan> plans(const Call& call) {
   return host::plans(call, {output(call.q), output(call.k)});
 }
 
-RotatePlan plan(const Call& call) {
-  const std::vector<RotatePlan> all = plans(call);
+Plan plan(const Call& call) {
+  const std::vector<Plan> all = plans(call);
   EXPECT_EQ(all.size(), 1);
   return all.at(0);
 }
@@ -57,57 +56,86 @@ Call by_tokens(std::int64_t tokens, const rope::ApplyOptions& options = {}) {
   return host::apply(fake({tokens, 1}, at::kLong, kPositions), options);
 }
 
-TEST(CudaPlan, ParametersOfTheKernelFitInto4KiB) {
-  EXPECT_LE(sizeof(rope::Launch) + sizeof(rope::cuda::Work) + sizeof(rope::cuda::Frequencies),
-            4096);
+TEST(CudaPlan, ParametersAreSmall) {
+  EXPECT_LE(sizeof(rope::cuda::RotateParams<std::int32_t>), 512);
+  EXPECT_LE(sizeof(rope::cuda::SumParams<std::int32_t>), 512);
+  // What every device takes.
+  EXPECT_LE(sizeof(rope::cuda::RotateParams<std::int64_t>), 4096);
+  EXPECT_LE(sizeof(rope::cuda::SumParams<std::int64_t>), 4096);
 }
 
 TEST(CudaPlan, IsOneLaunchForAPairOfDifferentHeads) {
-  const RotatePlan one = plan(by_tokens(1).on(fake({1, 1, 32, 128}), fake({1, 1, 8, 128})));
-  EXPECT_TRUE(one.uses_words);
+  const Plan one = plan(by_tokens(1).on(fake({1, 1, 32, 128}), fake({1, 1, 8, 128})));
+  EXPECT_TRUE(one.uses_vectors);
   EXPECT_FALSE(one.index_is_64bit);
-  EXPECT_EQ(one.work.shared_rows, 40);
-  EXPECT_EQ(one.work.rows_per_thread, 1);
-  EXPECT_EQ(one.work.items, 40 * 8);  // 8 pairs of bfloat16 are two words of 16 bytes.
+  EXPECT_EQ(one.blocks.rows, 40);
+  EXPECT_EQ(one.blocks.q_rows, 32);
+  EXPECT_EQ(one.blocks.columns, 8);  // 8 pairs of bfloat16 are two vectors of 16 bytes.
 }
 
-TEST(CudaPlan, UsesWordsWhereEveryRowIsAligned) {
+// The shapes that were measured on an H200 (benchmarks/results/2026-11-27-nvidia-h200.md).
+TEST(CudaPlan, HasTheBlocksThatWereMeasured) {
+  struct Case {
+    std::int64_t tokens;
+    int threads;
+    std::int64_t blocks;
+  };
+  for (const auto& [tokens, threads, blocks] :
+       {Case{1, 64, 5}, Case{8, 64, 40}, Case{64, 80, 256}, Case{256, 160, 256},
+        Case{1024, 160, 1024}, Case{4096, 160, 4096}, Case{16384, 160, 16384}}) {
+    SCOPED_TRACE(c10::str(tokens, " tokens"));
+    const Plan some = plan(by_tokens(tokens).on(fake({tokens, 32, 128}), fake({tokens, 8, 128})));
+    EXPECT_EQ(some.block_x * some.block_y * some.block_z, threads);
+    EXPECT_EQ(some.grid_x * some.grid_y, blocks);
+  }
+}
+
+TEST(CudaPlan, UsesVectorsWhereEveryRowIsAligned) {
   for (const at::ScalarType dtype : reference::kFloatDtypes) {
-    const std::int64_t word = rope::cuda::word_elements(dtype);
+    const std::int64_t word = rope::cuda::vector_elements(dtype);
     for (const bool interleaved : {false, true}) {
       SCOPED_TRACE(c10::str("dtype = ", dtype, ", interleaved = ", interleaved));
       const Call call = by_tokens(5, {.interleaved = interleaved});
-      EXPECT_TRUE(plan(call.on(fake({2, 5, 3, 8 * word}, dtype))).uses_words);
+      EXPECT_TRUE(plan(call.on(fake({2, 5, 3, 8 * word}, dtype))).uses_vectors);
       const Call part =
           by_tokens(5, {.rotary_dim = 4 * word, .rotary_offset = word, .interleaved = interleaved});
-      EXPECT_TRUE(plan(part.on(fake({2, 5, 3, 8 * word}, dtype))).uses_words);
-      EXPECT_TRUE(plan(call.on(fake({5, 3, 8 * word}, dtype, kInput + 16))).uses_words);
+      EXPECT_TRUE(plan(part.on(fake({2, 5, 3, 8 * word}, dtype))).uses_vectors);
+      EXPECT_TRUE(plan(call.on(fake({5, 3, 8 * word}, dtype, kInput + 16))).uses_vectors);
       const std::vector<std::int64_t> gaps = {30 * word, 9 * word, 1};
-      EXPECT_TRUE(plan(call.on(fake({5, 3, 8 * word}, dtype, kInput, gaps))).uses_words);
+      EXPECT_TRUE(plan(call.on(fake({5, 3, 8 * word}, dtype, kInput, gaps))).uses_vectors);
     }
   }
 }
 
 TEST(CudaPlan, UsesSingleElementsWhereSomeRowIsNotAligned) {
   for (const at::ScalarType dtype : reference::kFloatDtypes) {
-    const std::int64_t word = rope::cuda::word_elements(dtype);
+    const std::int64_t word = rope::cuda::vector_elements(dtype);
     const auto bytes = static_cast<std::int64_t>(c10::elementSize(dtype));
     for (const bool interleaved : {false, true}) {
       SCOPED_TRACE(c10::str("dtype = ", dtype, ", interleaved = ", interleaved));
-      const auto uses_words = [&](const rope::ApplyOptions& options, const at::Tensor& x) {
+      const auto uses_vectors = [&](const rope::ApplyOptions& options, const at::Tensor& x) {
         rope::ApplyOptions all = options;
         all.interleaved = interleaved;
-        return plan(by_tokens(5, all).on(x)).uses_words;
+        return plan(by_tokens(5, all).on(x)).uses_vectors;
       };
       const std::vector<std::int64_t> sizes = {5, 3, 8 * word};
-      EXPECT_FALSE(uses_words({}, fake(sizes, dtype, kInput + bytes)));
-      EXPECT_FALSE(uses_words({}, fake(sizes, dtype, kInput, {{24 * word, 8 * word + 1, 1}})));
-      EXPECT_FALSE(uses_words({}, fake(sizes, dtype, kInput, {{24 * word + 1, 8 * word, 1}})));
-      EXPECT_FALSE(uses_words({}, fake(sizes, dtype, kInput, {{48 * word, 16 * word, 2}})));
-      EXPECT_FALSE(uses_words({}, fake({5, 3, 7 * word}, dtype)));
-      EXPECT_FALSE(uses_words({.rotary_dim = 2 * word, .rotary_offset = 1}, fake(sizes, dtype)));
-      EXPECT_FALSE(uses_words({.rotary_dim = 2 * word + 2}, fake(sizes, dtype)));
-      EXPECT_FALSE(uses_words({.rotary_dim = 2 * word}, fake({5, 3, 2 * word + 1}, dtype)));
+      EXPECT_FALSE(uses_vectors({}, fake(sizes, dtype, kInput + bytes)));
+      EXPECT_FALSE(uses_vectors({}, fake(sizes, dtype, kInput, {{24 * word, 8 * word + 1, 1}})));
+      EXPECT_FALSE(uses_vectors({}, fake(sizes, dtype, kInput, {{24 * word + 1, 8 * word, 1}})));
+      EXPECT_FALSE(uses_vectors({}, fake(sizes, dtype, kInput, {{48 * word, 16 * word, 2}})));
+      EXPECT_FALSE(uses_vectors({}, fake({5, 3, 7 * word}, dtype)));
+      EXPECT_FALSE(uses_vectors({.rotary_dim = 2 * word, .rotary_offset = 1}, fake(sizes, dtype)));
+      EXPECT_FALSE(uses_vectors({.rotary_dim = 2 * word + 2}, fake(sizes, dtype)));
+      EXPECT_FALSE(uses_vectors({.rotary_dim = 2 * word}, fake({5, 3, 2 * word + 1}, dtype)));
+      // Elements around the slice that are no whole vectors have to be copied; in place they do
+      // not.
+      const at::Tensor ragged =
+          fake({5, 3, 2 * word + 1}, dtype, kInput, {{12 * word, 4 * word, 1}});
+      EXPECT_FALSE(uses_vectors({.rotary_dim = 2 * word}, ragged));
+      EXPECT_TRUE(
+          plan(host::in_place(
+                   by_tokens(5, {.rotary_dim = 2 * word, .interleaved = interleaved}).on(ragged)))
+              .uses_vectors);
     }
   }
 }
@@ -115,63 +143,62 @@ TEST(CudaPlan, UsesSingleElementsWhereSomeRowIsNotAligned) {
 TEST(CudaPlan, UsesSingleElementsForAPairWhereOneIsNotAligned) {
   const at::Tensor aligned = fake({5, 3, 64});
   const at::Tensor unaligned = fake({5, 3, 64}, at::kBFloat16, kInput + 2);
-  EXPECT_TRUE(plan(by_tokens(5).on(aligned, aligned)).uses_words);
-  EXPECT_FALSE(plan(by_tokens(5).on(aligned, unaligned)).uses_words);
-  EXPECT_FALSE(plan(by_tokens(5).on(unaligned, aligned)).uses_words);
+  EXPECT_TRUE(plan(by_tokens(5).on(aligned, aligned)).uses_vectors);
+  EXPECT_FALSE(plan(by_tokens(5).on(aligned, unaligned)).uses_vectors);
+  EXPECT_FALSE(plan(by_tokens(5).on(unaligned, aligned)).uses_vectors);
 }
 
 TEST(CudaPlan, UsesSingleElementsWhereTheOutputIsNotAligned) {
   const Call call = by_tokens(5).on(fake({5, 3, 64}));
   EXPECT_FALSE(
-      host::plans(call, {fake({5, 3, 64}, at::kBFloat16, kOutput + 2), {}}).at(0).uses_words);
+      host::plans(call, {fake({5, 3, 64}, at::kBFloat16, kOutput + 2), {}}).at(0).uses_vectors);
+}
+
+std::int64_t columns_of_others(const Plan& plan) {
+  return plan.blocks.columns - plan.blocks.rotated_columns;
 }
 
 TEST(CudaPlan, CopiesWhatIsOutsideTheSliceOnlyOutOfPlace) {
   const Call call = by_tokens(5, {.rotary_dim = 64});
   const at::Tensor x = fake({5, 3, 128});
-  EXPECT_EQ(plan(call.on(x)).work.copy_chunks, 4);
-  EXPECT_EQ(plan(host::in_place(call.on(x))).work.copy_chunks, 0);
+  EXPECT_EQ(columns_of_others(plan(call.on(x))), 4);
+  EXPECT_EQ(columns_of_others(plan(host::in_place(call.on(x)))), 0);
 }
 
-TEST(CudaPlan, CarriesEveryFrequencyOfTheWavelengthOnce) {
-  for (const std::int64_t pairs : {1, 64, 255, 256, 257, 512, 513, 1000}) {
-    SCOPED_TRACE(c10::str("pairs = ", pairs));
-    const Call call =
-        host::apply(fake({5, 1}, at::kFloat, kPositions),
-                    {.rotary_dim = 2 * pairs, .max_wavelength = 5e5, .scale_factor = 8.0});
-    const Call in_turns =
-        by_tokens(5, {.rotary_dim = 2 * pairs, .max_wavelength = 5e5, .scale_factor = 8.0});
-    const std::vector<RotatePlan> all_in_turns = plans(in_turns.on(fake({5, 3, 2 * pairs + 16})));
-    const std::vector<RotatePlan> all = plans(call.on(fake({5, 3, 2 * pairs + 16})));
-    EXPECT_EQ(std::ssize(all), (pairs + 255) / 256);
-    EXPECT_EQ(all_in_turns.size(), all.size());
-    std::int64_t next = 0;
-    for (std::size_t i = 0; i < all.size(); ++i) {
-      const RotatePlan& some = all[i];
-      EXPECT_FALSE(some.work.in_turns);
-      EXPECT_TRUE(all_in_turns[i].work.in_turns);
-      EXPECT_EQ(some.work.first_pair, next);
-      EXPECT_EQ(some.work.copy_chunks > 0, next == 0);
-      for (std::int64_t n = next; n < some.work.last_pair; ++n) {
-        const double exponent = -2.0 * static_cast<double>(n) / (2.0 * static_cast<double>(pairs));
-        const double frequency = std::pow(5e5, exponent);
-        ASSERT_NEAR(some.frequencies.radians[n - next], frequency, 1e-15 * frequency);
-        // The scale factor is counted in.
-        const double turns = std::ldexp(frequency / 8.0 / (2 * std::numbers::pi), 64);
-        ASSERT_NEAR(static_cast<double>(all_in_turns[i].frequencies.turns[n - next]), turns,
-                    1e-15 * turns + 1);
-      }
-      next = some.work.last_pair;
-    }
-    EXPECT_EQ(next, pairs);
-  }
+using rope::cuda::AngleSource;
+
+// Visits the launches of a call whose outputs are aligned.
+void for_each_launch(const Call& call, const std::function<void(const rope::Launch&)>& visit) {
+  rope::check(call);
+  rope::for_each_launch(call, {fake(call.q.sizes(), call.q.scalar_type(), kOutput), {}}, visit);
+}
+
+AngleSource source_of(const Call& call) {
+  std::optional<AngleSource> source;
+  for_each_launch(call,
+                  [&](const rope::Launch& launch) { source = rope::cuda::angle_source(launch); });
+  return source.value();
+}
+
+TEST(CudaPlan, FormsAnglesInTheirDtype) {
+  const auto source = [](const rope::ApplyOptions& options, at::ScalarType positions = at::kLong) {
+    return source_of(
+        host::apply(fake({5, 1}, positions, kPositions), options).on(fake({5, 3, 64})));
+  };
+  EXPECT_EQ(source({.inv_freq = fake({32}, at::kFloat)}), AngleSource::kFloat32);
+  EXPECT_EQ(source({.inv_freq = fake({32}, at::kFloat)}, at::kDouble), AngleSource::kFloat32);
+  EXPECT_EQ(source({.inv_freq = fake({32}, at::kDouble)}), AngleSource::kFloat64);
+  EXPECT_EQ(source({}, at::kFloat), AngleSource::kFloat64);
+  const at::Tensor table = fake({5, 1, 32}, at::kFloat);
+  EXPECT_EQ(source_of(host::apply_cos_sin(table, table).on(fake({5, 3, 64}))),
+            AngleSource::kTables);
 }
 
 TEST(CudaPlan, FormsAnglesInTurnsOfIntegerPositionsAlone) {
   const auto in_turns = [](at::ScalarType positions, const rope::ApplyOptions& options,
                            at::ScalarType dtype = at::kBFloat16) {
     const at::Tensor p = fake({5, 1}, positions, kPositions);
-    return plan(host::apply(p, options).on(fake({5, 3, 64}, dtype))).work.in_turns;
+    return source_of(host::apply(p, options).on(fake({5, 3, 64}, dtype))) == AngleSource::kTurns;
   };
   for (const at::ScalarType dtype : {at::kBFloat16, at::kHalf, at::kFloat}) {
     EXPECT_TRUE(in_turns(at::kLong, {}, dtype));
@@ -190,28 +217,51 @@ TEST(CudaPlan, KeepsTheFrequenciesOfSeveralWavelengths) {
   const at::Tensor x = fake({5, 3, 64});
   const std::vector<double> wavelengths = {1e4, 5e5, 1e6, 100, 1e4, 2e4, 1e4, 5e5};
   for (const double wavelength : wavelengths) {
-    const RotatePlan some = plan(by_tokens(5, {.max_wavelength = wavelength}).on(x));
-    const double turns = std::ldexp(std::pow(wavelength, -31.0 / 32) / (2 * std::numbers::pi), 64);
-    EXPECT_NEAR(static_cast<double>(some.frequencies.turns[31]), turns, 1e-14 * turns + 1);
+    for (const double scale_factor : {1.0, 8.0}) {
+      const Call call =
+          by_tokens(5, {.max_wavelength = wavelength, .scale_factor = scale_factor}).on(x);
+      for_each_launch(call, [&](const rope::Launch& launch) {
+        for (const int n : {0, 1, 31}) {
+          const double frequency = std::pow(wavelength, -n / 32.0);
+          const double turns = std::ldexp(frequency / scale_factor / (2 * std::numbers::pi), 64);
+          EXPECT_NEAR(static_cast<double>(rope::cuda::turns_of_wavelength(launch)[n]), turns,
+                      1e-14 * turns + 1);
+          EXPECT_NEAR(launch.by_position.wavelength_frequencies[n], frequency, 1e-15 * frequency);
+        }
+      });
+    }
   }
 }
 
-TEST(CudaPlan, IsOneLaunchForAnyNumberOfGivenFrequenciesOrColumns) {
-  const at::Tensor x = fake({5, 3, 4096});
-  EXPECT_EQ(plan(by_tokens(5, {.inv_freq = fake({2048}, at::kFloat)}).on(x)).work.last_pair, 2048);
+TEST(CudaPlan, IsOneLaunchForAnyNumberOfPairs) {
+  const at::Tensor x = fake({5, 3, 1 << 20});
+  EXPECT_EQ(plan(by_tokens(5).on(x)).blocks.rotated_columns, 1 << 16);
+  EXPECT_EQ(plan(by_tokens(5, {.inv_freq = fake({2048}, at::kFloat)}).on(x)).blocks.rotated_columns,
+            2048 / 8);
   const at::Tensor table = fake({5, 1, 2048}, at::kFloat);
-  EXPECT_EQ(plan(host::apply_cos_sin(table, table).on(x)).work.last_pair, 2048);
+  EXPECT_EQ(plan(host::apply_cos_sin(table, table).on(x)).blocks.rotated_columns, 2048 / 8);
 }
 
-TEST(CudaPlan, GivesLargeLaunchesMoreRowsPerThread) {
-  std::int64_t last = 1;
-  for (std::int64_t tokens = 1; tokens <= std::int64_t{1} << 20; tokens *= 4) {
-    const RotatePlan some =
-        plan(by_tokens(tokens).on(fake({tokens, 32, 128}), fake({tokens, 8, 128})));
-    EXPECT_GE(some.work.rows_per_thread, last);
-    last = some.work.rows_per_thread;
-  }
-  EXPECT_GT(last, 1);
+// Whether the blocks of a plan have every token, column and row, within the limits of a card.
+void expect_complete(const Plan& some, std::int64_t tokens, std::int64_t rows) {
+  const auto& blocks = some.blocks;
+  const std::int64_t groups = blocks.column_groups.divisor;
+  EXPECT_GE(some.grid_x, 1);
+  EXPECT_LE(some.grid_x, kMostBlocks);
+  EXPECT_GE(some.grid_y, 1);
+  EXPECT_LE(some.grid_y, 65535);
+  EXPECT_GE(some.block_x * some.block_y * some.block_z, 1);
+  EXPECT_LE(some.block_x * some.block_y * some.block_z, rope::cuda::kMaxThreads);
+  EXPECT_LE(some.block_z, 64);
+  EXPECT_EQ(blocks.tokens, tokens);
+  EXPECT_EQ(blocks.rows, rows);
+  EXPECT_EQ(some.grid_x % groups, 0);
+  EXPECT_GE(some.grid_x / groups * blocks.block_tokens, tokens);
+  EXPECT_LT((some.grid_x / groups - 1) * blocks.block_tokens, tokens);
+  EXPECT_GE(groups * blocks.block_columns, blocks.columns);
+  EXPECT_LT((groups - 1) * blocks.block_columns, blocks.columns);
+  EXPECT_GE(some.grid_y * blocks.rows_per_block, rows);
+  EXPECT_LT((some.grid_y - 1) * blocks.rows_per_block, rows);
 }
 
 TEST(CudaPlan, StaysWithinTheGridUpTo2To33Elements) {
@@ -226,12 +276,16 @@ TEST(CudaPlan, StaysWithinTheGridUpTo2To33Elements) {
               continue;
             }
             const at::Tensor x = fake({tokens, heads, size}, dtype, kInput + offset);
-            for (const RotatePlan& some : plans(by_tokens(tokens).on(x))) {
-              EXPECT_GE(some.blocks, 1);
-              EXPECT_LE(some.blocks, kMostBlocks);
-              EXPECT_GE(some.blocks * some.work.threads, some.work.items);
-              EXPECT_LT((some.blocks - 1) * some.work.threads, some.work.items);
-            }
+            expect_complete(plan(by_tokens(tokens).on(x)), tokens, heads);
+            // One token, and so many rows.
+            const Call shared = host::apply(fake({}, at::kLong, kPositions));
+            expect_complete(plan(shared.on(x)), 1, tokens * heads);
+            // Along tokens, and along heads.
+            const at::Tensor transposed = x.transpose(0, 2);
+            const Call by_last =
+                host::apply(fake({tokens}, at::kLong, kPositions), {.embedding_axis = 0});
+            expect_complete(plan(by_last.on(fake(transposed.sizes(), dtype, kInput + offset))),
+                            tokens, heads);
           }
         }
       }
@@ -244,16 +298,16 @@ TEST(CudaPlan, CountsIn64BitsExactlyWhereSomeOffsetNeedsThem) {
   const auto index_is_64bit = [&](std::int64_t stride, at::ScalarType dtype) {
     return plan(call.on(fake({2, 3, 64}, dtype, kInput, {{stride, 64, 1}}))).index_is_64bit;
   };
-  // The last row begins at the stride and two heads more.
-  EXPECT_FALSE(index_is_64bit(2 * kGiga - 1 - 128, at::kFloat));
-  EXPECT_TRUE(index_is_64bit(2 * kGiga - 128, at::kFloat));
+  // The last element is at the stride, two heads and 63 more.
+  EXPECT_FALSE(index_is_64bit(2 * kGiga - 1 - 191, at::kFloat));
+  EXPECT_TRUE(index_is_64bit(2 * kGiga - 191, at::kFloat));
   EXPECT_FALSE(plan(by_tokens(1 << 16).on(fake({1 << 16, 255, 128}))).index_is_64bit);
   EXPECT_TRUE(plan(by_tokens(1 << 16).on(fake({1 << 16, 257, 128}))).index_is_64bit);
 }
 
 TEST(CudaPlan, CountsIn64BitsWherePositionsOrTablesNeedThem) {
   const at::Tensor x = fake({2, 1, 64});
-  const at::Tensor near = fake({2, 1}, at::kLong, kPositions, {{2 * kGiga - 1, 1}});
+  const at::Tensor near = fake({2, 1}, at::kLong, kPositions, {{2 * kGiga - 64, 1}});
   const at::Tensor far = fake({2, 1}, at::kLong, kPositions, {{2 * kGiga, 1}});
   EXPECT_FALSE(plan(host::apply(near).on(x)).index_is_64bit);
   EXPECT_TRUE(plan(host::apply(far).on(x)).index_is_64bit);
@@ -270,48 +324,55 @@ TEST(CudaPlan, CountsIn64BitsWhereKNeedsThem) {
   EXPECT_TRUE(plan(by_tokens(2).on(q, k)).index_is_64bit);
 }
 
-TEST(CudaPlan, SpreadsAFewTokensOverManyProcessors) {
-  const auto decode = [](std::int64_t batch) {
-    return plan(by_tokens(batch).on(fake({batch, 32, 128}), fake({batch, 8, 128})));
+TEST(CudaPlan, CountsIn64BitsWhereDimensionsAreMany) {
+  const auto index_is_64bit = [](at::IntArrayRef positions, at::IntArrayRef strides) {
+    const at::Tensor p = fake(positions, at::kLong, kPositions);
+    return plan(host::apply(p).on(fake({2, 3, 4, 5, 64}, at::kBFloat16, kInput, strides)))
+        .index_is_64bit;
   };
-  EXPECT_EQ(decode(1).blocks, 5);  // 40 rows of 8 threads, 64 to a block.
-  EXPECT_EQ(decode(32).work.threads, rope::cuda::kFewThreads);
-  EXPECT_EQ(decode(4096).work.threads, rope::cuda::kThreads);
+  // Two dimensions of tokens, or two of rows, are described with 32-bit indices.
+  EXPECT_FALSE(index_is_64bit({2, 3, 4, 5}, {{3840, 1280, 320, 64, 1}}));
+  EXPECT_FALSE(index_is_64bit({2, 1, 4, 1}, {{3840, 1280, 320, 64, 1}}));
+  EXPECT_TRUE(index_is_64bit({2, 3, 4, 5}, {{38400, 8000, 640, 64, 1}}));
+  EXPECT_TRUE(index_is_64bit({1, 1, 1, 1}, {{38400, 8000, 640, 64, 1}}));
 }
 
-TEST(CudaPlan, ReadsTablesInWordsWhereEveryRowIsAligned) {
-  const at::Tensor x = fake({8, 3, 64});
-  const auto has_words = [&](const at::Tensor& cos, const at::Tensor& sin,
-                             std::optional<at::Tensor> rows = std::nullopt) {
-    return plan(host::apply_cos_sin(cos, sin, {.positions = rows}).on(x)).work.tables_have_words;
+TEST(CudaPlan, FindsRotationsInRegistersWhereRowsAreFew) {
+  const auto has_few_rows = [](const Call& call, std::int64_t heads,
+                               at::ScalarType dtype = at::kBFloat16, std::int64_t size = 64) {
+    return plan(call.on(fake({4096, heads, size}, dtype))).has_few_rows;
   };
-  for (const at::ScalarType dtype : reference::kFloatDtypes) {
-    SCOPED_TRACE(c10::str("dtype = ", dtype));
-    const auto table = [&](std::int64_t offset, at::IntArrayRef strides) {
-      return fake({8, 1, 32}, dtype, kPositions + offset, strides);
-    };
-    const at::Tensor good = table(0, {32, 32, 1});
-    EXPECT_TRUE(has_words(good, good));
-    EXPECT_TRUE(has_words(table(16, {48, 48, 1}), table(0, {0, 0, 1})));
-    for (const at::Tensor& bad : {table(8, {32, 32, 1}), table(0, {33, 33, 1}),
-                                  table(0, {64, 64, 2}), table(0, {1, 1, 8})}) {
-      EXPECT_FALSE(has_words(good, bad));
-      EXPECT_FALSE(has_words(bad, good));
-    }
-    const at::Tensor rows = fake({8, 1}, at::kLong, kPositions);
-    const auto by_row = [&](std::int64_t stride) {
-      return fake({9, 32}, dtype, kPositions, {{stride, 1}});
-    };
-    EXPECT_TRUE(has_words(by_row(32), by_row(64), rows));
-    EXPECT_FALSE(has_words(by_row(32), by_row(33), rows));
+  const Call call = by_tokens(4096);
+  for (std::int64_t heads = 1; heads <= 8; ++heads) {
+    EXPECT_EQ(has_few_rows(call, heads), heads <= 4) << heads;
   }
+  EXPECT_TRUE(has_few_rows(by_tokens(4096, {.inv_freq = fake({32}, at::kFloat)}), 1));
+  EXPECT_FALSE(has_few_rows(by_tokens(4096, {.inv_freq = fake({32}, at::kDouble)}), 1));
+  EXPECT_FALSE(has_few_rows(call, 1, at::kDouble));
+  EXPECT_FALSE(has_few_rows(call, 1, at::kBFloat16, 62));
+  const at::Tensor table = fake({4096, 1, 32}, at::kFloat);
+  EXPECT_FALSE(has_few_rows(host::apply_cos_sin(table, table), 1));
+}
+
+TEST(CudaPlan, LaysThreadsAlongContiguousMemory) {
+  using rope::cuda::Lanes;
+  const Call call = host::apply(fake({4096}, at::kLong, kPositions), {.embedding_axis = 1});
+  const Plan tokens = plan(call.on(fake({8, 128, 4096})));
+  EXPECT_EQ(tokens.blocks.lanes, Lanes::kTokens);
+  EXPECT_EQ(tokens.block_x, 32);
+  const Call by_batch = host::apply(fake({8, 1}, at::kLong, kPositions), {.embedding_axis = 1});
+  const Plan rows = plan(by_batch.on(fake({8, 128, 4096})));
+  EXPECT_EQ(rows.blocks.lanes, Lanes::kRows);
+  EXPECT_EQ(rows.block_x, 32);
+  const Plan columns = plan(by_tokens(4096).on(fake({4096, 32, 64}, at::kBFloat16, kInput + 2)));
+  EXPECT_EQ(columns.blocks.lanes, Lanes::kColumns);
+  EXPECT_EQ(columns.block_x, 32);
 }
 
 // The bytes that the threads of a plan load, and store again, by its own count.
-std::int64_t bytes_of(const RotatePlan& plan, std::int64_t tokens, at::ScalarType dtype) {
-  const std::int64_t pairs = plan.uses_words ? rope::cuda::word_elements(dtype) : 1;
-  const std::int64_t chunks = plan.work.rotate_chunks + plan.work.copy_chunks;
-  return tokens * plan.work.shared_rows * chunks * 2 * pairs *
+std::int64_t bytes_of(const Plan& plan, at::ScalarType dtype) {
+  const std::int64_t pairs = plan.uses_vectors ? rope::cuda::vector_elements(dtype) : 1;
+  return plan.blocks.tokens * plan.blocks.rows * plan.blocks.columns * 2 * pairs *
          static_cast<std::int64_t>(c10::elementSize(dtype));
 }
 
@@ -335,16 +396,42 @@ TEST(CudaPlan, MovesEachElementOnceWithinTheLimitsOfACard) {
       for (const bool in_place : {false, true}) {
         Call both = k_heads > 0 ? call.on(q, k) : call.on(q);
         both.in_place = in_place;
-        const RotatePlan some = plan(both);
+        const Plan some = plan(both);
         const std::int64_t elements = tokens * (q_heads + k_heads) * (in_place ? rotary_dim : size);
-        EXPECT_EQ(bytes_of(some, tokens, dtype),
+        EXPECT_EQ(bytes_of(some, dtype),
                   elements * static_cast<std::int64_t>(c10::elementSize(dtype)));
-        EXPECT_GE(some.blocks, 1);
-        EXPECT_LE(some.blocks, kMostBlocks);
-        EXPECT_LE(some.work.threads, rope::cuda::kThreads);
-        EXPECT_EQ(some.work.threads % 32, 0);
-        EXPECT_EQ(some.blocks, rope::cuda::ceil_div(some.work.items, some.work.threads));
-        EXPECT_GE(some.work.row_groups * some.work.rows_per_thread, some.work.shared_rows);
+        expect_complete(some, tokens, q_heads + k_heads);
+      }
+    }
+  }
+}
+
+TEST(CudaPlan, HasSharedMemoryWithoutAsking) {
+  // 48 KiB are a block's without an attribute of the kernel.
+  for (const at::ScalarType dtype : {at::kDouble, at::kFloat, at::kBFloat16}) {
+    for (const std::int64_t size : {2, 16, 64, 80, 128, 512, 4096, 65536}) {
+      for (const std::int64_t heads : {1, 5, 8, 40, 1000}) {
+        for (const std::int64_t offset : {0, 8}) {
+          for (const bool full_width : {false, true}) {
+            SCOPED_TRACE(c10::str(heads, " of ", size, ", ", dtype));
+            const at::Tensor x = fake({4096, heads, size}, dtype, kInput + offset);
+            const at::Tensor table = fake({4096, 1, full_width ? size : size / 2}, dtype);
+            const Call call = host::apply_cos_sin(table, table, {.full_width = full_width}).on(x);
+            for_each_launch(call, [&](const rope::Launch& launch) {
+              const auto expect_fits = [&](const Plan& some) {
+                return [&](auto type) {
+                  EXPECT_LE(rope::cuda::shared_bytes<typename decltype(type)::type>(some),
+                            48 << 10);
+                };
+              };
+              const Plan rotation = rope::cuda::make_rotate_plan(launch);
+              rope::cuda::with_thread<rope::cuda::RotateThread>(launch, rotation,
+                                                                expect_fits(rotation));
+              const Plan sums = rope::cuda::make_sum_plan(launch);
+              rope::cuda::with_thread<rope::cuda::SumThread>(launch, sums, expect_fits(sums));
+            });
+          }
+        }
       }
     }
   }
@@ -364,47 +451,40 @@ Plan sum_plan(const at::Tensor& grad, const at::Tensor& x, at::IntArrayRef sizes
 }
 
 TEST(CudaSumPlan, CutsRowsIntoGroupsOnlyWhereTokensAreFew) {
-  constexpr std::int64_t kEnough = std::int64_t{1} << 16;
   for (std::int64_t tokens = 1; tokens <= std::int64_t{1} << 20; tokens *= 4) {
     for (const std::int64_t heads : {1, 8, 32}) {
       for (const std::int64_t batch : {1, 3, 64}) {
         SCOPED_TRACE(c10::str("(", batch, ", ", tokens, ", ", heads, ", 128)"));
         const at::Tensor x = fake({batch, tokens, heads, 128});
         const Plan some = sum_plan(fake(x.sizes(), at::kBFloat16, kOutput), x, {tokens, 1, 64});
-        const rope::cuda::Work& work = some.work;
-        EXPECT_EQ(work.shared_rows, batch * heads);
-        EXPECT_EQ(work.items, tokens * 8 * work.row_groups);
-        EXPECT_GE(work.row_groups * work.rows_per_thread, work.shared_rows);
-        EXPECT_LT((work.row_groups - 1) * work.rows_per_thread, work.shared_rows);
-        if (tokens * 8 >= kEnough || batch * heads <= 8) {
-          EXPECT_EQ(work.row_groups, 1);
+        const std::int64_t rows = batch * heads;
+        expect_complete(some, tokens, rows);
+        if (tokens >= rope::cuda::kEnoughBlocks || rows <= 16) {
+          EXPECT_EQ(some.grid_y, 1);
         } else {
-          EXPECT_GT(work.row_groups, 1);
-          EXPECT_GE(work.rows_per_thread, 8);
-          EXPECT_TRUE(work.items > kEnough / 2 || work.rows_per_thread == 8);
+          EXPECT_GT(some.grid_y, 1);
         }
-        EXPECT_EQ(some.blocks, rope::cuda::ceil_div(work.items, work.threads));
-        EXPECT_LE(some.blocks, kMostBlocks);
       }
     }
   }
 }
 
-TEST(CudaSumPlan, UsesWordsWhereXAndItsGradientAreAligned) {
+TEST(CudaSumPlan, UsesVectorsWhereXAndItsGradientAreAligned) {
   for (const at::ScalarType dtype : reference::kFloatDtypes) {
-    const std::int64_t word = rope::cuda::word_elements(dtype);
+    const std::int64_t word = rope::cuda::vector_elements(dtype);
     const auto bytes = static_cast<std::int64_t>(c10::elementSize(dtype));
     const std::vector<std::int64_t> sizes = {5, 3, 8 * word};
     const at::Tensor x = fake(sizes, dtype);
     const at::Tensor grad = fake(sizes, dtype, kOutput);
-    EXPECT_TRUE(sum_plan(grad, x, {5, 1, 4 * word}).uses_words);
-    EXPECT_TRUE(sum_plan(fake(sizes, dtype, kOutput, {{0, 0, 1}}), x, {5, 1, 4 * word}).uses_words);
-    EXPECT_TRUE(sum_plan(grad, x, {5, 1, word}, {.rotary_offset = word}).uses_words);
-    EXPECT_FALSE(sum_plan(grad, x, {5, 1, word}, {.rotary_offset = 1}).uses_words);
-    EXPECT_FALSE(sum_plan(grad, x, {5, 1, word + 1}).uses_words);
-    EXPECT_FALSE(sum_plan(fake(sizes, dtype, kOutput, {{0, 0, 0}}), x, {5, 1, word}).uses_words);
-    EXPECT_FALSE(sum_plan(fake(sizes, dtype, kOutput + bytes), x, {5, 1, word}).uses_words);
-    EXPECT_FALSE(sum_plan(grad, fake(sizes, dtype, kInput + bytes), {5, 1, word}).uses_words);
+    EXPECT_TRUE(sum_plan(grad, x, {5, 1, 4 * word}).uses_vectors);
+    EXPECT_TRUE(
+        sum_plan(fake(sizes, dtype, kOutput, {{0, 0, 1}}), x, {5, 1, 4 * word}).uses_vectors);
+    EXPECT_TRUE(sum_plan(grad, x, {5, 1, word}, {.rotary_offset = word}).uses_vectors);
+    EXPECT_FALSE(sum_plan(grad, x, {5, 1, word}, {.rotary_offset = 1}).uses_vectors);
+    EXPECT_FALSE(sum_plan(grad, x, {5, 1, word + 1}).uses_vectors);
+    EXPECT_FALSE(sum_plan(fake(sizes, dtype, kOutput, {{0, 0, 0}}), x, {5, 1, word}).uses_vectors);
+    EXPECT_FALSE(sum_plan(fake(sizes, dtype, kOutput + bytes), x, {5, 1, word}).uses_vectors);
+    EXPECT_FALSE(sum_plan(grad, fake(sizes, dtype, kInput + bytes), {5, 1, word}).uses_vectors);
   }
 }
 
@@ -417,8 +497,8 @@ TEST(CudaSumPlan, CountsIn64BitsExactlyWhereSomeOffsetNeedsThem) {
     EXPECT_EQ(sum_plan(far, near, {32}).index_is_64bit, of_x);
     return of_x;
   };
-  EXPECT_FALSE(index_is_64bit(2 * kGiga - 1 - 128));
-  EXPECT_TRUE(index_is_64bit(2 * kGiga - 128));
+  EXPECT_FALSE(index_is_64bit(2 * kGiga - 1 - 191));
+  EXPECT_TRUE(index_is_64bit(2 * kGiga - 191));
   // More rows, and more sums, than 32 bits count.
   const std::vector<std::int64_t> sizes = {2 * kGiga, 2};
   const at::Tensor still = fake(sizes, at::kBFloat16, kInput, {{0, 1}});

@@ -7,7 +7,6 @@
 #include <tuple>
 
 #include "cuda/launch.h"
-#include "cuda/sum_thread.h"
 #include "host_launch.h"
 #include "host_threads.h"
 #include "reference.h"
@@ -35,7 +34,12 @@ void run_sums(const Launch& launch, const Sums& sums, const Running& running = {
   plan.index_is_64bit = plan.index_is_64bit || running.index_is_64bit;
   rope::cuda::with_thread<rope::cuda::SumThread>(launch, plan, [&](auto type) {
     using Thread = typename decltype(type)::type;
-    host::run_blocks(Thread(launch, plan.work, sums), plan.work, 0, plan.blocks, running);
+    const host::SharedMemory<Thread> shared(plan);
+    host::run_blocks<Thread>(
+        rope::cuda::sum_params<typename Thread::IndexType>(launch, plan, sums), plan, 0,
+        plan.grid_x * plan.grid_y, running, [&] { shared.clear(); },
+        [&](Thread& thread) { thread.sum_rows(shared.get()); },
+        [&](Thread& thread) { thread.store_sums(shared.get()); });
   });
 }
 
@@ -46,7 +50,7 @@ namespace rope::cuda {
 
 bool has_kernels() { return true; }
 
-std::int64_t sum_groups(const Launch& launch) { return make_sum_plan(launch).work.row_groups; }
+std::int64_t sum_groups(const Launch& launch) { return make_sum_plan(launch).grid_y; }
 
 void sum(const Launch& launch, const Sums& sums, int) { run_sums(launch, sums); }
 
@@ -61,6 +65,18 @@ struct Arguments {
   std::vector<std::int64_t> sizes;
   reference::Slice slice = {-1, 0, false};
   bool conjugate = false;
+  bool full_width = false;
+  // A second tensor, summed over with the first.
+  at::Tensor grad_k = {};
+  at::Tensor k = {};
+
+  std::vector<at::Tensor> grads() const { return with(grad, grad_k); }
+  std::vector<at::Tensor> xs() const { return with(x, k); }
+
+ private:
+  static std::vector<at::Tensor> with(const at::Tensor& first, const at::Tensor& second) {
+    return second.defined() ? std::vector<at::Tensor>{first, second} : std::vector{first};
+  }
 };
 
 struct Result {
@@ -72,20 +88,20 @@ struct Result {
 template <typename Output, typename... FullWidth>
 Output call(const char* name, const Arguments& arguments, c10::DispatchKey key,
             FullWidth... full_width) {
-  const auto& [grad, x, sizes, slice, conjugate] = arguments;
+  const reference::Slice& slice = arguments.slice;
   const auto handle = c10::Dispatcher::singleton()
                           .findSchemaOrThrow(name, "")
                           .typed<Output(at::TensorList, at::TensorList, c10::SymIntArrayRef,
                                         std::int64_t, std::int64_t, bool, bool, FullWidth...)>();
-  return handle.redispatch(c10::DispatchKeySet(key), grad, x, c10::fromIntArrayRefSlow(sizes),
-                           slice.embedding_axis, slice.rotary_offset, slice.interleaved, conjugate,
+  return handle.redispatch(c10::DispatchKeySet(key), arguments.grads(), arguments.xs(),
+                           c10::fromIntArrayRefSlow(arguments.sizes), slice.embedding_axis,
+                           slice.rotary_offset, slice.interleaved, arguments.conjugate,
                            full_width...);
 }
 
 Result call_cos_sin(const Arguments& arguments, c10::DispatchKey key = c10::DispatchKey::CUDA) {
-  auto [cos, sin] =
-      call<std::tuple<at::Tensor, at::Tensor>>("rope::_cos_sin_gradient", arguments, key,
-                                               /*full_width=*/false);
+  auto [cos, sin] = call<std::tuple<at::Tensor, at::Tensor>>("rope::_cos_sin_gradient", arguments,
+                                                             key, arguments.full_width);
   return {cos, sin};
 }
 
@@ -95,15 +111,21 @@ Result call_angle(const Arguments& arguments, c10::DispatchKey key = c10::Dispat
 
 // The launch by which the sums of a call are found.
 void for_each_launch(const Arguments& arguments, const std::function<void(const Launch&)>& visit) {
-  const auto& [grad, x, sizes, slice, conjugate] = arguments;
-  const at::Tensor like_sums =
-      at::empty(sizes, at::dtype(at::toOpMathType(x.scalar_type())).device(at::kMeta));
+  const reference::Slice& slice = arguments.slice;
+  const auto real = at::toOpMathType(arguments.x.scalar_type());
+  const at::Tensor like_sums = at::empty(arguments.sizes, at::dtype(real).device(at::kMeta));
   const host::Call call = host::apply_cos_sin(like_sums, like_sums,
                                               {.embedding_axis = slice.embedding_axis,
                                                .rotary_offset = slice.rotary_offset,
                                                .interleaved = slice.interleaved,
-                                               .conjugate = conjugate});
-  rope::for_each_launch(call.on(grad), {x, {}}, visit);
+                                               .conjugate = arguments.conjugate,
+                                               .full_width = arguments.full_width});
+  const auto& [grad, x] = std::tie(arguments.grad, arguments.x);
+  if (arguments.k.defined()) {
+    rope::for_each_launch(call.on(grad, arguments.grad_k), {x, arguments.k}, visit);
+  } else {
+    rope::for_each_launch(call.on(grad), {x, {}}, visit);
+  }
 }
 
 // The sums by the threads of one launch, written between guards that stay as they were.
@@ -144,24 +166,53 @@ struct Expected {
   at::Tensor magnitude;  // the sum of what is added, without signs
 };
 
-// The sums by their formula.
-std::pair<Expected, Expected> formula(const Arguments& arguments) {
-  const auto& [grad, x, sizes, slice, conjugate] = arguments;
+Expected operator+(const Expected& left, const Expected& right) {
+  return {left.value + right.value, left.magnitude + right.magnitude};
+}
+
+// The sums of one tensor by their formula, of cosines and of sines.
+std::pair<Expected, Expected> formula(const Arguments& arguments, const at::Tensor& grad,
+                                      const at::Tensor& x) {
+  const reference::Slice& slice = arguments.slice;
+  std::vector<std::int64_t> sizes = arguments.sizes;
+  sizes.back() /= arguments.full_width ? 2 : 1;
   const std::int64_t num_pairs = sizes.back();
   const at::Tensor n = at::arange(num_pairs);
   const at::Tensor first = slice.rotary_offset + (slice.interleaved ? 2 * n : n);
   const at::Tensor second = first + (slice.interleaved ? 1 : num_pairs);
-  const auto part = [&, axis = slice.embedding_axis](const at::Tensor& of,
-                                                     const at::Tensor& index) {
-    return of.to(at::kDouble).movedim(axis, -1).index_select(-1, index);
+  const auto part = [&](const at::Tensor& of, const at::Tensor& index) {
+    return of.to(at::kDouble).movedim(slice.embedding_axis, -1).index_select(-1, index);
   };
-  const at::Tensor aa = part(grad, first) * part(x, first);
-  const at::Tensor bb = part(grad, second) * part(x, second);
-  const at::Tensor ba = part(grad, second) * part(x, first);
-  const at::Tensor ab = part(grad, first) * part(x, second);
-  const double sign = conjugate ? -1 : 1;
-  return {{(aa + bb).sum_to_size(sizes), (aa.abs() + bb.abs()).sum_to_size(sizes)},
-          {sign * (ba - ab).sum_to_size(sizes), (ba.abs() + ab.abs()).sum_to_size(sizes)}};
+  const auto sum = [&](double sign, const at::Tensor& of_grad, const at::Tensor& of_x) {
+    const at::Tensor product = part(grad, of_grad) * part(x, of_x);
+    return Expected{sign * product.sum_to_size(sizes), product.abs().sum_to_size(sizes)};
+  };
+  const double sign = arguments.conjugate ? -1 : 1;
+  const Expected cos_a = sum(1, first, first);
+  const Expected cos_b = sum(1, second, second);
+  const Expected ba = sum(sign, second, first);
+  const Expected ab = sum(-sign, first, second);
+  if (!arguments.full_width) {
+    return {cos_a + cos_b, ba + ab};
+  }
+  // The columns of the first elements of all pairs and those of the second.
+  const auto columns = [&](const Expected& a, const Expected& b) {
+    const auto join = [&](const at::Tensor& left, const at::Tensor& right) {
+      return slice.interleaved ? at::stack({left, right}, -1).flatten(-2)
+                               : at::cat({left, right}, -1);
+    };
+    return Expected{join(a.value, b.value), join(a.magnitude, b.magnitude)};
+  };
+  return {columns(cos_a, cos_b), arguments.conjugate ? columns(ba, ab) : columns(ab, ba)};
+}
+
+std::pair<Expected, Expected> formula(const Arguments& arguments) {
+  const auto of_x = formula(arguments, arguments.grad, arguments.x);
+  if (!arguments.k.defined()) {
+    return of_x;
+  }
+  const auto of_k = formula(arguments, arguments.grad_k, arguments.k);
+  return {of_x.first + of_k.first, of_x.second + of_k.second};
 }
 
 // Each addition rounds once, here and in the formula.
@@ -172,7 +223,8 @@ testing::AssertionResult is_sum(const at::Tensor& actual, const Expected& expect
     return testing::AssertionFailure() << actual.scalar_type() << " of " << actual.sizes();
   }
   const double additions =
-      2.0 * static_cast<double>(arguments.x.numel()) /
+      2.0 *
+      static_cast<double>(arguments.x.numel() + (arguments.k.defined() ? arguments.k.numel() : 0)) /
       static_cast<double>(std::max<std::int64_t>(c10::multiply_integers(arguments.sizes), 1));
   const double epsilon = real == at::kDouble ? 0x1p-51 : 0x1p-24;
   const at::Tensor wrong = ((actual.to(at::kDouble) - expected.value).abs() <=
@@ -208,7 +260,9 @@ void expect_right(const Arguments& arguments) {
   if (testing::Test::HasFailure()) {
     return;
   }
-  expect_same_bits(call_angle(arguments), result, "alone");
+  if (!arguments.full_width) {
+    expect_same_bits(call_angle(arguments), result, "alone");
+  }
   expect_same_bits(run_guarded(arguments, {}), result, "between guards");
   expect_same_bits(run_guarded(arguments, {.last_thread_first = true}), result,
                    "the last thread first");
@@ -225,7 +279,7 @@ TEST(CudaSums, AreRightForEveryDtypeInEveryForm) {
     for_each_form([&](bool interleaved, bool conjugate) {
       const at::Tensor x = random_values({2, 5, 3, 64}, dtype);
       expect_right({gradient_for(x), x, {5, 1, 32}, {-1, 0, interleaved}, conjugate});
-      EXPECT_TRUE(last_plan.uses_words);
+      EXPECT_TRUE(last_plan.uses_vectors);
     });
   });
 }
@@ -282,7 +336,7 @@ TEST(CudaSums, ReadAnyStrides) {
         expect_right({strided, dense, {3, 1, 16}, slice});
         const at::Tensor unaligned = strided_values({2, 3, 4, 32}, {384, 128, 32, 1}, 1, dtype);
         expect_right({unaligned, dense, {3, 1, 16}, slice});
-        EXPECT_FALSE(last_plan.uses_words);
+        EXPECT_FALSE(last_plan.uses_vectors);
       }
     }
   });
@@ -324,13 +378,13 @@ TEST(CudaSums, AreOfOneDimensionAndOfOneHead) {
 TEST(CudaSums, AreCutIntoGroupsWhereFewTokensHaveManyRows) {
   for_each_dtype([](at::ScalarType dtype) {
     for (const auto& [batch, tokens, heads, size] :
-         {std::tuple(65, 3, 7, 32), {65, 1, 1, 6}, {1, 2, 33, 64}}) {
+         {std::tuple(65, 3, 7, 32), {67, 1, 1, 6}, {1, 2, 35, 64}}) {
       SCOPED_TRACE(c10::str("(", batch, ", ", tokens, ", ", heads, ", ", size, ")"));
       const at::Tensor x = random_values({batch, tokens, heads, size}, dtype);
       expect_right({gradient_for(x), x, {tokens, 1, size / 2}, {-1, 0, true}});
-      EXPECT_GT(last_plan.work.row_groups, 1);
+      EXPECT_GT(last_plan.grid_y, 1);
       // The last group has fewer rows than the others.
-      EXPECT_NE(last_plan.work.shared_rows % last_plan.work.rows_per_thread, 0);
+      EXPECT_NE(last_plan.blocks.rows % last_plan.blocks.rows_per_block, 0);
     }
   });
 }
@@ -343,7 +397,50 @@ TEST(CudaSums, AreOfOneGroupWhereTokensAreEnough) {
   EXPECT_TRUE(is_sum(result.cos, cos, arguments));
   EXPECT_TRUE(is_sum(result.sin, sin, arguments));
   expect_right({gradient_for(x), x, {16384, 2, 16}});
-  EXPECT_EQ(last_plan.work.row_groups, 1);
+  EXPECT_EQ(last_plan.grid_y, 1);
+}
+
+TEST(CudaSums, AreOverTwoTensorsAtOnce) {
+  for_each_dtype([](at::ScalarType dtype) {
+    for_each_form([&](bool interleaved, bool conjugate) {
+      const at::Tensor q = random_values({2, 5, 7, 64}, dtype);
+      for (const at::Tensor& k :
+           {random_values({2, 5, 2, 64}, dtype, 3), random_values({5, 1, 48}, dtype, 3),
+            strided_values({2, 5, 2, 45}, {960, 192, 90, 2}, 0, dtype)}) {
+        for (const bool full_width : {false, true}) {
+          SCOPED_TRACE(c10::str("k: ", k.sizes(), ", full_width = ", full_width));
+          expect_right({.grad = gradient_for(q),
+                        .x = q,
+                        .sizes = {5, 1, full_width ? 32 : 16},
+                        .slice = {-1, 8, interleaved},
+                        .conjugate = conjugate,
+                        .full_width = full_width,
+                        .grad_k = gradient_for(k),
+                        .k = k});
+        }
+      }
+    });
+  });
+}
+
+TEST(CudaSums, AreOfEachElementForTablesOfFullWidth) {
+  for_each_dtype([](at::ScalarType dtype) {
+    for_each_form([&](bool interleaved, bool conjugate) {
+      const at::Tensor x = random_values({2, 35, 3, 40}, dtype);
+      const auto expect = [&](const at::Tensor& some, std::vector<std::int64_t> sizes,
+                              const reference::Slice& slice) {
+        expect_right({.grad = gradient_for(some),
+                      .x = some,
+                      .sizes = std::move(sizes),
+                      .slice = slice,
+                      .conjugate = conjugate,
+                      .full_width = true});
+      };
+      expect(x, {35, 1, 32}, {-1, 8, interleaved});
+      expect(x, {35, 3, 30}, {-1, 1, interleaved});
+      expect(x.transpose(1, 3), {35, 32}, {1, 3, interleaved});
+    });
+  });
 }
 
 TEST(CudaSums, OfNothingAreZero) {
@@ -383,7 +480,7 @@ TEST(CudaSums, OfMoreDimensionsThanALaunchHasAreInATenOperators) {
   const Arguments arguments = {gradient_for(x), x, {1}};
   last_plan = {};
   const Result result = call_cos_sin(arguments);
-  EXPECT_EQ(last_plan.blocks, 0);
+  EXPECT_EQ(last_plan.grid_x, 0);
   const auto [cos, sin] = formula(arguments);
   EXPECT_TRUE(is_sum(result.cos, cos, arguments));
   EXPECT_TRUE(is_sum(result.sin, sin, arguments));
@@ -429,7 +526,7 @@ TEST(CudaSums, RefuseWhatDoesNotFitBeforeAnythingIsRead) {
   refused({x, x, {5, 1, 8}, {-1, -1, false}}, expected + "sizes to end in the number of pairs");
   refused({x, x, {4, 1, 8}}, expected + "sizes to be broadcastable");
   refused({x, x, {1, 5, 1, 8}}, expected + "sizes to be broadcastable");
-  EXPECT_EQ(last_plan.blocks, 0);
+  EXPECT_EQ(last_plan.grid_x, 0);
 }
 
 }  // namespace

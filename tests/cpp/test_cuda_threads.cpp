@@ -10,7 +10,7 @@
 #include <random>
 #include <string>
 
-#include "cuda/rotate_thread.h"
+#include "cuda/plan.h"
 #include "host_launch.h"
 #include "host_threads.h"
 #include "reference.h"
@@ -33,21 +33,49 @@ using reference::random_values;
 using reference::same_bits;
 using rope::Launch;
 using rope::Outputs;
-using rope::cuda::RotatePlan;
+using rope::cuda::Plan;
 
-void run_threads(const Launch& launch, const RotatePlan& plan, std::int64_t first_block,
+// What the launch would find in device memory.
+const void* frequencies(const Launch& launch) {
+  if (launch.uses_tables || launch.by_position.wavelength_frequencies == nullptr) {
+    return nullptr;
+  }
+  return rope::cuda::has_turns(launch)
+             ? static_cast<const void*>(rope::cuda::turns_of_wavelength(launch))
+             : launch.by_position.wavelength_frequencies;
+}
+
+void run_threads(const Launch& launch, const Plan& plan, std::int64_t first_block,
                  std::int64_t last_block, const Running& running) {
-  rope::cuda::with_thread<rope::cuda::RotateThread>(launch, plan, [&](auto type) {
+  const auto run = [&](auto type, const auto&... begin_and_phases) {
     using Thread = typename decltype(type)::type;
-    const Thread threads(launch, plan.work, plan.frequencies);
-    host::run_blocks(threads, plan.work, first_block, last_block, running);
+    const auto params =
+        rope::cuda::rotate_params<typename Thread::IndexType>(launch, plan, frequencies(launch));
+    host::run_blocks<Thread>(params, plan, first_block, last_block, running, begin_and_phases...);
+  };
+  if (plan.has_few_rows) {
+    rope::cuda::with_few_rows_thread(launch, [&](auto type) {
+      run(
+          type, [] {}, [](auto& thread) { thread.read_frequencies(); },
+          [](auto& thread) { thread.rotate_rows(); });
+    });
+    return;
+  }
+  rope::cuda::with_thread<rope::cuda::RotateThread>(launch, plan, [&](auto type) {
+    host::SharedMemory<typename decltype(type)::type> shared(plan);
+    run(
+        type, [&] { shared.clear(); }, [](auto& thread) { thread.read_frequencies(); },
+        [&](auto& thread) { thread.find_rotations(shared.get()); },
+        [&](auto& thread) { thread.rotate_rows(shared.get()); });
   });
 }
 
 void run(const Call& call, const Outputs& outputs, const Running& running = {}) {
-  host::for_each_plan(call, outputs, [&](const Launch& launch, RotatePlan plan) {
-    plan.index_is_64bit = plan.index_is_64bit || running.index_is_64bit;
-    run_threads(launch, plan, 0, plan.blocks, running);
+  host::for_each_plan(call, outputs, [&](const Launch& launch, Plan plan) {
+    if (running.index_is_64bit && !plan.has_few_rows) {
+      plan.index_is_64bit = true;
+    }
+    run_threads(launch, plan, 0, plan.grid_x * plan.grid_y, running);
   });
 }
 
@@ -93,7 +121,8 @@ reference::Expected expected(const Call& call, const at::Tensor& x) {
                                    .embedding_axis = options.embedding_axis,
                                    .rotary_offset = options.rotary_offset,
                                    .interleaved = options.interleaved,
-                                   .conjugate = options.conjugate});
+                                   .conjugate = options.conjugate,
+                                   .full_width = call.full_width});
 }
 
 Outputs rotated(const Call& call, const Running& running = {}) {
@@ -519,6 +548,36 @@ TEST(CudaThreads, UseTablesOfEveryDtype) {
   });
 }
 
+TEST(CudaThreads, UseTablesOfFullWidth) {
+  for_each_dtype([](at::ScalarType dtype) {
+    for (const at::ScalarType table : kFloatDtypes) {
+      SCOPED_TRACE(c10::str("tables' dtype = ", table));
+      const at::Tensor cos = random_values({5, 1, 32}, table, 1);
+      const at::Tensor sin = random_values({5, 1, 32}, table, 2);
+      const at::Tensor rows = random_positions({2, 5, 1}, at::kLong, 0, 5);
+      for_each_form([&](bool interleaved, bool conjugate) {
+        rope::CosSinOptions options{.rotary_offset = 8,
+                                    .interleaved = interleaved,
+                                    .conjugate = conjugate,
+                                    .full_width = true};
+        const at::Tensor x = random_values({2, 5, 3, 48}, dtype);
+        expect_right(host::apply_cos_sin(cos, sin, options).on(x));
+        expect_right(host::apply_cos_sin(cos, sin, options).on(x, x.slice(2, 0, 1)));
+        options.positions = rows;
+        expect_right(host::apply_cos_sin(cos.select(1, 0), sin.select(1, 0), options).on(x));
+        options = {.embedding_axis = 1,
+                   .interleaved = interleaved,
+                   .conjugate = conjugate,
+                   .full_width = true};
+        const at::Tensor along_tokens = random_values({2, 35, 37}, dtype);
+        const at::Tensor table_of_tokens = random_values({37, 34}, table, 3);
+        expect_right(host::apply_cos_sin(table_of_tokens, table_of_tokens.flip(0), options)
+                         .on(along_tokens));
+      });
+    }
+  });
+}
+
 TEST(CudaThreads, UseTheRowsOfTablesThatPositionsName) {
   for_each_dtype([](at::ScalarType dtype) {
     for (const at::ScalarType row : {at::kInt, at::kLong}) {
@@ -554,7 +613,7 @@ TEST(CudaThreadsDeathTest, StopAtARowThatTheTablesDoNotHave) {
   for (const std::int64_t row : {-1, 4}) {
     const at::Tensor rows = at::full({1}, row, at::kLong);
     EXPECT_DEATH(rotated(host::apply_cos_sin(table, table, {.positions = rows}).on(x)),
-                 "table.num_rows");
+                 "positions name rows");
   }
 }
 
@@ -628,22 +687,97 @@ TEST(CudaThreads, RotateMoreDimensionsThanOneLaunchDescribes) {
   expect_rotates(by_all.on(gappy), poisoned_outputs(by_all.on(gappy)));
 }
 
-TEST(CudaThreads, RotateManyRowsWithTheAnglesOfOne) {
-  for (const std::int64_t tokens : {4001, 16001}) {
+TEST(CudaThreads, RotateManyRowsOfAFewTokens) {
+  // Rows that are cut into groups, the last of which has fewer than the others.
+  for (const std::int64_t tokens : {1, 3, 300}) {
     SCOPED_TRACE(c10::str("tokens = ", tokens));
-    const Call call = host::apply(random_positions({tokens, 1}))
-                          .on(random_values({tokens, 38, 6}, at::kHalf),
-                              random_values({tokens, 7, 6}, at::kHalf, 1));
-    const Outputs outputs = poisoned_outputs(call);
-    const std::vector<RotatePlan> plans = host::plans(call, outputs);
-    ASSERT_EQ(plans.size(), 1);
-    // The last thread of each token has fewer rows than the others.
-    const rope::cuda::Work& work = plans[0].work;
-    EXPECT_GT(work.rows_per_thread, 1);
-    EXPECT_NE(work.shared_rows % work.rows_per_thread, 0);
-    expect_rotates(call, outputs);
-    expect_the_same_in_place(call, outputs);
+    for (const std::int64_t size : {32, 6}) {
+      const Call call = host::apply(random_positions({tokens, 1}))
+                            .on(random_values({tokens, 138, size}, at::kHalf),
+                                random_values({tokens, 17, size}, at::kHalf, 1));
+      const std::vector<Plan> plans = host::plans(call, poisoned_outputs(call));
+      ASSERT_EQ(plans.size(), 1);
+      EXPECT_GT(plans[0].grid_y, 1);
+      EXPECT_NE(plans[0].blocks.rows % plans[0].blocks.rows_per_block, 0);
+      expect_right(call);
+    }
   }
+}
+
+TEST(CudaThreads, RotateAFewRowsOfManyTokens) {
+  for_each_dtype([](at::ScalarType dtype) {
+    for_each_form([&](bool interleaved, bool conjugate) {
+      for (const std::int64_t tokens : {1, 2, 7, 1500}) {
+        SCOPED_TRACE(c10::str("tokens = ", tokens));
+        const rope::ApplyOptions options{.interleaved = interleaved, .conjugate = conjugate};
+        const Call call = host::apply(random_positions({tokens, 1}), options);
+        const at::Tensor q = random_values({tokens, 3, 48}, dtype);
+        const at::Tensor k = random_values({tokens, 1, 64}, dtype, 1);
+        const Call sliced =
+            host::apply(random_positions({tokens, 1}),
+                        {.rotary_dim = 16, .rotary_offset = 8, .interleaved = interleaved});
+        const Call by_inv_freq =
+            host::apply(random_positions({tokens, 1}), {.inv_freq = random_inv_freq({24})});
+        const auto plans = host::plans(call.on(q), poisoned_outputs(call.on(q)));
+        EXPECT_EQ(plans.at(0).has_few_rows, dtype != at::kDouble);
+        expect_right(call.on(q));
+        expect_right(by_inv_freq.on(q));
+        expect_right(sliced.on(q, k));
+      }
+    });
+  });
+}
+
+TEST(CudaThreads, RotateBlocksOfSeveralTokensAndOfSomeColumns) {
+  for_each_dtype([](at::ScalarType dtype) {
+    const Call call = host::apply(random_positions({1037, 1}));
+    const Call by_far = host::apply(random_positions({3, 1}));
+    const at::Tensor many = random_values({1037, 6, 32}, dtype);
+    const at::Tensor long_rows = random_values({3, 5, 4128}, dtype);
+    EXPECT_GT(host::plans(call.on(many), poisoned_outputs(call.on(many)))[0].block_z, 1);
+    EXPECT_GT(host::plans(by_far.on(long_rows), poisoned_outputs(by_far.on(long_rows)))[0]
+                  .blocks.column_groups.divisor,
+              1);
+    expect_right(call.on(many));
+    expect_right(by_far.on(long_rows));
+    expect_right(by_far.on(random_values({3, 5, 1034}, dtype)));
+    const Call sliced =
+        host::apply(random_positions({3, 1}), {.rotary_dim = 2064, .rotary_offset = 16});
+    expect_right(sliced.on(long_rows));
+  });
+}
+
+// The embedding axis has steps: threads lie along the tokens or the heads.
+TEST(CudaThreads, RotateAlongAnAxisThatIsNotContiguous) {
+  using rope::cuda::Lanes;
+  for_each_dtype([](at::ScalarType dtype) {
+    for_each_form([&](bool interleaved, bool conjugate) {
+      for (const std::int64_t size : {3, 32, 45}) {
+        SCOPED_TRACE(c10::str("size of the last dimension = ", size));
+        rope::ApplyOptions options{.embedding_axis = 1,
+                                   .rotary_dim = 20,
+                                   .rotary_offset = 1,
+                                   .interleaved = interleaved,
+                                   .conjugate = conjugate};
+        const auto expect_lanes = [&](const Call& call, Lanes lanes) {
+          EXPECT_EQ(host::plans(call, poisoned_outputs(call)).at(0).blocks.lanes, lanes);
+          expect_right(call);
+        };
+        // (batch, embedding, sequence), positions of the sequence, and of both.
+        const at::Tensor x = random_values({2, 24, size}, dtype);
+        expect_lanes(host::apply(random_positions({size}), options).on(x), Lanes::kTokens);
+        expect_lanes(host::apply(random_positions({2, size}), options).on(x), Lanes::kTokens);
+        // (sequence, embedding, heads)
+        expect_lanes(host::apply(random_positions({2, 1}), options).on(x), Lanes::kRows);
+        const at::Tensor cos = random_values({2, size, 10}, at::kFloat, 1);
+        options.rotary_dim = std::nullopt;
+        expect_lanes(
+            host::apply_cos_sin(cos, cos.flip(0), {.embedding_axis = 1, .interleaved = interleaved})
+                .on(x),
+            Lanes::kTokens);
+      }
+    });
+  });
 }
 
 TEST(CudaThreads, DoNothingForEmptyTensors) {
@@ -684,7 +818,8 @@ at::Tensor sparse_memory(at::IntArrayRef sizes, at::ScalarType dtype) {
   if (memory == MAP_FAILED) {
     return {};
   }
-  return at::from_blob(memory, sizes, [=](void* begin) { munmap(begin, bytes); }, at::dtype(dtype));
+  return at::from_blob(
+      memory, sizes, [=](void* begin) { munmap(begin, bytes); }, at::dtype(dtype));
 }
 
 TEST(CudaThreads, ReachTheEndsOfTensorsOf2To33Elements) {
@@ -706,11 +841,12 @@ TEST(CudaThreads, ReachTheEndsOfTensorsOf2To33Elements) {
       x[kBatch - 1][kTokens - 1].copy_(last);
       Call call = host::apply(positions, {.rotary_dim = rotary_dim}).on(x);
       call.in_place = in_place;
-      host::for_each_plan(call, {y, {}}, [&](const Launch& launch, const RotatePlan& plan) {
+      host::for_each_plan(call, {y, {}}, [&](const Launch& launch, const Plan& plan) {
         EXPECT_TRUE(plan.index_is_64bit);
-        EXPECT_EQ(plan.uses_words, rotary_dim == kSize);
+        EXPECT_EQ(plan.uses_vectors, rotary_dim == kSize);
         run_threads(launch, plan, 0, 1, {});
-        run_threads(launch, plan, plan.blocks - 1, plan.blocks, {});
+        const std::int64_t blocks = plan.grid_x * plan.grid_y;
+        run_threads(launch, plan, blocks - 1, blocks, {});
       });
       const Call row = host::apply(positions, {.rotary_dim = rotary_dim});
       EXPECT_TRUE(same_bits(y[0][0], first));  // Position 0.

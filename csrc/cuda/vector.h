@@ -1,0 +1,121 @@
+// Elements that are loaded and stored as one.
+#pragma once
+
+#include <ATen/OpMathType.h>
+#include <c10/macros/Macros.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+namespace rope::cuda {
+
+// kSize elements: 16 bytes, or a single element. They are kept as bits, in units of a register
+// where they are that large. A compiler that sees elements of 16 or 64 bits takes them out of the
+// registers, or moves them, where a vector is loaded, and so waits for each before it asks for the
+// next.
+template <typename scalar_t, int kSize>
+struct alignas(sizeof(scalar_t) * kSize) Vector {
+  using Real = at::opmath_type<scalar_t>;
+  using Bits =
+      std::conditional_t<sizeof(scalar_t) == 2, std::uint16_t,
+                         std::conditional_t<sizeof(scalar_t) == 4, std::uint32_t, std::uint64_t>>;
+  using Unit = std::conditional_t<sizeof(scalar_t) * kSize == 2, std::uint16_t, std::uint32_t>;
+
+  Unit units[sizeof(scalar_t) * kSize / sizeof(Unit)];
+
+  C10_HOST_DEVICE Bits bits(int i) const {
+    if constexpr (sizeof(scalar_t) == 8) {
+      return units[2 * i] | static_cast<Bits>(units[2 * i + 1]) << 32;
+    } else {
+      return static_cast<Bits>(units[i / kInUnit] >> (i % kInUnit * 16));
+    }
+  }
+
+  C10_HOST_DEVICE Real get(int i) const {
+    const Bits element_bits = bits(i);
+    scalar_t element;
+    std::memcpy(&element, &element_bits, sizeof(element));
+    return static_cast<Real>(element);
+  }
+
+  C10_HOST_DEVICE static Vector round(const Real (&values)[kSize]) {
+    Vector result;
+#pragma unroll
+    for (int i = 0; i < kSize; i += kInUnit) {
+      if constexpr (kInUnit == 2) {
+        result.units[i / 2] = round_two(values[i], values[i + 1]);
+      } else {
+        const auto element = static_cast<scalar_t>(values[i]);
+        std::memcpy(&result.units[i * sizeof(element) / sizeof(Unit)], &element, sizeof(element));
+      }
+    }
+    return result;
+  }
+
+ private:
+  // Elements in a unit.
+  static constexpr int kInUnit = sizeof(scalar_t) < sizeof(Unit) ? 2 : 1;
+
+  // One instruction on a device.
+  C10_HOST_DEVICE static std::uint32_t round_two(float low, float high) {
+#ifdef __CUDA_ARCH__
+    std::uint32_t bits;
+    if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
+      const __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
+      std::memcpy(&bits, &two, sizeof(bits));
+    } else {
+      const __half2 two = __floats2half2_rn(low, high);
+      std::memcpy(&bits, &two, sizeof(bits));
+    }
+    return bits;
+#else
+    const scalar_t two[2] = {static_cast<scalar_t>(low), static_cast<scalar_t>(high)};
+    std::uint32_t bits;
+    std::memcpy(&bits, two, sizeof(bits));
+    return bits;
+#endif
+  }
+};
+
+// Tensors are read once and written once: they leave the caches first, so that what is used again
+// stays (ld.global.cs, st.global.cs).
+template <typename V>
+C10_HOST_DEVICE inline V load_streaming(const void* from) {
+#ifdef __CUDA_ARCH__
+  using Bits = std::conditional_t<
+      sizeof(V) == 16, uint4,
+      std::conditional_t<sizeof(V) == 8, std::uint64_t,
+                         std::conditional_t<sizeof(V) == 4, std::uint32_t, std::uint16_t>>>;
+  const Bits bits = __ldcs(static_cast<const Bits*>(from));
+  V vector;
+  std::memcpy(&vector, &bits, sizeof(vector));
+  return vector;
+#else
+  return *static_cast<const V*>(from);
+#endif
+}
+
+template <typename V>
+C10_HOST_DEVICE inline void store_streaming(void* to, const V& vector) {
+#ifdef __CUDA_ARCH__
+  using Bits = std::conditional_t<
+      sizeof(V) == 16, uint4,
+      std::conditional_t<sizeof(V) == 8, std::uint64_t,
+                         std::conditional_t<sizeof(V) == 4, std::uint32_t, std::uint16_t>>>;
+  Bits bits;
+  std::memcpy(&bits, &vector, sizeof(bits));
+  __stcs(static_cast<Bits*>(to), bits);
+#else
+  *static_cast<V*>(to) = vector;
+#endif
+}
+
+}  // namespace rope::cuda
