@@ -113,7 +113,7 @@ struct Launch {
 };
 
 // Where sums over the rows of a launch go, instead of rotated elements: to tables like those of the
-// launch, in the type that is computed with. See NOTE [ Sums ] in cuda/sum_thread.h.
+// launch, in the type that is computed with. See NOTE [ Sums ] in cuda/sum_kernel.h.
 struct Sums {
   void* cos;  // null: not asked for
   void* sin;

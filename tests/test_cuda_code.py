@@ -179,6 +179,12 @@ def test_every_kernel_leaves_registers_for_the_blocks_planned(architecture: str)
         assert used["REG"] <= most, kernel
 
 
+def test_parameters_are_read_as_constants(architecture: str) -> None:
+    """A reference to a part of them that is not known beforehand would be read by LD, slowly."""
+    for kernel, code in instructions(architecture).items():
+        assert count(code, "LD") == count(code, "ST") == 0, kernel
+
+
 def test_rows_are_loaded_and_stored_by_16_bytes(architecture: str) -> None:
     for kernel, code in instructions(architecture).items():
         if not kernel.has_vectors:

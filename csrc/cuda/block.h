@@ -168,12 +168,15 @@ struct Operands {
   bool interleaved;
 };
 
-// A row of an operand.
+// A row of an operand. By value, since a reference to a kernel's parameter that is not known until
+// the kernel runs would be read through global memory.
 template <typename scalar_t, typename Index>
 struct Row {
   const scalar_t* in;
   scalar_t* out;
-  const OperandOf<Index>& x;
+  Index size;
+  Index in_stride;  // along the embedding axis
+  Index out_stride;
 };
 
 template <typename scalar_t, typename Index>
@@ -182,7 +185,8 @@ C10_HOST_DEVICE inline Row<scalar_t, Index> find_row(const OperandOf<Index>& x, 
   Index offsets[2];
   x.rows.offsets(row, offsets);
   return {static_cast<const scalar_t*>(x.in) + (token_in + offsets[0]),
-          static_cast<scalar_t*>(x.out) + (token_out + offsets[1]), x};
+          static_cast<scalar_t*>(x.out) + (token_out + offsets[1]), x.axis_size, x.in_axis_stride,
+          x.out_axis_stride};
 }
 
 // A row counted over q and k. (No index into an array of registers.)

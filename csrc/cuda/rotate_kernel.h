@@ -51,18 +51,24 @@ struct RotateParams {
 
 // ---- The cosines and sines of a token ----
 
-template <typename Frequency, typename Index>
-C10_HOST_DEVICE inline Frequency angle_at(const PositionAngles& source, Index position_offset,
-                                          Index pair) {
-  const auto position = [&](int axis) {
+template <typename Frequency, int kCount, typename Index>
+C10_HOST_DEVICE inline void form_angles(const PositionAngles& source, Index position_offset,
+                                        Index first_pair, Frequency (&angles)[kCount]) {
+  const auto load = [&](int axis) {
     return load_position<Frequency>(source.positions, source.positions_dtype,
                                     position_offset + axis * source.positions_axis_stride);
   };
-  const auto inv_freq = [&](int axis) {
-    return static_cast<const Frequency*>(
-        source.inv_freq)[axis * source.inv_freq_axis_stride + pair * source.inv_freq_stride];
-  };
-  return sum_products<Frequency>(source.num_axes, position, inv_freq);
+  const Frequency first = load(0);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    angles[i] = sum_products<Frequency>(
+        source.num_axes, [&](int axis) { return axis == 0 ? first : load(axis); },
+        [&](int axis) {
+          return static_cast<const Frequency*>(
+              source.inv_freq)[axis * source.inv_freq_axis_stride +
+                               (first_pair + i) * source.inv_freq_stride];
+        });
+  }
 }
 
 // Those of kCount neighbouring pairs; frequencies in turns were read before. Without float64 for x
@@ -83,20 +89,24 @@ C10_HOST_DEVICE inline void find_rotations_by_position(const RotateParams<Index>
     }
   } else if (std::is_same_v<Real, float> &&
              (!kHasFloat64 || params.source == AngleSource::kFloat32)) {
+    float angles[kCount];
+    form_angles(source, position_offset, first_pair, angles);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const Rotation<float> rotation =
-          rotation_of_float32(angle_at<float>(source, position_offset, first_pair + i));
+      const Rotation<float> rotation = rotation_of_float32(angles[i]);
       rotations[i] = {rotation.cos, rotation.sin};
     }
   } else if constexpr (kHasFloat64) {
     double angles[kCount];
+    if (params.source == AngleSource::kFloat32) {
+      float rounded[kCount];
+      form_angles(source, position_offset, first_pair, rounded);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      angles[i] =
-          params.source == AngleSource::kFloat32
-              ? static_cast<double>(angle_at<float>(source, position_offset, first_pair + i))
-              : angle_at<double>(source, position_offset, first_pair + i);
+      for (int i = 0; i < kCount; ++i) {
+        angles[i] = static_cast<double>(rounded[i]);
+      }
+    } else {
+      form_angles(source, position_offset, first_pair, angles);
     }
     find_rotations(angles, source.scale_factor, rotations);
   }
@@ -165,8 +175,8 @@ class RowsInFlight {
     out_[i] = row.out;
 #pragma unroll
     for (int v = 0; v < 2; ++v) {
-      if (has_vector(row.x, column.begin[v])) {
-        vectors_[i][v] = column.load(row.in, row.x.in_axis_stride, v);
+      if (has_vector(row.size, column.begin[v])) {
+        vectors_[i][v] = column.load(row.in, row.in_stride, v);
       }
     }
   }
@@ -176,20 +186,19 @@ class RowsInFlight {
     Columns::rotate_pairs(vectors_[i], angles);
   }
 
-  C10_HOST_DEVICE void store(int i, const OperandOf<Index>& x, const Columns& column) const {
+  // size and out_stride are those of the row. (To keep them would take registers.)
+  C10_HOST_DEVICE void store(int i, Index size, Index out_stride, const Columns& column) const {
 #pragma unroll
     for (int v = 0; v < 2; ++v) {
-      if (has_vector(x, column.begin[v])) {
-        column.store(out_[i], x.out_axis_stride, v, vectors_[i][v]);
+      if (has_vector(size, column.begin[v])) {
+        column.store(out_[i], out_stride, v, vectors_[i][v]);
       }
     }
   }
 
  private:
   // q and k may have different numbers of elements around the slice.
-  C10_HOST_DEVICE static bool has_vector(const OperandOf<Index>& x, Index begin) {
-    return begin < x.axis_size;
-  }
+  C10_HOST_DEVICE static bool has_vector(Index size, Index begin) { return begin < size; }
 
   scalar_t* out_[kRows];
   Vector<scalar_t, kPairs> vectors_[kRows][2];
@@ -204,10 +213,13 @@ C10_HOST_DEVICE inline Column<scalar_t, kPairs, kInterleaved, Index> find_column
                           : Columns::of_others(params.operands, column - rotated);
 }
 
-template <typename Index>
-C10_HOST_DEVICE inline const OperandOf<Index>& operand_of(const RotateParams<Index>& params,
-                                                          Index row) {
-  return params.operands.x[row < params.blocks.q_rows ? 0 : 1];
+template <typename Rows, typename Columns, typename Index>
+C10_HOST_DEVICE inline void store_row(const RotateParams<Index>& params, const Rows& rows, int i,
+                                      Index row, const Columns& column) {
+  const auto& [q, k] = params.operands.x;
+  const bool is_q = row < params.blocks.q_rows;
+  rows.store(i, is_q ? q.axis_size : k.axis_size, is_q ? q.out_axis_stride : k.out_axis_stride,
+             column);
 }
 
 // ---- A thread of a block that shares its rotations ----
@@ -274,7 +286,7 @@ class RotateThread {
           if (is_rotated) {
             rows_.rotate(i, angles);
           }
-          rows_.store(i, operand_of(params_, row_at(row, i)), column_);
+          store_row(params_, rows_, i, row_at(row, i), column_);
         }
       }
     }
@@ -459,7 +471,7 @@ class RotateFewRowsThread {
           rows_.rotate(t, angles[t]);
         }
         if (token(t) < params_.blocks.tokens) {
-          rows_.store(t, operand_of(params_, row), column_);
+          store_row(params_, rows_, t, row, column_);
         }
       }
     }

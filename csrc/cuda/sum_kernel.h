@@ -69,8 +69,8 @@ class SumThread {
                                               static_cast<Index>(first + i * lanes), token_);
 #pragma unroll
           for (int v = 0; v < 2; ++v) {
-            gradients[i][v] = column.load(row.in, row.x.in_axis_stride, v);
-            values[i][v] = column.load(row.out, row.x.out_axis_stride, v);
+            gradients[i][v] = column.load(row.in, row.in_stride, v);
+            values[i][v] = column.load(row.out, row.out_stride, v);
           }
         }
       }
