@@ -1,4 +1,4 @@
-"""Measures torch-rope against copies of the same bytes and against its peers.
+"""Measures torch-rope on the CPU, against copies of the same bytes and against its peers.
 
 python benchmarks/bench_apply.py --quick
 python benchmarks/bench_apply.py --threads 1 2 --json F.json --markdown F.md --chart F.png
@@ -13,16 +13,14 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import memory
 import torch
-from cases import Case, Pair, Problem, list_cases, torch_rope_call
-from peers import ALWAYS_INTERLEAVED, PEERS, Call, Unsupported
+from cases import Case, Problem, list_cases, torch_rope_call
+from peers import ALWAYS_INTERLEAVED, PEERS, Call, Unsupported, as_tensors
 from report import add_outputs, describe_environment, offers_huge_pages, publish, table
 from timing import Timing, time_in_turns
 from torch import Tensor
-from torch_rope import _C
 from tqdm import tqdm
 
 OURS = "torch-rope"
@@ -40,7 +38,6 @@ Calls = dict[str, Call]
 class Settings:
     """How thoroughly to measure."""
 
-    device: str
     rounds: int
     seconds: float  # of one call in one round
 
@@ -87,9 +84,6 @@ class Row:
 
 def copies(problem: Problem) -> Calls:
     """Returns the ceilings: copies of q and k into memory that is already there."""
-    if problem.q.is_cuda:  # In one launch, as ours: one of each would take two.
-        source, copy = torch.zeros(2, problem.nbytes, dtype=torch.uint8, device="cuda")
-        return {"copy_": lambda: copy.copy_(source)}
     sources = (problem.q.detach(), problem.k.detach())
     targets = tuple(torch.zeros_like(x) for x in sources)
     both = list(zip(sources, targets, strict=True))
@@ -122,18 +116,12 @@ def peer_calls(
     return calls
 
 
-def as_tensors(pair: Any) -> Pair:
-    """Returns a pair of any library's arrays as tensors."""
-    q, k = (x if isinstance(x, Tensor) else torch.from_dlpack(x) for x in pair)
-    return q, k
-
-
 def forward_calls(problem: Problem, form: str, excluded: dict[str, str]) -> Calls:
     """Returns ours, the ceilings and the peers, each checked, for a call with a fresh result."""
     case, q, k = problem.case, problem.q, problem.k
 
     @functools.cache
-    def exact(interleaved: bool) -> Pair:
+    def exact(interleaved: bool) -> tuple[Tensor, ...]:
         return problem.rotate_exactly((q, k), interleaved)
 
     def check(name: str, call: Call) -> Call:
@@ -146,8 +134,8 @@ def forward_calls(problem: Problem, form: str, excluded: dict[str, str]) -> Call
     calls: Calls = {OURS: check(OURS, torch_rope_call(problem)), **copies(problem)}
     if form == "functional":
         calls["clone"] = lambda: (q.clone(), k.clone())
-    if case.is_variant and q.device.type == "cpu":
-        calls[HALF_SPLIT] = torch_rope_call(Problem(Case(case.dtype), q.device.type))
+    if case.is_variant:
+        calls[HALF_SPLIT] = torch_rope_call(Problem(Case(case.dtype), "cpu"))
     return calls | peer_calls(problem, check, excluded)
 
 
@@ -168,10 +156,10 @@ def training_calls(problem: Problem, excluded: dict[str, str]) -> Calls:
     """Returns ours and the peers of PyTorch, forward and backward, and two functional calls."""
     case, inputs = problem.case, (problem.q, problem.k)
     gradients = (torch.randn_like(problem.q), torch.randn_like(problem.k))
-    once = torch_rope_call(Problem(case, problem.q.device.type))
+    once = torch_rope_call(Problem(case, "cpu"))
 
     @functools.cache
-    def exact(interleaved: bool) -> Pair:
+    def exact(interleaved: bool) -> tuple[Tensor, ...]:
         return problem.rotate_exactly(gradients, interleaved, conjugate=True)
 
     def train_and_check(name: str, rotate: Call) -> Call:
@@ -189,10 +177,8 @@ def training_calls(problem: Problem, excluded: dict[str, str]) -> Calls:
 # --- What is promised ----------------------------------------------------------------------------
 
 
-def target(case: Case, form: str, device: str) -> tuple[str, float | None]:
+def target(case: Case, form: str) -> tuple[str, float | None]:
     """Returns the ceiling of a case and the multiple of it that ours may take."""
-    if device == "cuda":
-        return target_on_cuda(case, form)
     sixteen_bits_in_cache = case.dtype != "float32" and case.in_cache
     if form == "training":
         return TWICE, 1.1
@@ -209,15 +195,6 @@ def target(case: Case, form: str, device: str) -> tuple[str, float | None]:
     return "copy", 1.1 if case.tokens >= 512 else None
 
 
-def target_on_cuda(case: Case, form: str) -> tuple[str, float | None]:
-    """Returns the same for a GPU: shares of the speed of a copy that is too large for its cache."""
-    ceiling = TWICE if form == "training" else "copy"
-    if case.batch * case.tokens < 4096 and not case.is_variant:
-        return ceiling, None
-    is_plain = case.dtype == "bfloat16" and case.layout == "BSHD" and not case.is_variant
-    return ceiling, 1 / 0.97 if is_plain else 1 / 0.93
-
-
 # --- Running -------------------------------------------------------------------------------------
 
 
@@ -231,7 +208,7 @@ def measure(case: Case, form: str, threads: int, settings: Settings) -> Row:
     excluded: dict[str, str] = {}
     if form != "resident":
         memory.take_from_heap(128 * 1024)  # Preparations leave no holes that results could fill.
-    problem = Problem(case, settings.device, requires_grad=form == "training")
+    problem = Problem(case, "cpu", requires_grad=form == "training")
     if form == "training":
         calls = training_calls(problem, excluded)
     elif form == "in place":
@@ -240,7 +217,7 @@ def measure(case: Case, form: str, threads: int, settings: Settings) -> Row:
         calls = forward_calls(problem, form, excluded)
 
     if form == "resident":
-        timings = time_in_turns(calls, settings.rounds, settings.seconds, settings.device)
+        timings = time_in_turns(calls, settings.rounds, settings.seconds, "cpu")
     else:
         # What large peers free leaves holes in the heap, so they take their turns afterwards.
         memory.take_from_heap(32 * 1024 * 1024)  # As glibc does after a while.
@@ -248,9 +225,9 @@ def measure(case: Case, form: str, threads: int, settings: Settings) -> Row:
         timings = {}
         for group in (calls, peers):
             timings |= time_in_turns(
-                group, settings.rounds, settings.seconds, settings.device, give_memory_back=True
+                group, settings.rounds, settings.seconds, "cpu", give_memory_back=True
             )
-    ceiling, multiple_of_ceiling = target(case, form, settings.device)
+    ceiling, multiple_of_ceiling = target(case, form)
     row = Row(threads, form, str(case), timings, ceiling, 0.0, multiple_of_ceiling, excluded)
     seconds = row.copy if ceiling == "copy" else timings[ceiling].median
     if ceiling == HALF_SPLIT:
@@ -266,13 +243,11 @@ def start_worker(threads: int, keep_memory: bool) -> None:
         memory.keep_freed_memory()
 
 
-def forms_of(case: Case, device: str) -> list[str]:
+def forms_of(case: Case) -> list[str]:
     """Returns the forms in which a case is measured."""
     if case.is_variant:
         return ["resident"]
     left_out = set() if case == Case("bfloat16", tokens=4096) else {"training"}
-    if device == "cuda":
-        left_out.add("functional")  # The allocator keeps memory: the same as resident.
     return [form for form in FORMS if form not in left_out]
 
 
@@ -283,7 +258,7 @@ def run(cases: list[Case], threads: list[int], settings: Settings) -> list[Row]:
     """
     all_cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     spawn = multiprocessing.get_context("spawn")
-    work = [(case, form) for case in cases for form in forms_of(case, settings.device)]
+    work = [(case, form) for case in cases for form in forms_of(case)]
     rows = []
     with tqdm(total=len(work) * len(threads), unit="case") as progress:
         for number in threads:
@@ -432,10 +407,10 @@ def draw(rows: list[Row], path: Path) -> None:
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, nargs="+", help="on the CPU; 1 2, or 1 when quick")
+    parser.add_argument("--threads", type=int, nargs="+", help="1 2 by default, or 1 when quick")
     parser.add_argument("--cases", default="", help="only cases whose name has this in it")
     parser.add_argument("--quick", action="store_true", help="few cases and rounds: a minute")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default cuda, if it is there")
+    parser.add_argument("--device", choices=("cpu",), help="bench_cuda.py measures a GPU")
     add_outputs(parser)
     parser.add_argument("--chart", type=Path, help="draw multiples of copy here")
     return parser.parse_args()
@@ -444,16 +419,14 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Measures and reports."""
     arguments = parse_arguments()
-    has_cuda = torch.cuda.is_available() and _C.has_cuda
-    device = arguments.device or ("cuda" if has_cuda else "cpu")
-    settings = Settings(device, *((3, 0.01) if arguments.quick else (7, 0.02)))
-    cases = [case for case in list_cases(device, arguments.quick) if arguments.cases in str(case)]
+    settings = Settings(*((3, 0.01) if arguments.quick else (7, 0.02)))
+    cases = [case for case in list_cases(arguments.quick) if arguments.cases in str(case)]
     if not cases:
         raise SystemExit(f"no case has {arguments.cases!r} in its name")
 
     threads = arguments.threads or ([1] if arguments.quick else [1, 2])
-    rows = run(cases, threads if device == "cpu" else [1], settings)
-    environment = {**describe_environment(device), "rounds": str(settings.rounds)}
+    rows = run(cases, threads, settings)
+    environment = {**describe_environment("cpu"), "rounds": str(settings.rounds)}
     text = report(rows, environment)
     publish(text, {"environment": environment, "rows": [asdict(row) for row in rows]}, arguments)
     if arguments.chart:

@@ -5,13 +5,14 @@ python benchmarks/bench_gradients.py --device cpu --json F.json --markdown F.md
 """
 
 import argparse
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
 import torch
 import torch_rope
 from report import add_outputs, describe_environment, publish, table
-from timing import Timing, time_in_turns
+from timing import Timing, capture, count_buffers, l2_size, time_graphs, time_in_turns
 from torch import Tensor
 
 # Reads and writes q. A sum reads q and its gradient: as many bytes.
@@ -46,7 +47,18 @@ def list_calls(shape: tuple[int, ...], device: str) -> dict[str, Callable[[], ob
     }
 
 
-def report(by_shape: dict[str, dict[str, Timing]], environment: dict[str, str]) -> str:
+def measure(shape: tuple[int, ...], device: str, rounds: int) -> Mapping[str, Timing]:
+    """Times all calls: on CUDA each in a graph, over sets of buffers that exceed the L2."""
+    if device == "cpu":
+        return time_in_turns(list_calls(shape, device), rounds, 0.05, device)
+    count = count_buffers(2 * 2 * math.prod(shape), l2_size())
+    with torch.cuda.stream(torch.cuda.Stream()):
+        buffers = [list_calls(shape, device) for _ in range(count)]
+        graphs = {name: capture([calls[name] for calls in buffers]) for name in buffers[0]}
+        return time_graphs(graphs, rounds)
+
+
+def report(by_shape: Mapping[str, Mapping[str, Timing]], environment: dict[str, str]) -> str:
     """Returns the whole report in Markdown."""
     parts = [
         f"# Gradients of angles: {environment['device']}, {environment['date']}",
@@ -73,12 +85,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)
-    by_shape = {
-        str(shape): time_in_turns(
-            list_calls(shape, arguments.device), arguments.rounds, 0.05, arguments.device
-        )
-        for shape in SHAPES
-    }
+    by_shape = {str(shape): measure(shape, arguments.device, arguments.rounds) for shape in SHAPES}
     environment = describe_environment(arguments.device)
     text = report(by_shape, environment)
     shapes = {

@@ -1,7 +1,9 @@
 """What is rotated: the cases of the benchmark, their tensors, and the exact result."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch_rope
@@ -19,16 +21,20 @@ class Case:
 
     Attributes:
         dtype: A key of ``DTYPES``.
-        layout: ``"BSHD"`` or ``"BHSD"``: the order of batch, sequence, heads and head_dim.
+        layout: ``"BSHD"`` or ``"BHSD"``: the order of batch, sequence, heads and head_dim; or
+            ``"BDS"``, where the embedding axis is strided and there are no heads.
         tokens: Length of the sequence.
         batch: How many sequences; more than one is decoding, each sequence at its own position.
         q_heads: Heads of the query.
-        k_heads: Heads of the key.
+        k_heads: Heads of the key; without any there is no key.
         head_dim: Size of one head.
         rotary_dim: How many elements of it are rotated; by default all.
         interleaved: Whether pairs are neighbours.
         angles: Where torch-rope takes them from: ``"formula"``, ``"inv_freq"``, ``"axes"`` (three,
-            as M-RoPE has), ``"tables"`` or ``"rows"`` (of tables, by position).
+            as M-RoPE has), ``"tables"``, ``"full tables"`` (of full width) or ``"rows"`` (of
+            tables, by position).
+        positions: Their dtype.
+        storage_offset: Elements before the first of q and of k, which unalign every row if odd.
         variant: What sets it apart from the half-split rotation of 128 elements by the formula.
     """
 
@@ -42,6 +48,8 @@ class Case:
     rotary_dim: int | None = None
     interleaved: bool = False
     angles: str = "formula"
+    positions: str = "int64"
+    storage_offset: int = 0
     variant: str = ""
 
     def __str__(self) -> str:
@@ -75,22 +83,6 @@ QUICK = (
     "bfloat16 BSHD 1024 interleaved",
 )
 
-QUICK_ON_CUDA = (
-    "float32 BSHD 4096",
-    "bfloat16 BSHD 4096",
-    "bfloat16 BHSD 4096",
-    "bfloat16 BSHD 16384",
-    "bfloat16 BSHD 8192 interleaved",
-    "bfloat16 BSHD 8192 partial 64 of 128",
-    "bfloat16 BSHD 16384 D 64",
-    "bfloat16 BSHD 10920 D 96",
-    "bfloat16 BSHD 4096 D 256",
-    "bfloat16 BSHD 163840 one head",
-    "bfloat16 BSHD 8192 inv_freq (N)",
-    "bfloat16 BSHD 8192 tables",
-    "bfloat16 BSHD 8192 tables by position",
-)
-
 # One head has the tokens of all 40, and other head_dims have more or fewer: every variant moves (to
 # a token) the bytes of 1,024 tokens of 128 elements and 40 heads, so that times compare directly.
 VARIANTS = (
@@ -110,11 +102,8 @@ VARIANTS = (
 )
 
 
-def list_cases(device: str, quick: bool) -> list[Case]:
-    """Returns every case, or the few of a quick run, in the order of the tables.
-
-    On CUDA the variants have eight times as many tokens: more than fits in a second-level cache.
-    """
+def list_cases(quick: bool) -> list[Case]:
+    """Returns every case of the CPU, or the few of a quick run, in the order of the tables."""
     sizes = [
         Case(dtype, layout, tokens)
         for dtype in DTYPES
@@ -123,17 +112,11 @@ def list_cases(device: str, quick: bool) -> list[Case]:
     ]
     longest = [Case("bfloat16", tokens=16384)]
     decode = [Case("bfloat16", tokens=1, batch=64, variant="decode")]
-    factor = 8 if device == "cuda" else 1
     variants = [
-        replace(case, dtype=dtype, tokens=factor * case.tokens)
-        for dtype in ("float32", "bfloat16")
-        for case in VARIANTS
+        replace(case, dtype=dtype) for dtype in ("float32", "bfloat16") for case in VARIANTS
     ]
     cases = sizes + longest + decode + variants
-    if not quick:
-        return cases
-    chosen = QUICK_ON_CUDA if device == "cuda" else QUICK
-    return [case for case in cases if str(case) in chosen]
+    return [case for case in cases if not quick or str(case) in QUICK]
 
 
 class Problem:
@@ -143,7 +126,7 @@ class Problem:
         case: The case.
         q: The query.
         k: The key.
-        positions: int64, broadcastable with the shape of q and k without head_dim.
+        positions: Broadcastable with the shape of q and k without head_dim.
         inv_freq: float64 of shape ``(N,)``.
         angles: float64 of shape ``(..., N)``, ``(...)`` being broadcastable like ``positions``.
     """
@@ -156,8 +139,9 @@ class Problem:
         def random(heads: int) -> Tensor:
             sizes = {"B": case.batch, "S": case.tokens, "H": heads, "D": case.head_dim}
             shape = [sizes[dimension] for dimension in case.layout]
-            x = torch.randn(shape, dtype=DTYPES[case.dtype], device=device)
-            return x.requires_grad_(requires_grad)
+            numel = math.prod(shape) + case.storage_offset
+            buffer = torch.randn(numel, dtype=DTYPES[case.dtype], device=device)
+            return buffer[case.storage_offset :].view(shape).requires_grad_(requires_grad)
 
         self.q, self.k = random(case.q_heads), random(case.k_heads)
         if case.batch > 1:
@@ -165,7 +149,8 @@ class Problem:
         else:
             sequence = torch.arange(case.tokens, device=device)[None]
         self.sequence = sequence  # (B, S)
-        self.positions = sequence[..., None] if case.layout == "BSHD" else sequence[:, None]
+        by_layout = {"BSHD": sequence[..., None], "BHSD": sequence[:, None], "BDS": sequence}
+        self.positions = by_layout[case.layout].to(getattr(torch, case.positions))
 
         exponents = torch.arange(0, case.rotated, 2, dtype=torch.float64, device=device)
         self.inv_freq = MAX_WAVELENGTH ** -(exponents / case.rotated)
@@ -187,16 +172,32 @@ class Problem:
         return self.angles.cos().to(self.q.dtype), self.angles.sin().to(self.q.dtype)
 
     @property
+    def full_tables(self) -> Pair:
+        """The same with a column for each element."""
+        cos, sin = self.tables
+        if self.case.interleaved:
+            return cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
+        return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """q, and k where there is one."""
+        return (self.q, self.k) if self.case.k_heads else (self.q,)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of q and k together."""
         return self.q.nbytes + self.k.nbytes
 
-    def rotate_exactly(self, pair: Pair, interleaved: bool, conjugate: bool = False) -> Pair:
+    def rotate_exactly(
+        self, tensors: tuple[Tensor, ...], interleaved: bool, conjugate: bool = False
+    ) -> tuple[Tensor, ...]:
         """Rotates in float64."""
+        axis = self.case.layout.index("D")
         cos, sin = self.angles.cos(), self.angles.sin() * (-1 if conjugate else 1)
 
         def rotate(x: Tensor) -> Tensor:
-            x = x.detach().double()
+            x = x.detach().double().movedim(axis, -1)
             rotated, rest = x[..., : self.case.rotated], x[..., self.case.rotated :]
             if interleaved:
                 a, b = rotated.unflatten(-1, (-1, 2)).unbind(-1)
@@ -204,12 +205,11 @@ class Problem:
                 a, b = rotated.chunk(2, dim=-1)
             turned = (a * cos - b * sin, b * cos + a * sin)
             rotated = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
-            return torch.cat((rotated, rest), dim=-1)
+            return torch.cat((rotated, rest), dim=-1).movedim(-1, axis)
 
-        q, k = pair
-        return rotate(q), rotate(k)
+        return tuple(rotate(x) for x in tensors)
 
-    def check(self, result: Pair, exact: Pair) -> None:
+    def check(self, result: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> None:
         """Raises AssertionError where the dtype does not explain how far a result is from exact.
 
         Allowed are the roundings of tables, products and their sum to the dtype, and an angle that
@@ -223,24 +223,30 @@ class Problem:
                 raise AssertionError(f"{error:.1e} from the exact result, more than {bound:.1e}")
 
 
-def torch_rope_call(problem: Problem, in_place: bool = False) -> Callable[[], Pair]:
-    """Returns torch-rope's call for a problem."""
-    case, pair = problem.case, (problem.q, problem.k)
+def torch_rope_call(problem: Problem, in_place: bool = False) -> Callable[[], Any]:
+    """Returns torch-rope's call for a problem; of q alone where there is no key."""
+    case = problem.case
+    x: Any = (problem.q, problem.k) if case.k_heads else problem.q
     interleaved = case.interleaved
-    if case.angles in ("tables", "rows"):
+    if case.angles in ("tables", "full tables", "rows"):
         rotate = torch_rope.apply_cos_sin_ if in_place else torch_rope.apply_cos_sin
+        if case.angles == "full tables":
+            full = problem.full_tables
+            return lambda: rotate(x, *full, interleaved=interleaved, full_width=True)
         cos, sin = problem.tables
         if case.angles == "tables":
-            return lambda: rotate(pair, cos, sin, interleaved=interleaved)
+            return lambda: rotate(x, cos, sin, interleaved=interleaved)
         rows = (cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1]))
-        return lambda: rotate(pair, *rows, problem.positions, interleaved=interleaved)
+        return lambda: rotate(x, *rows, problem.positions, interleaved=interleaved)
 
     rotate_by_angles = torch_rope.apply_ if in_place else torch_rope.apply
     positions, inv_freq = problem.positions, None
+    if case.layout == "BDS":
+        return lambda: rotate_by_angles(x, positions, embedding_axis=1)
     if case.angles == "axes":
         positions, inv_freq = problem.axes, problem.axis_inv_freq
     elif case.angles == "inv_freq":
         inv_freq = problem.inv_freq.float()
     return lambda: rotate_by_angles(
-        pair, positions, inv_freq, rotary_dim=case.rotated, interleaved=interleaved
+        x, positions, inv_freq, rotary_dim=case.rotated, interleaved=interleaved
     )

@@ -3,8 +3,9 @@
 #   benchmarks/gpu.sh              results go to benchmarks/results/
 #   benchmarks/gpu.sh some/folder
 # PYTHON chooses the interpreter; its environment has torch with CUDA, the build's and the tests' requirements, and an nvcc of
-# torch's CUDA. ROPE_SKIP_BUILD=1 takes the torch-rope that is installed. Peers and compute-sanitizer are used where they are
-# installed. Each step has a limit of time; a step that fails is reported at the end, and those after it still run.
+# torch's CUDA. ROPE_SKIP_BUILD=1 takes the torch-rope that is installed. Peers, compute-sanitizer and pytest-xdist (tests in
+# parallel) are used where they are installed. Each step has a limit of time; failures and figures are printed when they occur,
+# since a borrowed machine may be gone the next moment. After a step that fails the next still runs; the end names those that failed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,15 +13,21 @@ python=${PYTHON:-python3}
 results=$(realpath -m "${1:-benchmarks/results}")
 mkdir -p "$results"
 failed=()
+deadline=465 # seconds, for all steps
+export PYTHONUNBUFFERED=1
 
 heading() { printf '\n===== %s (%d s) =====\n' "$*" "$SECONDS"; }
 
-# Runs a step within so many seconds, and remembers whether it failed.
+# Runs a step within so many seconds, or what is left of them, and remembers whether it failed.
 step() {
-  local limit=$1 name=$2
+  local limit=$1 name=$2 left=$((deadline - SECONDS))
   shift 2
   heading "$name"
-  timeout --kill-after=10 "$limit" "$@" || failed+=("$name (exit status $?)")
+  if [ "$left" -lt 5 ]; then
+    failed+=("$name (no time was left)")
+    return
+  fi
+  timeout --kill-after=5 $((limit < left ? limit : left)) "$@" || failed+=("$name (exit status $?)")
 }
 
 if [ -z "${ROPE_SKIP_BUILD:-}" ]; then
@@ -30,7 +37,7 @@ if [ -z "${ROPE_SKIP_BUILD:-}" ]; then
 import torch
 print("{}.{}".format(*torch.cuda.get_device_capability()))')}
   export TORCH_CUDA_ARCH_LIST
-  ROPE_CUDA=1 timeout 120 "$python" -m pip install --quiet --no-build-isolation --no-deps .
+  ROPE_CUDA=1 timeout 180 "$python" -m pip install --quiet --no-build-isolation --no-deps .
 fi
 
 # From elsewhere, so that the installed package is imported and not the sources.
@@ -60,24 +67,34 @@ print(date.isoformat() + "-" + re.sub("[^a-z0-9]+", "-", card.lower()).strip("-"
 PYTHON
 )
 
-pytest=("$python" -m pytest -q -W ignore -p no:cacheprovider)
-step 40 "CUDA: graphs, streams, devices" "${pytest[@]}" "$tests/test_cuda.py" "$tests/test_cuda_code.py"
-step 80 "The Python tests on CUDA" "${pytest[@]}" -k "cuda" \
-  "$tests"/test_{apply,autograd,cos_sin,gradient_sums,in_place,layouts,numbers,pair}.py
+pytest=("$python" -m pytest -q --tb=no -rfE --failures-at-once --maxfail=40 -W ignore -p no:cacheprovider)
+# Eight processes keep a GPU busy, and each takes half a GiB of it before its first tensor.
+workers=$(($(nproc) / 2 < 8 ? $(nproc) / 2 : 8))
+parallel=()
+if [ "$workers" -gt 1 ] && "$python" -c "import xdist" 2> /dev/null; then
+  parallel=(-n "$workers" --dist worksteal)
+fi
+
+# Its large tests have the GPU to themselves.
+step 70 "CUDA: graphs, streams, devices, machine code" "${pytest[@]}" "$tests/test_cuda.py" "$tests/test_cuda_code.py"
+step 80 "Benchmark" "$python" "$benchmarks/bench_cuda.py" --without-peers --json "$results/$name.json" \
+  --markdown "$results/$name.md"
+step 20 "Decoding, and the host's time" "$python" "$benchmarks/bench_decode.py" --json "$results/$name-decode.json" \
+  --markdown "$results/$name-decode.md"
+step 20 "Gradients of angles" "$python" "$benchmarks/bench_gradients.py" --json "$results/$name-gradients.json" \
+  --markdown "$results/$name-gradients.md"
+# Every test of a device: the values and derivatives of the operators first.
+first=("$tests"/test_{apply,cos_sin,pair,in_place,layouts,numbers,gradient_sums,autograd}.py)
+step 150 "The Python tests on CUDA" env OMP_NUM_THREADS=2 "${pytest[@]}" "${parallel[@]}" -k "[cuda" \
+  --ignore="$tests/test_cuda.py" "${first[@]}" "$tests"
 if command -v compute-sanitizer > /dev/null; then
-  step 40 "compute-sanitizer" compute-sanitizer --error-exitcode 1 "${pytest[@]}" \
-    "$tests/test_cuda.py" -k "sanitizer"
+  step 50 "compute-sanitizer" compute-sanitizer --error-exitcode 1 "${pytest[@]}" "$tests/test_cuda.py" -k "sanitizer"
 else
   heading "compute-sanitizer is not here: left out"
 fi
-
-# The few cases of --quick: each has to be compiled by torch.compile, which takes most of the time.
-step 150 "Benchmark" "$python" "$benchmarks/bench_apply.py" --device cuda --quick \
-  --json "$results/$name.json" --markdown "$results/$name.md"
-step 30 "Decoding" "$python" "$benchmarks/bench_decode.py" --json "$results/$name-decode.json" \
-  --markdown "$results/$name-decode.md"
-step 30 "Gradients of angles" "$python" "$benchmarks/bench_gradients.py" \
-  --json "$results/$name-gradients.json" --markdown "$results/$name-gradients.md"
+# Few cases: each has to be compiled by torch.compile, which takes most of the time.
+step 60 "Peers" "$python" "$benchmarks/bench_cuda.py" --cases "^bfloat16 BSHD (1|1024|4096|16384)$" \
+  --json "$results/$name-peers.json" --markdown "$results/$name-peers.md"
 
 heading "Done"
 if [ ${#failed[@]} -gt 0 ]; then

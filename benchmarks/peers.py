@@ -55,23 +55,21 @@ def rotate_eagerly(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: 
     return rotate(q), rotate(k)
 
 
-def doubled_tables(problem: Problem) -> Pair:
-    """Returns the tables of Hugging Face's models."""
-    cos, sin = problem.tables
-    if problem.case.interleaved:
-        return cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
-    return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+def as_tensors(pair: Any) -> Pair:
+    """Returns a pair of any library's arrays as tensors."""
+    q, k = (x if isinstance(x, Tensor) else torch.from_dlpack(x) for x in pair)
+    return q, k
 
 
 def eager(problem: Problem) -> Call:
     """PyTorch without a kernel."""
-    cos, sin = doubled_tables(problem)
+    cos, sin = problem.full_tables
     return lambda: rotate_eagerly(problem.q, problem.k, cos, sin, problem.case.interleaved)
 
 
 def compiled(problem: Problem) -> Call:
     """The same, compiled for the shapes of the case."""
-    cos, sin = doubled_tables(problem)
+    cos, sin = problem.full_tables
     torch.compiler.reset()
     # A cache for each ATEN_CPU_CAPABILITY: TorchInductor does not tell them apart, and code for
     # another one writes past the end of its results.
@@ -284,7 +282,7 @@ def liger(problem: Problem) -> Call:
     case = problem.case
     require(problem.q.is_cuda and case.layout == "BHSD" and case.batch == 1)
     require(not case.interleaved and case.rotated == case.head_dim)
-    cos, sin = (table[:, 0] for table in doubled_tables(problem))  # (1, S, D)
+    cos, sin = (table[:, 0] for table in problem.full_tables)  # (1, S, D)
     return lambda: liger_rotary_pos_emb(problem.q, problem.k, cos, sin)
 
 

@@ -1,11 +1,12 @@
 """Times calls in turns, so that a slow moment of the machine falls on all of them."""
 
+import collections
 import functools
 import gc
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import memory
@@ -42,9 +43,9 @@ def time_in_turns(
         rounds: How many times all of them are timed, in turn; at least 2.
         seconds: How long one call is repeated in a round. Results are dropped at once, so that the
             next call can have their memory.
-        device: ``"cpu"``; ``"cuda"``, where each call is timed by events of its own and finds the
-            second-level cache full of other data; or ``"host"``: what calls take of the CPU while a
-            CUDA device works, or is idle.
+        device: ``"cpu"``; ``"cuda"``, for whole programs, where each call is timed by events of its
+            own and finds the L2 full of other data (``time_graphs`` is for a single operator); or
+            ``"host"``: what calls take of the CPU while a CUDA device works, or is idle.
         give_memory_back: Whether glibc's heap gives its free memory to the system before each turn.
             Otherwise what one call frees can serve another: a large result would by chance have
             pages that are there already.
@@ -101,9 +102,87 @@ def _time_on_cuda(call: Callable[[], object], repeats: int) -> float:
 
 @functools.cache
 def _other_data() -> Tensor:
-    """Four times what the second-level cache holds; to read it also hides what the host does."""
-    cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    return torch.zeros(max(cache, 2**25), dtype=torch.float32, device="cuda")
+    """Four times what the L2 holds; to read it also hides what the host does."""
+    return torch.zeros(max(l2_size(), 2**25), dtype=torch.float32, device="cuda")
+
+
+# --- One operator on a GPU ------------------------------------------------------------------------
+
+# How often a graph uses each set of buffers.
+ROUNDS_OF_A_GRAPH = 6
+
+
+@dataclass
+class Graph:
+    """Back-to-back calls that were captured.
+
+    Attributes:
+        graph: All of them.
+        calls: How many.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    calls: int
+
+
+def l2_size() -> int:
+    """Returns the size of the L2 of the current device, in bytes."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return int(properties.L2_cache_size)
+
+
+def count_buffers(nbytes: int, cache: int) -> int:
+    """Returns how many sets of buffers are used in turn.
+
+    Together they have eight times the size of the cache, so that a call finds nothing there. Tiny
+    ones stay in the cache all the same, as they do in a program: more than 16 are not worth it.
+
+    Args:
+        nbytes: Memory that one call uses: the buffers it reads and those it writes.
+        cache: Size of the L2.
+    """
+    return min(16, max(4, -(-8 * cache // max(1, nbytes))))
+
+
+def capture(calls: Sequence[Callable[[], object]]) -> Graph:
+    """Captures calls that differ in their buffers, one after the other, several times over.
+
+    A result lives until its call comes again, so the memory of results is not reused sooner than
+    that of inputs. The current stream must not be the default one, which cannot be captured, and
+    what a backward pass goes back through must have been made on it.
+    """
+    for _ in range(2):  # Code is loaded and compiled, and tables are complete the second time.
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    results = collections.deque[object](maxlen=len(calls))
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        for _ in range(ROUNDS_OF_A_GRAPH):
+            for call in calls:
+                results.append(call())
+    return Graph(graph, ROUNDS_OF_A_GRAPH * len(calls))
+
+
+def time_graphs(graphs: Mapping[str, Graph], rounds: int) -> dict[str, Timing]:
+    """Times a call of each graph, from ``rounds`` replays of all graphs in turn; at least 2."""
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(1 + rounds):
+        for name, graph in graphs.items():
+            samples[name].append(_time_replay(graph))
+    # In the first round the clocks of the card rise.
+    return {name: _summarize(seconds[1:], [0.0]) for name, seconds in samples.items()}
+
+
+def _time_replay(graph: Graph) -> float:
+    """Returns the seconds of one of the calls."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph.graph.replay()  # While it runs the host enqueues the replay that is timed.
+    start.record()
+    graph.graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / graph.calls
 
 
 def _summarize(samples: list[float], faults: list[float]) -> Timing:

@@ -1,0 +1,92 @@
+"""What the benchmarks of a GPU do without one: their cases, buffers and figures."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the benchmarks are not here")
+
+L2_OF_AN_H200 = 60 * 2**20
+
+
+@pytest.fixture
+def bench_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script, imported from its folder."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import bench_cuda
+
+    return bench_cuda
+
+
+def number_of_targets() -> int:
+    """Returns how many cases the script has."""
+    return (FOLDER / "bench_cuda.py").read_text().count("    Target(")
+
+
+@pytest.mark.parametrize("place", range(number_of_targets()))
+def test_every_case_has_the_exact_result(bench_cuda: Any, place: int) -> None:
+    target = bench_cuda.TARGETS[place]
+    case = replace(target.case, tokens=min(target.case.tokens, 17))
+    problem = bench_cuda.Problem(case, "cpu", requires_grad=target.form == "backward")
+    call = bench_cuda.ours(problem, target.form)  # Checked in it.
+    assert all(x.data_ptr() % 16 for x in problem.tensors) == (case.storage_offset % 2 == 1)
+    call()
+
+
+def test_every_case_has_a_target_and_a_name_of_its_own(bench_cuda: Any) -> None:
+    names = [str(target) for target in bench_cuda.TARGETS]
+    assert len(set(names)) == len(names) == number_of_targets()
+    assert all(0 < target.fraction < 1 for target in bench_cuda.TARGETS)
+
+
+@pytest.mark.usefixtures("bench_cuda")
+@pytest.mark.parametrize(
+    ("nbytes", "count"),
+    [(1, 16), (2 * 10**4, 16), (2**25, 15), (84 * 10**6, 6), (336 * 10**6, 4), (10**10, 4)],
+)
+def test_buffers_exceed_the_cache(nbytes: int, count: int) -> None:
+    timing = sys.modules["timing"]
+    assert timing.count_buffers(nbytes, L2_OF_AN_H200) == count
+
+
+def test_a_replay_counts_for_its_calls_and_the_first_round_for_nothing(
+    bench_cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timing = sys.modules["timing"]
+    order: list[str] = []
+    seconds = {"one": iter([9.0, 1.0, 3.0, 2.0]), "other": iter([9.0, 5.0, 5.0, 5.0])}
+
+    def replay(name: str) -> float:
+        order.append(name)
+        return next(seconds[name])
+
+    monkeypatch.setattr(timing, "_time_replay", replay)
+    timings = bench_cuda.time_graphs({"one": "one", "other": "other"}, 3)
+    assert order == ["one", "other"] * 4
+    assert (timings["one"].median, timings["other"].median) == (2.0, 5.0)
+    assert (timings["one"].spread, timings["other"].spread) == (0.5, 0.0)
+
+
+def test_figures_are_fractions_of_the_better_copy(bench_cuda: Any) -> None:
+    microseconds = {"copy_": 10.0, "bitwise_not": 9.6, "torch-rope": 10.0, "a": 20.0, "b": 12.0}
+    timing = sys.modules["timing"]
+    timings = {name: timing.Timing(us * 1e-6, 0.01, 0.0) for name, us in microseconds.items()}
+    row = bench_cuda.Row("a case", 0.95, timings)
+    assert row.fractions == pytest.approx({"torch-rope": 0.96, "a": 0.48, "b": 0.8})
+    line = ["a case", "9.60", "10.00", "1%", "0.960", "0.95", "pass", "b 0.800"]
+    assert row.cells() == line
+    assert replace(row, target=0.97).cells()[6] == "miss"
+    text = bench_cuda.report([row], {"device": "a card", "date": "today"})
+    assert "Targets met: 1 of 1." in text
+
+
+def test_in_place_only_what_is_rotated_must_be_moved(bench_cuda: Any) -> None:
+    shares = {str(target): target.copied_share for target in bench_cuda.TARGETS}
+    assert [name for name in shares if shares[name] != 1] == [
+        "bfloat16 BSHD 4096 partial 64 of 128, in place"
+    ]
+    assert 0.5 in shares.values()
