@@ -1,4 +1,6 @@
-"""Fixtures and settings of every test."""
+"""Fixtures, options and settings of every test."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,3 +24,52 @@ def device(request: pytest.FixtureRequest) -> str:
     if name == "cuda" and not torch_rope._C.has_cuda:
         pytest.skip("torch-rope was built without its CUDA kernels")
     return name
+
+
+@pytest.fixture
+def unused_memory_is_freed() -> Iterator[None]:
+    """Gives the device memory of a large test back, so that tests in other processes have room."""
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+# ---- Failures at once: for runs that may be cut off ----
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds the option."""
+    parser.addoption(
+        "--failures-at-once", action="store_true", help="print the message of each failure at once"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Starts to print failures, unless this is a worker of pytest-xdist, whose output is lost."""
+    if config.getoption("--failures-at-once") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(FailuresAtOnce(config))
+
+
+class FailuresAtOnce:
+    """Prints failures and errors in short when they are reported."""
+
+    LINES = 12
+
+    def __init__(self, config: pytest.Config) -> None:
+        """Remembers where to print."""
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Prints that of a test."""
+        self.show(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Prints that of a module."""
+        self.show(report)
+
+    def show(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        """Prints the end of a failure's traceback, where the message is."""
+        reporter = self.config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and reporter is not None:
+            lines = report.longreprtext.splitlines()[-self.LINES :]
+            reporter.write_line("\n".join([f"\nFAILED {report.nodeid}", *lines]), flush=True)

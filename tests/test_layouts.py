@@ -248,6 +248,7 @@ def free_memory(device: str) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.usefixtures("unused_memory_is_freed")
 def test_rows_further_apart_than_2_to_the_31_elements(device: str) -> None:
     if device == "cuda" and free_memory(device) < 10 * GIB:
         pytest.skip("less than 10 GiB of free device memory")
@@ -263,6 +264,7 @@ def test_rows_further_apart_than_2_to_the_31_elements(device: str) -> None:
     assert_same_bits(x, torch_rope.apply(near, positions))
 
 
+@pytest.mark.usefixtures("unused_memory_is_freed")
 def test_more_than_2_to_the_31_elements(device: str) -> None:
     tokens = 2**31 // 2**13 + 3
     if free_memory(device) < 6 * GIB:
