@@ -371,12 +371,17 @@ def test_the_backward_of_angles_rotates_nothing(device: str, case: str) -> None:
 
 
 def test_the_backward_of_one_input_spares_the_others(device: str) -> None:
-    both = backward_of("axes", [1, 2], device).others
+    def operators(case: str, *asking: int) -> list[str]:
+        seen = backward_of(case, asking, device)
+        return seen.names + seen.others
+
+    both = operators("axes", 1, 2)
     for asking in (1, 2):
-        assert len(backward_of("axes", [asking], device).others) < len(both)
-    assert backward_of("rows", [1, 2], device).others.count("aten::index_put") == 2
-    for table in (1, 2):
-        assert backward_of("rows", [table], device).others.count("aten::index_put") == 1
+        assert len(operators("axes", asking)) < len(both)
+    if device == "cpu":  # On CUDA one kernel of ours adds up the rows of both tables.
+        assert operators("rows", 1, 2).count("aten::index_put") == 2
+        for table in (1, 2):
+            assert operators("rows", table).count("aten::index_put") == 1
 
 
 # What the backward of x alone keeps: for each operator, the tensors that make the angles.

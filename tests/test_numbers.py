@@ -340,15 +340,6 @@ def test_subnormal_results_are_rounded_to_the_nearest(
     assert torch.equal(actual.cpu(), expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-def test_cuda_differs_from_the_cpu_by_less_than_is_allowed() -> None:
-    x = random_values((64, 128))
-    positions = random_positions((64,))
-    on_cuda = torch_rope.apply(x.cuda(), positions.cuda())
-    norms = reference.apply(x, positions).norms
-    assert_differ_by_less_than_is_allowed(on_cuda, torch_rope.apply(x, positions), norms)
-
-
 ROTATE_AND_SAVE = """
 import sys
 import torch
@@ -404,6 +395,17 @@ def rotated_by_capability(tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     best = torch.backends.cpu.get_cpu_capability()
     available = CAPABILITIES[: CAPABILITIES.index(best) + 1] if best in CAPABILITIES else ()
     return {capability: rotate_with_capability(capability, folder) for capability in available}
+
+
+def test_devices_differ_by_less_than_is_allowed(
+    device: str, expected_of_calls: list[Expected]
+) -> None:
+    if device == "cpu":
+        pytest.skip("nothing to compare the CPU with")
+    for (tensors, options), expected in zip(calls_of_every_kind(), expected_of_calls, strict=True):
+        on_cpu = torch_rope.apply(*tensors, **options)
+        on_device = torch_rope.apply(*(tensor.to(device) for tensor in tensors), **options)
+        assert_differ_by_less_than_is_allowed(on_device, on_cpu, expected.norms)
 
 
 @pytest.fixture(scope="module")
