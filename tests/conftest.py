@@ -27,6 +27,14 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
+def cuda(device: str) -> str:
+    """The CUDA device, for tests of what the CPU does not have."""
+    if device != "cuda":
+        pytest.skip("only for CUDA")
+    return device
+
+
+@pytest.fixture
 def unused_memory_is_freed() -> Iterator[None]:
     """Gives the device memory of a large test back, so that tests in other processes have room."""
     yield

@@ -1,25 +1,25 @@
 """What only a CUDA device has: graphs, streams, more than one device, sizes beyond 32 bits."""
 
+import subprocess
+import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
 import torch_rope
-from reference import apply, assert_rotated, assert_same_bits, random_positions, random_values
+from graphs import capture
+from reference import (
+    apply,
+    apply_cos_sin,
+    assert_rotated,
+    assert_same_bits,
+    random_positions,
+    random_values,
+)
 from torch import Tensor
 
 GIB = 2**30
-
-T = TypeVar("T")
-
-
-@pytest.fixture
-def cuda(device: str) -> str:
-    """The CUDA device."""
-    if device != "cuda":
-        pytest.skip("only for CUDA")
-    return device
 
 
 def by_formula(q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,12 +39,18 @@ def by_rows(q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     return torch_rope.apply_cos_sin((q, k), angles.cos(), angles.sin(), positions)
 
 
+def by_full_width_tables(q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotates a pair by tables with a column for each element."""
+    angles = positions[..., None] * torch.arange(q.shape[-1], device=q.device) / 100
+    return torch_rope.apply_cos_sin((q, k), angles.cos(), angles.sin(), full_width=True)
+
+
 def in_place(q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Rotates copies of a pair where they are."""
     return torch_rope.apply_((q.clone(), k.clone()), positions)
 
 
-CALLS = (by_formula, by_inv_freq, by_rows, in_place)
+CALLS = (by_formula, by_inv_freq, by_rows, by_full_width_tables, in_place)
 Call = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -55,27 +61,10 @@ def problem(device: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, random_positions((33, 1), device=device, low=0, high=4096, seed=seed)
 
 
-def capture(backward: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
-    """Returns a graph of a backward pass, which ran once on a side stream, and its outputs."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        backward()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = backward()
-    return graph, captured
-
-
 @pytest.mark.parametrize("call", CALLS)
 def test_a_captured_call_is_replayed_on_what_its_inputs_hold_then(cuda: str, call: Call) -> None:
     inputs = problem(cuda)
-    call(*inputs)  # The allocator and the libraries warm up.
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = call(*inputs)
+    graph, outputs = capture(lambda: call(*inputs))
     for seed in (10, 20):
         fresh = problem(cuda, seed)
         for old, new in zip(inputs, fresh, strict=True):
@@ -126,15 +115,25 @@ def test_a_call_does_not_synchronize(cuda: str) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_pair_of_any_heads_is_one_kernel(cuda: str) -> None:
-    inputs = problem(cuda)
-    by_formula(*inputs)
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        by_formula(*inputs)
+def kernels_of(call: Callable[[], Any]) -> list[str]:
+    """Returns the names of the kernels that a call starts."""
+    call()
+    torch.cuda.synchronize()
+    call()  # Frequencies have their table now.
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
         torch.cuda.synchronize()
-    kernels = [event for event in profile.events() if "rotate_kernel" in event.name]
-    assert len(kernels) == 1
+    return [event.name for event in profile.events()]
+
+
+@pytest.mark.parametrize("heads", [(8, 2), (1, 1), (32, 0)])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_pair_of_any_heads_is_one_kernel(cuda: str, call: Call, heads: tuple[int, int]) -> None:
+    q, k = (random_values((2, 33, number, 64), torch.bfloat16, cuda) for number in heads)
+    positions = random_positions((33, 1), device=cuda, low=0, high=4096)
+    names = kernels_of(lambda: call(q, k, positions))
+    assert sum("rope::cuda::" in name for name in names) == 1, names
 
 
 def test_the_device_is_that_of_the_tensors(cuda: str) -> None:
@@ -149,6 +148,7 @@ def test_the_device_is_that_of_the_tensors(cuda: str) -> None:
         assert_same_bits(other.cpu(), one.cpu())
 
 
+@pytest.mark.usefixtures("unused_memory_is_freed")
 @pytest.mark.parametrize("rotary_dim", [128, 126])
 def test_tensors_of_more_than_2_to_the_31_elements_are_rotated_in_place(
     cuda: str, rotary_dim: int
@@ -198,16 +198,40 @@ ANGLES: dict[str, Callable[[str], dict[str, Tensor]]] = {
         "cos": random_values((33, 8, 31), torch.bfloat16, device, seed=3),
         "sin": random_values((33, 8, 31), torch.bfloat16, device, seed=4),
     },
+    "full-width tables": lambda device: {
+        "cos": random_values((33, 1, 64), device=device, seed=3),
+        "sin": random_values((33, 1, 64), device=device, seed=4),
+    },
+    "rows of tables": lambda device: {
+        "cos": random_values((50, 32), device=device, seed=3),
+        "sin": random_values((50, 32), device=device, seed=4),
+        "positions": random_positions((33, 1), device=device, low=0, high=50),
+    },
 }
+
+
+def rotation_by(angles: dict[str, Tensor], **options: Any) -> Callable[[Tensor], Tensor]:
+    """Returns the call that takes such angles."""
+    if "cos" not in angles:
+        return lambda q: torch_rope.apply(q, **angles, **options)
+    full_width = angles["cos"].shape[-1] == 64
+    return lambda q: torch_rope.apply_cos_sin(q, **angles, full_width=full_width, **options)
+
+
+def learned(angles: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    """Returns copies that ask for gradients, and those of them that can have one."""
+    copies = {
+        name: tensor.detach().clone().requires_grad_(tensor.is_floating_point())
+        for name, tensor in angles.items()
+    }
+    return copies, tuple(tensor for tensor in copies.values() if tensor.requires_grad)
 
 
 def gradients_of_angles(q: Tensor, angles: dict[str, Tensor], **options: Any) -> tuple[Tensor, ...]:
     """Returns the gradients of what makes the angles, for a gradient that is the same each time."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in angles.items()}
-    operator = torch_rope.apply_cos_sin if "cos" in leaves else torch_rope.apply
-    output = operator(q, **leaves, **options)
+    copies, leaves = learned(angles)
     gradient = random_values(tuple(q.shape), torch.float64, "cpu", seed=9).to(q)
-    return torch.autograd.grad(output, tuple(leaves.values()), gradient)
+    return torch.autograd.grad(rotation_by(copies, **options)(q), leaves, gradient)
 
 
 @pytest.mark.parametrize("batch", [2, 300])
@@ -220,7 +244,9 @@ def test_gradients_of_angles_are_those_of_float64(
     q = random_values((batch, 33, 8, 64), dtype, cuda)
     made = ANGLES[angles](cuda)
     exact = {
-        name: tensor.cpu() if name == "inv_freq" else tensor.cpu().double()
+        name: tensor.cpu()
+        if name == "inv_freq" or (name == "positions" and "cos" in made)
+        else tensor.cpu().double()
         for name, tensor in made.items()
     }
     actual = gradients_of_angles(q, made, interleaved=interleaved)
@@ -243,22 +269,12 @@ def test_gradients_of_angles_have_the_same_bits_every_time(cuda: str, angles: st
                 assert_same_bits(one, other)
 
 
-def kernels_of(call: Callable[[], Any]) -> list[str]:
-    """Returns the names of the kernels that a call starts."""
-    call()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    return [event.name for event in profile.events()]
-
-
 @pytest.mark.parametrize("angles", ANGLES)
 def test_the_gradients_of_angles_are_one_kernel_and_what_is_small(cuda: str, angles: str) -> None:
     q = random_values((2, 33, 8, 64), torch.bfloat16, cuda)
     made = ANGLES[angles](cuda)
     names = kernels_of(lambda: gradients_of_angles(q, made))
-    assert sum("sum_kernel" in name for name in names) == 1
+    assert sum("sum_kernel<" in name for name in names) == 1, names
 
 
 def test_a_gradient_that_is_to_be_differentiated_is_in_aten_operators(cuda: str) -> None:
@@ -293,13 +309,12 @@ def test_many_gradients_at_once_are_those_one_by_one(cuda: str) -> None:
 @pytest.mark.parametrize("angles", ANGLES)
 def test_gradients_of_angles_are_captured_and_replayed(cuda: str, angles: str) -> None:
     q = random_values((300, 33, 8, 64), torch.bfloat16, cuda)
-    made = ANGLES[angles](cuda)
-    leaves = {name: tensor.requires_grad_() for name, tensor in made.items()}
-    operator = torch_rope.apply_cos_sin if "cos" in leaves else torch_rope.apply
+    copies, leaves = learned(ANGLES[angles](cuda))
+    rotate = rotation_by(copies)
     gradient = random_values(tuple(q.shape), q.dtype, cuda, seed=5)
 
     def gradients() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(operator(q, **leaves), tuple(leaves.values()), gradient)
+        return torch.autograd.grad(rotate(q), leaves, gradient)
 
     graph, captured = capture(gradients)
     gradient.copy_(random_values(tuple(q.shape), q.dtype, cuda, seed=6))
@@ -320,3 +335,36 @@ def test_sanitizer_sees_gradients_of_words_and_of_single_elements(cuda: str, siz
                 )
                 assert cos.isfinite().all()
                 assert sin.isfinite().all()
+
+
+@pytest.mark.parametrize("heads", [1, 3, 20])
+def test_sanitizer_sees_every_source_of_angles(cuda: str, heads: int) -> None:
+    q = random_values((2, 33, heads, 64), torch.bfloat16, cuda)
+    for name in ANGLES:
+        if name == "tables of one head":
+            continue
+        angles = ANGLES[name](cuda)
+        for x in (q, q.transpose(2, 3).contiguous().transpose(2, 3), q.expand(3, 2, 33, heads, 64)):
+            rotated = rotation_by(angles)(x)
+            exact = {key: tensor.cpu() for key, tensor in angles.items()}
+            full_width = {"full_width": True} if name == "full-width tables" else {}
+            rotate = apply_cos_sin if "cos" in angles else apply
+            assert_rotated(rotated.cpu(), rotate(x.cpu(), **exact, **full_width))
+
+
+OUT_OF_RANGE = """
+import torch
+import torch_rope
+
+x, table = torch.ones(3, 16, device="cuda"), torch.ones(10, 8, device="cuda")
+torch_rope.apply_cos_sin(x, table, table, torch.tensor([0, {row}, 9], device="cuda"))
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize("row", [10, -1, 2**31, -(2**31) - 1, 2**32])
+def test_a_row_out_of_range_trips_a_device_side_assertion(cuda: str, row: int) -> None:
+    program = OUT_OF_RANGE.format(row=row)
+    completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert completed.returncode != 0
+    assert "device-side assert" in completed.stderr
