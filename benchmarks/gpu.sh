@@ -68,15 +68,15 @@ PYTHON
 )
 
 pytest=("$python" -m pytest -q --tb=no -rfE --failures-at-once --maxfail=40 -W ignore -p no:cacheprovider)
-# Eight processes keep a GPU busy, and each takes half a GiB of it before its first tensor.
-workers=$(($(nproc) / 2 < 8 ? $(nproc) / 2 : 8))
-parallel=()
-if [ "$workers" -gt 1 ] && "$python" -c "import xdist" 2> /dev/null; then
-  parallel=(-n "$workers" --dist worksteal)
+# Processes that share a step's tests, each with half a GiB of the GPU before its first tensor: few where kernels of other
+# processes should not get between those of a test.
+few=() many=()
+if [ "$(nproc)" -ge 8 ] && "$python" -c "import xdist" 2> /dev/null; then
+  few=(-n 4 --dist worksteal) many=(-n 8 --dist worksteal)
 fi
 
-# Its large tests have the GPU to themselves.
-step 70 "CUDA: graphs, streams, devices, machine code" "${pytest[@]}" "$tests/test_cuda.py" "$tests/test_cuda_code.py"
+step 100 "CUDA: order, graphs, streams, devices, machine code" env OMP_NUM_THREADS=2 "${pytest[@]}" "${few[@]}" \
+  "$tests"/test_{cuda_order,cuda,cuda_code}.py
 step 80 "Benchmark" "$python" "$benchmarks/bench_cuda.py" --without-peers --json "$results/$name.json" \
   --markdown "$results/$name.md"
 step 20 "Decoding, and the host's time" "$python" "$benchmarks/bench_decode.py" --json "$results/$name-decode.json" \
@@ -85,8 +85,8 @@ step 20 "Gradients of angles" "$python" "$benchmarks/bench_gradients.py" --json 
   --markdown "$results/$name-gradients.md"
 # Every test of a device: the values and derivatives of the operators first.
 first=("$tests"/test_{apply,cos_sin,pair,in_place,layouts,numbers,gradient_sums,autograd}.py)
-step 150 "The Python tests on CUDA" env OMP_NUM_THREADS=2 "${pytest[@]}" "${parallel[@]}" -k "[cuda" \
-  --ignore="$tests/test_cuda.py" "${first[@]}" "$tests"
+step 150 "The Python tests on CUDA" env OMP_NUM_THREADS=2 "${pytest[@]}" "${many[@]}" -k "[cuda" \
+  --ignore-glob="*/test_cuda*.py" "${first[@]}" "$tests"
 if command -v compute-sanitizer > /dev/null; then
   step 50 "compute-sanitizer" compute-sanitizer --error-exitcode 1 "${pytest[@]}" "$tests/test_cuda.py" -k "sanitizer"
 else

@@ -1,11 +1,15 @@
 """What the benchmarks of a GPU do without one: their cases, buffers and figures."""
 
 import sys
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the benchmarks are not here")
@@ -51,6 +55,26 @@ def test_every_case_has_a_target_and_a_name_of_its_own(bench_cuda: Any) -> None:
 def test_buffers_exceed_the_cache(nbytes: int, count: int) -> None:
     timing = sys.modules["timing"]
     assert timing.count_buffers(nbytes, L2_OF_AN_H200) == count
+
+
+@pytest.mark.usefixtures("bench_cuda")
+def test_a_result_lives_until_its_call_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    timing = sys.modules["timing"]
+    for name in ("CUDAGraph", "synchronize", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: nullcontext())
+    results: list[list[weakref.ref[Any]]] = [[], [], []]
+
+    def call(place: int) -> Any:
+        if len(results[place]) > 2:  # After the two that warm up.
+            assert results[place][-1]() is not None
+        result = torch.empty(1)
+        results[place].append(weakref.ref(result))
+        return result
+
+    graph = timing.capture([partial(call, place) for place in range(3)])
+    assert graph.calls == 3 * timing.ROUNDS_OF_A_GRAPH
+    assert [len(one) for one in results] == 3 * [2 + timing.ROUNDS_OF_A_GRAPH]
 
 
 def test_a_replay_counts_for_its_calls_and_the_first_round_for_nothing(

@@ -362,7 +362,7 @@ torch.cuda.synchronize()
 """
 
 
-@pytest.mark.parametrize("row", [10, -1, 2**31, -(2**31) - 1, 2**32])
+@pytest.mark.parametrize("row", [10, -1, 2**32])
 def test_a_row_out_of_range_trips_a_device_side_assertion(cuda: str, row: int) -> None:
     program = OUT_OF_RANGE.format(row=row)
     completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

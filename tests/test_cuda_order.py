@@ -393,7 +393,7 @@ def rotate(wavelength):
 wavelengths = [1000.0 + n for n in range(150)]
 rotate(wavelengths[0])
 torch.cuda.synchronize()
-graphs = [capture(lambda: rotate(wavelength)) for wavelength in (wavelengths[0], wavelengths[-1])]
+graphs = [capture(lambda w=w: rotate(w)) for w in (wavelengths[0], wavelengths[-1])]
 first = [rotate(wavelength) for wavelength in wavelengths]
 torch.cuda.synchronize()
 again = [rotate(wavelength) for wavelength in wavelengths]
