@@ -16,7 +16,8 @@ namespace rope::cuda {
 //
 // 0. Frequencies of max_wavelength, which no kernel on the stream has written, are read while the
 //    kernels in front are still running.
-// 1. Each thread asks for its first rows. While they are on their way, the block finds the cosine
+// 1. Each thread asks for its token's position and for its first rows. While they are on their way,
+// the block finds the cosine
 //    and the sine of each pair of each of its tokens once, one thread for a pair, and puts them
 //    into shared memory.
 // 2. After a barrier each thread reads those of its column, and keeps them in registers while it
@@ -71,8 +72,19 @@ C10_HOST_DEVICE inline void form_angles(const PositionAngles& source, Index posi
   }
 }
 
-// Those of kCount neighbouring pairs; frequencies in turns were read before. Without float64 for x
-// of other dtypes, unless the source is kFloat64.
+// The position of a token, for angles in turns; 0 for others.
+template <typename Index>
+C10_HOST_DEVICE inline std::uint64_t load_position_in_turns(const RotateParams<Index>& params,
+                                                            Index offset) {
+  const PositionAngles& source = params.by_position;
+  return params.source == AngleSource::kTurns
+             ? static_cast<std::uint64_t>(
+                   load_position<std::int64_t>(source.positions, source.positions_dtype, offset))
+             : 0;
+}
+
+// Those of kCount neighbouring pairs. Angles in turns were formed before. Without float64 for x of
+// other dtypes, unless the source is kFloat64.
 template <bool kHasFloat64, typename Real, int kCount, typename Index>
 C10_HOST_DEVICE inline void find_rotations_by_position(const RotateParams<Index>& params,
                                                        Index position_offset, Index first_pair,
@@ -80,11 +92,9 @@ C10_HOST_DEVICE inline void find_rotations_by_position(const RotateParams<Index>
                                                        Rotation<Real> (&rotations)[kCount]) {
   const PositionAngles& source = params.by_position;
   if (std::is_same_v<Real, float> && params.source == AngleSource::kTurns) {
-    const auto position = static_cast<std::uint64_t>(
-        load_position<std::int64_t>(source.positions, source.positions_dtype, position_offset));
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const Rotation<float> rotation = rotation_of_turns(position * turns[i]);
+      const Rotation<float> rotation = rotation_of_turns(turns[i]);
       rotations[i] = {rotation.cos, rotation.sin};
     }
   } else if (std::is_same_v<Real, float> &&
@@ -259,6 +269,9 @@ class RotateThread {
       token_[array] = offsets[array];
     }
     column_ = find_column<scalar_t, kPairs, kInterleaved>(params_, part_.column);
+    if (num_slots_ > 0) {
+      position_ = load_position_in_turns(params_, offsets[kAngle]);
+    }
     load(part_.first_row);
     const int step = params_.blocks.row_lanes * params_.blocks.block_columns;
 #pragma unroll 1
@@ -334,8 +347,8 @@ class RotateThread {
     if constexpr (!kFullWidth) {
       if (params_.source != AngleSource::kTables) {
         const std::uint64_t turns[1] = {params_.source != AngleSource::kTurns ? 0
-                                        : slot == first_slot_                 ? turns_
-                                                                              : load_turns(slot)};
+                                        : slot == first_slot_ ? position_ * turns_
+                                                              : position_ * load_turns(slot)};
         Rotation<Real> rotations[1];
         find_rotations_by_position<true>(params_, angle_offset,
                                          static_cast<Index>(first_pair_ + slot), turns, rotations);
@@ -400,8 +413,9 @@ class RotateThread {
   Part<Index> part_;
   int first_slot_;  // of the pairs of the block, for which the thread finds rotations
   int num_slots_;
-  Index first_pair_;  // of the block
-  std::uint64_t turns_ = 0;
+  Index first_pair_;            // of the block
+  std::uint64_t turns_ = 0;     // the frequency of the first slot
+  std::uint64_t position_ = 0;  // of the token
   bool lacks_row_ = false;
   Index token_[kTokenArrays] = {};
   Column<scalar_t, kPairs, kInterleaved, Index> column_;
@@ -450,13 +464,23 @@ class RotateFewRowsThread {
       const Index last = params_.blocks.tokens - 1;
       params_.operands.tokens.offsets(token(t) < last ? token(t) : last, tokens_[t]);
     }
+    std::uint64_t positions[kTokens];
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      positions[t] = load_position_in_turns(params_, tokens_[t][kAngle]);
+    }
     load(0);
     Rotation<Real> angles[kTokens][kPairs];
     if (is_rotated_) {
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
+        std::uint64_t turns[kPairs];
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) {
+          turns[i] = positions[t] * turns_[i];
+        }
         find_rotations_by_position<false>(params_, tokens_[t][kAngle],
-                                          static_cast<Index>(column_index_ * kPairs), turns_,
+                                          static_cast<Index>(column_index_ * kPairs), turns,
                                           angles[t]);
       }
     }
