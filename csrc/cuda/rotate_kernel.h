@@ -308,9 +308,15 @@ class RotateThread {
     CUDA_KERNEL_ASSERT(!lacks_row_ && "positions name rows of the tables");
   }
 
-  // Blocks of kMaxThreads on a processor at a time, which has 65,536 registers.
+  // Blocks of kMaxThreads on a processor at a time, which has 65,536 registers. Usual calls need no
+  // more than 64 in a thread; what the compiler makes for 10.0 and later takes a few more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  static constexpr int kUsualBlocks = 3;
+#else
+  static constexpr int kUsualBlocks = 4;
+#endif
   static constexpr int kBlocksPerProcessor =
-      sizeof(Real) == 4 && sizeof(Index) == 4 && !kFullWidth ? 4 : 2;
+      sizeof(Real) == 4 && sizeof(Index) == 4 && !kFullWidth ? kUsualBlocks : 2;
 
   static std::int64_t shared_elements(const Blocks<std::int64_t>& blocks) {
     return std::int64_t{kNumbers} * blocks.block_columns * kPairs * blocks.block_tokens;
