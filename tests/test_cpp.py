@@ -24,6 +24,7 @@ PROGRAMS = {
         "test_cuda_plan.cpp",
         "test_cuda_threads.cpp",
         "test_cuda_sums.cpp",
+        "test_cuda_scatter.cpp",
         "test_frequency_tables.cpp",
     ),
 }

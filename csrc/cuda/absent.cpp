@@ -21,4 +21,6 @@ void sum(const Launch&, const Sums&, int) { fail(); }
 
 std::int64_t sum_groups(const Launch&) { fail(); }
 
+void scatter_rows(const TableSums&, int) { fail(); }
+
 }  // namespace rope::cuda
