@@ -5,6 +5,7 @@
 #include <c10/util/Exception.h>
 #include <c10/util/irange.h>
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <string_view>
@@ -39,12 +40,16 @@ c10::SymInt dim_of_columns(const Call& call) {
   return call.full_width ? table.sym_size(-1) : table.sym_size(-1) * 2;
 }
 
-bool have_same_shape(const at::Tensor& x, const at::Tensor& y) {
-  bool same_shape = x.dim() == y.dim();
-  for (std::int64_t d = 0; same_shape && d < x.dim(); ++d) {
-    same_shape = holds(x.sym_size(d).sym_eq(y.sym_size(d)));
+bool have_same_sizes(c10::SymIntArrayRef x, c10::SymIntArrayRef y) {
+  bool same_sizes = x.size() == y.size();
+  for (std::size_t d = 0; same_sizes && d < x.size(); ++d) {
+    same_sizes = holds(x[d].sym_eq(y[d]));
   }
-  return same_shape;
+  return same_sizes;
+}
+
+bool have_same_shape(const at::Tensor& x, const at::Tensor& y) {
+  return have_same_sizes(x.sym_sizes(), y.sym_sizes());
 }
 
 // The sizes of x without the embedding axis. Only after the axis was checked.
@@ -419,6 +424,36 @@ void check_operand(const SumCall& call, std::size_t i) {
                     " without embedding_axis, but got ", sizes);
 }
 
+// What is made of the sums; only after these were checked.
+void check_finish(const SumCall& call) {
+  const auto& [factors, dim, rows, num_rows, dtype] = call.finish;
+  const at::Device device = call.xs[0].device();
+  if (factors.defined()) {
+    TORCH_CHECK_TYPE(factors.device() == device, expected(call, "factors"), "be on ", device,
+                     ", but got ", factors.device());
+  }
+  TORCH_CHECK_INDEX(std::ranges::all_of(dim, [](std::int64_t d) { return d < 0; }),
+                    expected(call, "dim"), "count from the end, but got ", at::IntArrayRef(dim));
+  TORCH_CHECK_VALUE(rows.defined() == num_rows.has_value(), expected(call, "num_rows"),
+                    "be given with rows, and only then, but it is ",
+                    num_rows.has_value() ? "given without" : "missing");
+  if (rows.defined()) {
+    const c10::SymIntArrayRef tokens = call.sizes.slice(0, call.sizes.size() - 1);
+    TORCH_CHECK_TYPE((rows.scalar_type() == at::kInt || rows.scalar_type() == at::kLong) &&
+                         rows.device() == device,
+                     expected(call, "rows"), "be int32 or int64 on ", device, ", but got ",
+                     name_of(rows.scalar_type()), " on ", rows.device());
+    TORCH_CHECK_VALUE(have_same_sizes(rows.sym_sizes(), tokens), expected(call, "rows"),
+                      "have the shape ", tokens, ", sizes without the last, but got ",
+                      rows.sym_sizes());
+    TORCH_CHECK_VALUE(holds(num_rows->sym_ge(0)), expected(call, "num_rows"),
+                      "be at least 0, but got ", *num_rows);
+  }
+  TORCH_CHECK_TYPE(!dtype.has_value() || is_supported_float(*dtype), expected(call, "dtype"),
+                   "be float64, float32, float16 or bfloat16, but got ",
+                   name_of(dtype.value_or(at::kFloat)));
+}
+
 }  // namespace
 
 c10::SymInt rotary_dim(const Call& call, const at::Tensor& x) {
@@ -496,6 +531,7 @@ void check(const SumCall& call) {
   for (const auto i : c10::irange(count)) {
     check_operand(call, i);
   }
+  check_finish(call);
 }
 
 void check_rows_exist(const Call& call) {

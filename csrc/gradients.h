@@ -1,11 +1,14 @@
 // Gradients of what makes the angles: positions, inv_freq, cos and sin.
 //
 // The heavy part is common to all: sums over the rows (heads, say) that share an angle, for each
-// token and pair. Two private operators form them, _angle_gradient and _cos_sin_gradient: on CUDA
-// by a kernel of ours, elsewhere in ATen operators. What then is left is small.
+// token and pair. Two private operators form them and what is made of them, _angle_gradient and
+// _cos_sin_gradient: on CUDA in at most three kernels, elsewhere in ATen operators.
 #pragma once
 
+#include <ATen/core/DimVector.h>
 #include <ATen/core/Tensor.h>
+
+#include <optional>
 
 #include "call.h"
 
@@ -20,16 +23,29 @@ struct WantedGradients {
 
 // Undefined where a gradient was not asked for, or is zero.
 struct AngleGradients {
-  at::Tensor positions;
-  at::Tensor inv_freq;
-  at::Tensor cos;
-  at::Tensor sin;
+  at::Tensor positions = {};
+  at::Tensor inv_freq = {};
+  at::Tensor cos = {};
+  at::Tensor sin = {};
 };
 
 // Of one tensor or of q and k: the gradient of each output, which may be undefined, and what was
 // kept of the forward pass: the output, or the input where the call uses tables.
 AngleGradients angle_gradients(const Call& call, at::TensorList grads, at::TensorList kept,
                                const WantedGradients& wanted);
+
+// What is made of sums; by default nothing.
+struct Finish {
+  // Of those of an angle: (sums * factors).sum(dim), where dim counts from the end. Undefined:
+  // none.
+  at::Tensor factors = {};
+  at::DimVector dim = {};
+  // Of those of tables: each token's are added to the row that it names of num_rows.
+  at::Tensor rows = {};
+  std::optional<c10::SymInt> num_rows = {};
+  // By default that in which the sums are.
+  std::optional<at::ScalarType> dtype = {};
+};
 
 // One call of either operator, on one tensor or on two of the same dtype, such as q and k, whose
 // sums are added. With g the gradient of what came out of a rotation of x, they are
@@ -46,9 +62,12 @@ struct SumCall {
   // Of a sum: (tokens..., N), or (tokens..., 2 N) with full_width, where tokens broadcast with each
   // x as tables do.
   c10::SymIntArrayRef sizes;
-  ApplyOptions options;  // embedding_axis, rotary_offset, interleaved, conjugate
+  ApplyOptions options;      // embedding_axis, rotary_offset, interleaved, conjugate
+  bool uses_tables = false;  // else only sin is wanted, of the angle
   bool wants_cos = false;
+  bool wants_sin = true;
   bool full_width = false;
+  Finish finish = {};
 };
 
 }  // namespace rope

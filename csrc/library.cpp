@@ -37,6 +37,11 @@
 // without
 //   positions have them.
 // - embedding_axis, rotary_offset, interleaved, conjugate, full_width: as above.
+// - factors, dim: the result is (sums * factors).sum(dim), where dim counts from the end.
+// - rows, num_rows: the sums of each token are added to the row that it names, int32 or int64, of a
+//   result of shape (num_rows, N), or (num_rows, 2 N).
+// - dtype: of the result; by default that in which x is computed with.
+// - output_mask: which of the two are wanted; the other is undefined.
 //
 // - seq_len: the length that frequencies are for, a tensor of no dimension; or the number of tokens
 //   that ranks share.
@@ -99,7 +104,10 @@ TORCH_LIBRARY(rope, library) {
 
   const std::string sums =
       "SymInt[] sizes, int embedding_axis, int rotary_offset, bool interleaved, bool conjugate";
-  define(library, "_angle_gradient(Tensor[] grads, Tensor[] ys, " + sums + ") -> Tensor");
+  define(library, "_angle_gradient(Tensor[] grads, Tensor[] ys, " + sums +
+                      ", Tensor? factors=None, int[] dim=[], ScalarType? dtype=None) -> Tensor");
   define(library, "_cos_sin_gradient(Tensor[] grads, Tensor[] xs, " + sums +
-                      ", bool full_width=False)" + " -> (Tensor, Tensor)");
+                      ", bool full_width=False, Tensor? rows=None, SymInt? num_rows=None, "
+                      "ScalarType? dtype=None, bool[2] output_mask=[True, True])"
+                      " -> (Tensor, Tensor)");
 }

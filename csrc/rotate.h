@@ -118,6 +118,7 @@ struct Sums {
   void* cos;  // null: not asked for
   void* sin;
   std::int64_t group_stride;  // from the tables of one group of rows to the next one's, in elements
+  const double* factors = nullptr;  // null, or for each pair a factor of its sums, on the device
 };
 
 }  // namespace rope

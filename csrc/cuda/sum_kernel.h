@@ -170,7 +170,9 @@ class SumThread {
       if (params_.sums.cos != nullptr) {
         cos[pair] = numbers[0];
       }
-      sin[pair] = params_.conjugate ? -numbers[1] : numbers[1];
+      const Real sum = params_.conjugate ? -numbers[1] : numbers[1];
+      const double* factors = params_.sums.factors;
+      sin[pair] = factors == nullptr ? sum : static_cast<Real>(sum * factors[pair]);
     }
   }
 

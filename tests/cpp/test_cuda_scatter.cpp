@@ -1,7 +1,13 @@
-// Gradients of tables from sums: the kernels of csrc/cuda/scatter.cu, every thread run on the host.
+// What is made of the sums that gradients take: the operators of csrc/gradients.cpp as a CUDA
+// device would run them, with every thread of the kernels run on the host.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include <array>
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <tuple>
 #include <vector>
 
 #include "cuda/launch.h"
@@ -18,6 +24,9 @@ using reference::same_bits;
 using rope::cuda::ScatterPlan;
 using rope::cuda::ScatterShared;
 using rope::cuda::TableSums;
+
+// Launches since it was last set to 0.
+int launches = 0;
 
 template <typename Real>
 void run_block(const TableSums& sums, const ScatterPlan& plan, std::int64_t block,
@@ -53,6 +62,7 @@ void run(const TableSums& sums, const Running& running) {
 }
 
 void run_scatter(const TableSums& sums, const Running& running = {}) {
+  launches += 1;
   if (sums.sums_dtype == at::kDouble) {
     run<double>(sums, running);
   } else {
@@ -253,6 +263,154 @@ TEST(CudaScatterDeathTest, StopsAtARowThatIsNotThere) {
     rows[69] = row;
     EXPECT_DEATH(scatter({sums_of(1, 70, 12), rows, 30}, {}), "all_exist");
   }
+}
+
+// ---- The operators ----
+
+using Tables = std::tuple<at::Tensor, at::Tensor>;
+
+struct Slice {
+  std::vector<at::Tensor> grads;
+  std::vector<at::Tensor> xs;
+  std::vector<std::int64_t> sizes;
+  bool full_width = false;
+};
+
+at::Tensor angle_gradient(const Slice& of, const at::Tensor& factors, at::IntArrayRef dim,
+                          at::ScalarType dtype, c10::DispatchKey key) {
+  static const auto handle =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("rope::_angle_gradient", "")
+          .typed<at::Tensor(at::TensorList, at::TensorList, c10::SymIntArrayRef, std::int64_t,
+                            std::int64_t, bool, bool, const std::optional<at::Tensor>&,
+                            at::IntArrayRef, std::optional<at::ScalarType>)>();
+  return handle.redispatch(c10::DispatchKeySet(key), of.grads, of.xs,
+                           c10::fromIntArrayRefSlow(of.sizes), -1, 0, false, true, factors, dim,
+                           dtype);
+}
+
+Tables table_gradients(const Slice& of, const std::optional<at::Tensor>& rows,
+                       std::optional<c10::SymInt> num_rows, at::ScalarType dtype,
+                       c10::DispatchKey key, std::array<bool, 2> output_mask = {true, true}) {
+  static const auto handle =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("rope::_cos_sin_gradient", "")
+          .typed<Tables(at::TensorList, at::TensorList, c10::SymIntArrayRef, std::int64_t,
+                        std::int64_t, bool, bool, bool, const std::optional<at::Tensor>&,
+                        const std::optional<c10::SymInt>&, std::optional<at::ScalarType>,
+                        std::array<bool, 2>)>();
+  return handle.redispatch(c10::DispatchKeySet(key), of.grads, of.xs,
+                           c10::fromIntArrayRefSlow(of.sizes), -1, 0, false, true, of.full_width,
+                           rows, num_rows, dtype, output_mask);
+}
+
+// q and k of a few tokens, which a launch cuts into groups of rows, or of more.
+Slice q_and_k(std::int64_t tokens, std::int64_t batch, at::ScalarType dtype, bool full_width) {
+  const auto values = [&](std::int64_t heads, int seed) {
+    return random_values({batch, tokens, heads, 16}, dtype, seed);
+  };
+  return {{values(5, 1), values(2, 2)},
+          {values(5, 3), values(2, 4)},
+          {tokens, 1, full_width ? 16 : 8},
+          full_width};
+}
+
+// Sums of so many products, which the device and ATen add in different orders.
+void expect_close(const at::Tensor& actual, const at::Tensor& wanted, at::ScalarType of_x) {
+  ASSERT_EQ(actual.scalar_type(), wanted.scalar_type());
+  ASSERT_EQ(actual.sizes(), wanted.sizes());
+  const bool exact = of_x == at::kDouble && wanted.scalar_type() == at::kDouble;
+  const double unit = wanted.scalar_type() == at::kBFloat16 ? 0x1p-8
+                      : wanted.scalar_type() == at::kHalf   ? 0x1p-10
+                      : exact                               ? 0x1p-48
+                                                            : 0x1p-19;
+  const at::Tensor expected = wanted.to(at::kDouble);
+  const double error = (actual.to(at::kDouble) - expected).abs().max().item<double>();
+  EXPECT_LE(error, 2 * unit * expected.abs().max().item<double>());
+}
+
+template <typename Run>
+void for_each_slice(const Run& run) {
+  for (const at::ScalarType dtype : reference::kFloatDtypes) {
+    for (const auto& [tokens, batch] : {std::pair(7, 2), {7, 90}}) {
+      for (const bool full_width : {false, true}) {
+        SCOPED_TRACE(c10::str(dtype, ", batch = ", batch, ", full_width = ", full_width));
+        run(q_and_k(tokens, batch, dtype, full_width), dtype);
+      }
+    }
+  }
+}
+
+TEST(CudaGradients, OfTablesAreThoseInATenOperators) {
+  for_each_slice([](const Slice& of, at::ScalarType of_x) {
+    for (const at::ScalarType dtype : reference::kFloatDtypes) {
+      for (const bool by_row : {false, true}) {
+        SCOPED_TRACE(c10::str("dtype = ", dtype, ", by_row = ", by_row));
+        std::optional<at::Tensor> rows;
+        std::optional<c10::SymInt> num_rows;
+        if (by_row) {
+          // Not contiguous.
+          rows = at::tensor({4, 0, 4, 0, 1, 0, 9, 0, 9, 0, 4, 0, 0}, at::kInt)
+                     .slice(0, 0, 13, 2)
+                     .unsqueeze(-1);
+          num_rows = 11;
+        }
+        launches = 0;
+        const auto [cos, sin] = table_gradients(of, rows, num_rows, dtype, c10::DispatchKey::CUDA);
+        EXPECT_LE(launches, 1);
+        const auto [cos_in_aten, sin_in_aten] =
+            table_gradients(of, rows, num_rows, dtype, c10::DispatchKey::CPU);
+        expect_close(cos, cos_in_aten, of_x);
+        expect_close(sin, sin_in_aten, of_x);
+        const auto [only_cos, none] =
+            table_gradients(of, rows, num_rows, dtype, c10::DispatchKey::CUDA, {true, false});
+        EXPECT_TRUE(same_bits(only_cos, cos));
+        EXPECT_FALSE(none.defined());
+        const auto [no, only_sin] =
+            table_gradients(of, rows, num_rows, dtype, c10::DispatchKey::CUDA, {false, true});
+        EXPECT_FALSE(no.defined());
+        EXPECT_TRUE(same_bits(only_sin, sin));
+      }
+    }
+  });
+}
+
+TEST(CudaGradients, OfTablesWithoutTokensOrRowsAreZeroOrEmpty) {
+  const Slice none = {{at::empty({0, 3, 16})}, {at::empty({0, 3, 16})}, {0, 1, 8}};
+  const at::Tensor rows = at::empty({0, 1}, at::kLong);
+  const auto key = c10::DispatchKey::CUDA;
+  EXPECT_TRUE(same_bits(std::get<0>(table_gradients(none, rows, 4, at::kHalf, key)),
+                        at::zeros({4, 8}, at::kHalf)));
+  EXPECT_EQ(std::get<1>(table_gradients(none, rows, 0, at::kHalf, key)).numel(), 0);
+}
+
+TEST(CudaGradients, OfPositionsAndFrequenciesAreThoseInATenOperators) {
+  for_each_slice([](const Slice& of, at::ScalarType of_x) {
+    if (of.full_width) {
+      return;
+    }
+    for (const at::ScalarType dtype : {at::kFloat, at::kDouble}) {
+      for (const at::ScalarType of_factors : {at::kInt, at::kLong, at::kFloat, at::kDouble}) {
+        SCOPED_TRACE(c10::str("dtype = ", dtype, ", factors of ", of_factors));
+        const auto factors = [&](at::IntArrayRef sizes) {
+          return random_values(sizes, at::kDouble, 5).mul(9).to(of_factors);
+        };
+        const auto expect_same = [&](const at::Tensor& with, at::IntArrayRef dim) {
+          const auto in = [&](c10::DispatchKey key) {
+            return angle_gradient(of, with, dim, dtype, key);
+          };
+          expect_close(in(c10::DispatchKey::CUDA), in(c10::DispatchKey::CPU), of_x);
+        };
+        expect_same(factors({8}), {-1});            // of positions
+        expect_same(factors({8, 2}).t()[0], {-1});  // not contiguous
+        expect_same(factors({3, 1, 1, 8}), {-1});   // of positions, several axes
+        expect_same(factors({7, 1, 1}), {-2, -3});  // of inv_freq
+        expect_same(factors({3, 7, 1, 1}), {-2, -3});
+        expect_same(factors({3, 7, 1, 1}), {});
+        expect_same(factors({1}), {-1});
+      }
+    }
+  });
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include <array>
 #include <limits>
 #include <tuple>
 
@@ -85,28 +86,32 @@ struct Result {
 };
 
 // Calls an operator as it is for a device, on tensors of the CPU.
-template <typename Output, typename... FullWidth>
-Output call(const char* name, const Arguments& arguments, c10::DispatchKey key,
-            FullWidth... full_width) {
+template <typename Output, typename... Rest>
+Output call(const char* name, const Arguments& arguments, c10::DispatchKey key, Rest... rest) {
   const reference::Slice& slice = arguments.slice;
   const auto handle = c10::Dispatcher::singleton()
                           .findSchemaOrThrow(name, "")
                           .typed<Output(at::TensorList, at::TensorList, c10::SymIntArrayRef,
-                                        std::int64_t, std::int64_t, bool, bool, FullWidth...)>();
+                                        std::int64_t, std::int64_t, bool, bool, Rest...)>();
   return handle.redispatch(c10::DispatchKeySet(key), arguments.grads(), arguments.xs(),
                            c10::fromIntArrayRefSlow(arguments.sizes), slice.embedding_axis,
-                           slice.rotary_offset, slice.interleaved, arguments.conjugate,
-                           full_width...);
+                           slice.rotary_offset, slice.interleaved, arguments.conjugate, rest...);
 }
 
 Result call_cos_sin(const Arguments& arguments, c10::DispatchKey key = c10::DispatchKey::CUDA) {
-  auto [cos, sin] = call<std::tuple<at::Tensor, at::Tensor>>("rope::_cos_sin_gradient", arguments,
-                                                             key, arguments.full_width);
+  auto [cos, sin] =
+      call<std::tuple<at::Tensor, at::Tensor>, bool, const std::optional<at::Tensor>&,
+           const std::optional<c10::SymInt>&, std::optional<at::ScalarType>, std::array<bool, 2>>(
+          "rope::_cos_sin_gradient", arguments, key, arguments.full_width, std::nullopt,
+          std::nullopt, std::nullopt, {true, true});
   return {cos, sin};
 }
 
 Result call_angle(const Arguments& arguments, c10::DispatchKey key = c10::DispatchKey::CUDA) {
-  return {{}, call<at::Tensor>("rope::_angle_gradient", arguments, key)};
+  return {{},
+          call<at::Tensor, const std::optional<at::Tensor>&, at::IntArrayRef,
+               std::optional<at::ScalarType>>("rope::_angle_gradient", arguments, key, std::nullopt,
+                                              {}, std::nullopt)};
 }
 
 // The launch by which the sums of a call are found.
@@ -153,7 +158,11 @@ Result run_guarded(const Arguments& arguments, const Running& running) {
       std::vector<std::int64_t> sizes = arguments.sizes;
       sizes.insert(sizes.begin(), groups);
       const at::Tensor parts = middle(buffer).view(sizes);
-      return groups == 1 ? parts[0] : parts.sum(0);
+      at::Tensor sum = parts[0];
+      for (std::int64_t group = 1; group < groups; ++group) {
+        sum = sum + parts[group];  // as the kernel of scatter.cu adds them
+      }
+      return sum;
     };
     result = {total(cos), total(sin)};
   });
