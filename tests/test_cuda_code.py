@@ -14,7 +14,7 @@ import torch_rope
 # Elements of 16 bytes, and pairs that a thread of each kernel has at a time.
 PAIRS_OF_A_VECTOR = {"c10::BFloat16": 8, "c10::Half": 8, "float": 4, "double": 2}
 
-# Processors have 65,536 registers. csrc/cuda has blocks of at most 256 threads, 2 to a processor, or
+# Processors have 65,536 registers. csrc/cuda has blocks of at most 256 threads, 2 to a processor,
 # for usual calls 4 (3 on 10.0 and later); where rows are few, of 128 threads, 4 to a processor.
 MOST_REGISTERS = 128
 MOST_REGISTERS_OF_USUAL_CALLS = {"sm_80": 64, "sm_90": 64}
@@ -24,12 +24,17 @@ MOST_REGISTERS_OF_USUAL_CALLS_LATER = 80
 class Kernel(NamedTuple):
     """What tells a kernel from the others."""
 
-    work: str  # "rotate", "rotate_few_rows" or "sum"
+    work: str  # "rotate", "rotate_few_rows" or "sum"; "scatter" or "groups"
     dtype: str
-    pairs: int
-    interleaved: bool
-    index_bits: int
-    full_width: bool
+    pairs: int = 0
+    interleaved: bool = False
+    index_bits: int = 64
+    full_width: bool = False
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether it reads rows of q and k."""
+        return self.pairs > 0
 
     @property
     def has_vectors(self) -> bool:
@@ -81,6 +86,8 @@ def architectures() -> tuple[str, ...]:
 
 def kernel_of(name: str) -> Kernel:
     """Returns which kernel a mangled name is."""
+    if found := re.search(r"\d(scatter|groups)_kernelI([fd])E", name):
+        return Kernel(found[1], "float" if found[2] == "f" else "double")
     found = re.search(
         r"\d(rotate|rotate_few_rows|sum)_kernelI.*?ThreadI(.*?)Li(\d+)ELb([01])E([il])(?:Lb([01])E)?E",
         name,
@@ -162,6 +169,9 @@ def test_the_library_has_every_kernel(architecture: str) -> None:
         if dtype != "double"
         for interleaved in (False, True)
     }
+    expected |= {
+        Kernel(work, real) for work in ("scatter", "groups") for real in ("float", "double")
+    }
     assert set(resources(architecture)) == expected
 
 
@@ -188,18 +198,18 @@ def test_parameters_are_read_as_constants(architecture: str) -> None:
 
 
 def test_rows_are_loaded_and_stored_by_16_bytes(architecture: str) -> None:
-    for kernel, code in instructions(architecture).items():
+    for kernel, lines in listings(architecture).items():
         if not kernel.has_vectors:
             continue
-        assert count(code, "LDG", "128") >= kernel.first_loads, kernel
-        if kernel.work == "sum":
-            assert count(code, "LDG", "128") == count(code, "LDG"), kernel
-        else:
-            assert count(code, "STG", "128") == count(code, "STG") > 0, kernel
+        rows = [line.split(maxsplit=1)[0] for line in lines if re.match(r"(LDG|STG)\.E\.EF", line)]
+        assert len(rows) >= kernel.first_loads, kernel
+        assert all(name.endswith(".128") for name in rows), kernel
 
 
 def test_rows_leave_the_caches_first(architecture: str) -> None:
     for kernel, code in instructions(architecture).items():
+        if not kernel.has_rows:
+            continue
         assert count(code, "LDG", "EF") >= kernel.first_loads, kernel
         if kernel.work != "sum":
             assert count(code, "STG", "EF") == count(code, "STG") > 0, kernel
@@ -223,6 +233,8 @@ def test_tensors_are_touched_only_after_the_kernels_in_front(architecture: str) 
     """Before griddepcontrol.wait only frequencies may be read, which no kernel in front writes."""
     can_wait = int(re.sub(r"\D", "", architecture)) >= 90
     for kernel, lines in listings(architecture).items():
+        if not kernel.has_rows:  # They do not start early.
+            continue
         waits = [i for i, line in enumerate(lines) if line.startswith("ACQBULK")]
         starts = [i for i, line in enumerate(lines) if line.startswith("PREEXIT")]
         assert len(waits) == len(starts) == (1 if can_wait else 0), kernel
