@@ -1,6 +1,7 @@
 // What the threads of the CUDA kernel do, run on the host: every thread of every block of every
 // launch of a call.
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -818,8 +819,55 @@ at::Tensor sparse_memory(at::IntArrayRef sizes, at::ScalarType dtype) {
   if (memory == MAP_FAILED) {
     return {};
   }
-  return at::from_blob(
-      memory, sizes, [=](void* begin) { munmap(begin, bytes); }, at::dtype(dtype));
+  return at::from_blob(memory, sizes, [=](void* begin) { munmap(begin, bytes); }, at::dtype(dtype));
+}
+
+// The same numbers, contiguous, in front of a page that nobody may touch.
+at::Tensor before_a_forbidden_page(const at::Tensor& x) {
+  const std::int64_t bytes = x.numel() * static_cast<std::int64_t>(x.element_size());
+  const std::int64_t page = sysconf(_SC_PAGESIZE);
+  const std::int64_t size = rope::cuda::ceil_div(bytes, page) * page;
+  auto* const memory = static_cast<char*>(
+      mmap(nullptr, size + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  TORCH_CHECK(memory != MAP_FAILED && mprotect(memory + size, page, PROT_NONE) == 0);
+  at::Tensor copy = at::from_blob(
+      memory + size - bytes, x.sizes(), [=](void*) { munmap(memory, size + page); }, x.options());
+  return copy.copy_(x);
+}
+
+TEST(CudaThreads, ReadAndWriteNothingBeyondTheLastElement) {
+  const auto guarded = [](at::IntArrayRef sizes, at::ScalarType dtype, int seed) {
+    return before_a_forbidden_page(random_values(sizes, dtype, seed));
+  };
+  for_each_dtype([&](at::ScalarType dtype) {
+    // Vectors and single elements, shared rotations and those in registers, along the rows, the
+    // tokens and the heads; the last block has fewer tokens and rows than the others.
+    for (const std::int64_t tokens : {1, 37}) {
+      const at::Tensor positions =
+          before_a_forbidden_page(random_positions({tokens, 1}, at::kLong));
+      for (const std::int64_t heads : {1, 13}) {
+        for (const std::int64_t size : {6, 64}) {
+          SCOPED_TRACE(c10::str("(", tokens, ", ", heads, ", ", size, ")"));
+          const at::Tensor q = guarded({tokens, heads, size}, dtype, 1);
+          const at::Tensor k = guarded({tokens, 1, size}, dtype, 2);
+          const Call call = host::apply(positions);
+          expect_rotates(call.on(q, k),
+                         {guarded(q.sizes(), dtype, 3), guarded(k.sizes(), dtype, 4)});
+          const at::Tensor inv_freq = before_a_forbidden_page(random_inv_freq({size / 2}));
+          expect_rotates(host::apply(positions, {.inv_freq = inv_freq}).on(q),
+                         {guarded(q.sizes(), dtype, 3), {}});
+          const at::Tensor cos = guarded({tokens, 1, size}, at::kFloat, 5);
+          const at::Tensor sin = guarded({tokens, 1, size}, at::kFloat, 6);
+          expect_rotates(host::apply_cos_sin(cos, sin, {.full_width = true}).on(q),
+                         {guarded(q.sizes(), dtype, 3), {}});
+          const at::Tensor last = guarded({heads, size, tokens}, dtype, 7);
+          const Call by_last = host::apply(before_a_forbidden_page(random_positions({tokens})),
+                                           {.embedding_axis = 1});
+          expect_rotates(by_last.on(last), {guarded(last.sizes(), dtype, 8), {}});
+        }
+      }
+    }
+  });
 }
 
 TEST(CudaThreads, ReachTheEndsOfTensorsOf2To33Elements) {
