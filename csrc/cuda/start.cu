@@ -24,7 +24,11 @@ bool code_can_wait(int device) {
   const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
   cudaFuncAttributes attributes{};
   C10_CUDA_CHECK(cudaFuncGetAttributes(&attributes, representative));
-  return attributes.ptxVersion >= 90;
+  // The first driver that captures such launches into graphs.
+  constexpr int kFirstDriver = 12030;
+  int driver = 0;
+  C10_CUDA_CHECK(cudaDriverGetVersion(&driver));
+  return attributes.ptxVersion >= 90 && driver >= kFirstDriver;
 }
 
 }  // namespace
