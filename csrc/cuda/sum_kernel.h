@@ -85,11 +85,9 @@ class SumThread {
         }
       }
     }
-    if (part_.column < params_.blocks.columns) {
 #pragma unroll
-      for (int n = 0; n < kPairs; ++n) {
-        put(shared, part_.column_lane * kPairs + n, total[n]);
-      }
+    for (int n = 0; n < kPairs; ++n) {
+      put(shared, part_.column_lane * kPairs + n, total[n]);
     }
   }
 
