@@ -197,6 +197,13 @@ inline Plan make_plan(const Launch& launch, bool uses_vectors, std::int64_t rota
         static_cast<std::uint32_t>(ceil_div(blocks.columns, blocks.block_columns));
     return static_cast<std::int64_t>(blocks.column_groups.divisor);
   };
+  // As many tokens as make up for few rows and columns, while there are blocks enough.
+  const auto join_tokens = [&](std::int64_t column_groups) {
+    const std::int64_t threads = blocks.block_columns * blocks.row_lanes;
+    const std::int64_t enough = blocks.tokens * column_groups * plan.grid_y / kEnoughBlocks;
+    blocks.block_tokens = static_cast<int>(std::clamp<std::int64_t>(
+        std::min(kUsualThreads / threads, enough), 1, 64));  // 64: the limit of blockDim.z
+  };
   const std::int64_t rows_in_flight = uses_vectors ? 2 : 4;
   if (blocks.lanes == Lanes::kTokens) {
     blocks.block_tokens = static_cast<int>(std::min(blocks.tokens, kWarp));
@@ -208,7 +215,7 @@ inline Plan make_plan(const Launch& launch, bool uses_vectors, std::int64_t rota
     const std::int64_t groups = split_columns(kMaxThreads / warp);
     group_rows(blocks.tokens * groups, std::max(min_rows, warp), std::max(max_rows, warp), plan);
     blocks.row_lanes = static_cast<int>(std::min(blocks.rows_per_block, warp));
-    blocks.block_tokens = 1;
+    join_tokens(groups);
   } else {
     const std::int64_t groups = split_columns(kMostColumns);
     group_rows(blocks.tokens * groups, min_rows, max_rows, plan);
@@ -216,10 +223,7 @@ inline Plan make_plan(const Launch& launch, bool uses_vectors, std::int64_t rota
     const std::int64_t rows = blocks.rows_per_block;
     const std::int64_t most_lanes = kMaxThreads / blocks.block_columns;
     blocks.row_lanes = balance_lanes(rows, rows <= 10 ? 1 : rows_in_flight, most_lanes);
-    const std::int64_t threads = blocks.block_columns * blocks.row_lanes;
-    const std::int64_t enough = blocks.tokens * groups * plan.grid_y / kEnoughBlocks;
-    blocks.block_tokens = static_cast<int>(std::clamp<std::int64_t>(
-        std::min(kUsualThreads / threads, enough), 1, 64));  // 64: the limit of blockDim.z
+    join_tokens(groups);
   }
   plan.grid_x = ceil_div(blocks.tokens, blocks.block_tokens) * blocks.column_groups.divisor;
   const auto set_block = [&](int x, int y, int z) {

@@ -268,7 +268,7 @@ TEST(CudaPlan, StaysWithinTheGridUpTo2To33Elements) {
   for (const at::ScalarType dtype : {at::kDouble, at::kHalf}) {
     for (std::int64_t elements = 1024; elements <= 8 * kGiga; elements *= 2) {
       for (const std::int64_t size : {2, 6, 128, 1024}) {
-        for (const std::int64_t heads : {1, 32}) {
+        for (const std::int64_t heads : {1, 2, 32}) {
           const std::int64_t tokens = elements / size / heads;
           for (const std::int64_t offset : {0, 8}) {
             SCOPED_TRACE(c10::str("(", tokens, ", ", heads, ", ", size, ") + ", offset));
@@ -280,12 +280,17 @@ TEST(CudaPlan, StaysWithinTheGridUpTo2To33Elements) {
             // One token, and so many rows.
             const Call shared = host::apply(fake({}, at::kLong, kPositions));
             expect_complete(plan(shared.on(x)), 1, tokens * heads);
-            // Along tokens, and along heads.
-            const at::Tensor transposed = x.transpose(0, 2);
-            const Call by_last =
-                host::apply(fake({tokens}, at::kLong, kPositions), {.embedding_axis = 0});
-            expect_complete(plan(by_last.on(fake(transposed.sizes(), dtype, kInput + offset))),
-                            tokens, heads);
+            // Threads along tokens, and along heads.
+            const at::Tensor by_tokens_last = fake({size, heads, tokens}, dtype, kInput + offset);
+            const at::Tensor by_heads_last = fake({tokens, size, heads}, dtype, kInput + offset);
+            const auto expect_axis = [&](std::int64_t axis, at::IntArrayRef sizes,
+                                         const at::Tensor& strided) {
+              const Call call =
+                  host::apply(fake(sizes, at::kLong, kPositions), {.embedding_axis = axis});
+              expect_complete(plan(call.on(strided)), tokens, heads);
+            };
+            expect_axis(0, {tokens}, by_tokens_last);
+            expect_axis(1, {tokens, 1}, by_heads_last);
           }
         }
       }
