@@ -263,14 +263,16 @@ inline bool has_full_width(const Launch& launch) {
   return launch.uses_tables && launch.by_table.full_width;
 }
 
+// Rows of a token up to which each thread finds its own rotations.
+inline constexpr std::int64_t kFewRows = 4;
+
 // Whether each thread is to find its own rotations, and how many tokens a block then has.
-inline void use_few_rows(const Launch& launch, Plan& plan) {
-  constexpr std::int64_t kMostRows = 4;
+inline void use_few_rows(const Launch& launch, std::int64_t few_rows, Plan& plan) {
   Blocks<std::int64_t>& blocks = plan.blocks;
   const AngleSource source = angle_source(launch);
   if (!plan.uses_vectors || plan.index_is_64bit || launch.dtype == c10::ScalarType::Double ||
       !(source == AngleSource::kTurns || source == AngleSource::kFloat32) ||
-      blocks.rows > kMostRows || blocks.column_groups.divisor > 1) {
+      blocks.rows > few_rows || blocks.column_groups.divisor > 1) {
     return;
   }
   plan.has_few_rows = true;
@@ -287,7 +289,8 @@ inline void use_few_rows(const Launch& launch, Plan& plan) {
   plan.block_z = 1;
 }
 
-inline Plan make_rotate_plan(const Launch& launch) {
+// few_rows is for tests alone, which compare the two kernels.
+inline Plan make_rotate_plan(const Launch& launch, std::int64_t few_rows = kFewRows) {
   // Rows of a block: what a rotation costs is little beside that of 64 rows.
   constexpr std::int64_t kMostRows = 64;
   constexpr std::int64_t kFewestRows = 8;
@@ -303,7 +306,7 @@ inline Plan make_rotate_plan(const Launch& launch) {
   Plan plan = make_plan(launch, uses_vectors, ceil_div(launch.num_pairs, pairs),
                         ceil_div(others, 2 * pairs), kFewestRows, kMostRows);
   if (plan.grid_x > 0) {
-    use_few_rows(launch, plan);
+    use_few_rows(launch, few_rows, plan);
   }
   return plan;
 }

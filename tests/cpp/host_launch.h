@@ -62,10 +62,10 @@ using VisitPlan = std::function<void(const rope::Launch&, const rope::cuda::Plan
 
 // Visits each kernel that the call would start, in order.
 inline void for_each_plan(const rope::Call& call, const rope::Outputs& outputs,
-                          const VisitPlan& visit) {
+                          const VisitPlan& visit, std::int64_t few_rows = rope::cuda::kFewRows) {
   rope::check(call);
   rope::for_each_launch(call, outputs, [&](const rope::Launch& launch) {
-    const rope::cuda::Plan plan = rope::cuda::make_rotate_plan(launch);
+    const rope::cuda::Plan plan = rope::cuda::make_rotate_plan(launch, few_rows);
     if (plan.grid_x > 0) {
       visit(launch, plan);
     }

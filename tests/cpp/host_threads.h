@@ -22,6 +22,7 @@ constexpr std::int64_t kGuard = 64;
 struct Running {
   bool last_thread_first = false;  // in each phase, and the last block first
   bool index_is_64bit = false;     // also where 32 bits are enough
+  std::int64_t few_rows = rope::cuda::kFewRows;
 };
 
 // Runs every thread of the blocks [first_block, last_block), counted over both dimensions of the

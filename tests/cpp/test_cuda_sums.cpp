@@ -10,6 +10,7 @@
 #include "cuda/launch.h"
 #include "host_launch.h"
 #include "host_threads.h"
+#include "random_calls.h"
 #include "reference.h"
 
 namespace {
@@ -321,7 +322,7 @@ TEST(CudaSums, ReadAnySlice) {
     for (const auto& [size, offset, pairs] :
          {Case{64, 0, 16}, Case{96, 32, 16}, Case{96, 16, 32}, Case{72, 8, 24}, Case{67, 16, 24},
           Case{64, 3, 16}, Case{64, 1, 31}, Case{33, 0, 16}, Case{20, 17, 1}, Case{20, 5, 3},
-          Case{14, 0, 7}, Case{2, 0, 1}}) {
+          Case{14, 0, 7}, Case{2, 0, 1}, Case{259, 1, 129}}) {
       SCOPED_TRACE(c10::str("size = ", size, ", offset = ", offset, ", pairs = ", pairs));
       for_each_form(
           [&, size = size, offset = offset, pairs = pairs](bool interleaved, bool conjugate) {
@@ -450,6 +451,44 @@ TEST(CudaSums, AreOfEachElementForTablesOfFullWidth) {
       expect(x.transpose(1, 3), {35, 32}, {1, 3, interleaved});
     });
   });
+}
+
+TEST(CudaSums, AreRightForRandomCalls) {
+  constexpr std::uint64_t kCalls = 60;
+  for (std::uint64_t seed = 0; seed < kCalls; ++seed) {
+    host::Draw draw(seed);
+    const host::Shapes shapes = host::random_shapes(draw);
+    const std::int64_t axis = host::random_axis(draw, shapes);
+    const host::RandomSlice slice(draw);
+    if (slice.num_pairs == 0) {
+      continue;
+    }
+    const at::ScalarType dtype = draw.one_of(reference::kFloatDtypes);
+    const auto tensor = [&](const host::Sizes& others, std::int64_t size, std::uint64_t of) {
+      return host::in_any_layout(draw,
+                                 random_values(host::with_dim(others, size, axis), dtype, of));
+    };
+    const std::int64_t q_size = slice.axis_size(draw);
+    Arguments arguments{.grad = tensor(shapes.q, q_size, 1),
+                        .x = tensor(shapes.q, q_size, 2),
+                        .sizes = shapes.tokens,
+                        .slice = {axis, slice.offset, draw.one_in(2)},
+                        .conjugate = draw.one_in(2),
+                        .full_width = draw.one_in(2)};
+    arguments.sizes.push_back(arguments.full_width ? 2 * slice.num_pairs : slice.num_pairs);
+    if (draw.one_in(2)) {
+      const std::int64_t k_size = slice.axis_size(draw);
+      arguments.grad_k = tensor(shapes.k, k_size, 3);
+      arguments.k = tensor(shapes.k, k_size, 4);
+    }
+    SCOPED_TRACE(c10::str("seed = ", seed, ": ", dtype, ", x: ", arguments.x.sizes(),
+                          ", sums: ", arguments.sizes, ", axis = ", axis,
+                          ", offset = ", slice.offset, ", full_width = ", arguments.full_width));
+    expect_right(arguments);
+    if (HasFailure()) {
+      return;
+    }
+  }
 }
 
 TEST(CudaSums, OfNothingAreZero) {

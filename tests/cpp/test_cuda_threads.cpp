@@ -14,6 +14,7 @@
 #include "cuda/plan.h"
 #include "host_launch.h"
 #include "host_threads.h"
+#include "random_calls.h"
 #include "reference.h"
 
 namespace {
@@ -72,12 +73,13 @@ void run_threads(const Launch& launch, const Plan& plan, std::int64_t first_bloc
 }
 
 void run(const Call& call, const Outputs& outputs, const Running& running = {}) {
-  host::for_each_plan(call, outputs, [&](const Launch& launch, Plan plan) {
+  const auto run_plan = [&](const Launch& launch, Plan plan) {
     if (running.index_is_64bit && !plan.has_few_rows) {
       plan.index_is_64bit = true;
     }
     run_threads(launch, plan, 0, plan.grid_x * plan.grid_y, running);
-  });
+  };
+  host::for_each_plan(call, outputs, run_plan, running.few_rows);
 }
 
 at::Tensor copy_with_layout(const at::Tensor& x) {
@@ -125,6 +127,9 @@ reference::Expected expected(const Call& call, const at::Tensor& x) {
                                    .conjugate = options.conjugate,
                                    .full_width = call.full_width});
 }
+
+// Running::few_rows for a thread's own rotations wherever that is possible.
+constexpr std::int64_t kAllRows = std::numeric_limits<std::int64_t>::max();
 
 Outputs rotated(const Call& call, const Running& running = {}) {
   const Outputs outputs = poisoned_outputs(call);
@@ -196,7 +201,10 @@ void expect_right(const Call& call) {
     return;
   }
   expect_same_bits(rotated(call, {.last_thread_first = true}), outputs, "the last thread first");
-  expect_same_bits(rotated(call, {.index_is_64bit = true}), outputs, "with 64-bit indices");
+  expect_same_bits(rotated(call, {.index_is_64bit = true, .few_rows = 0}), outputs,
+                   "with 64-bit indices");
+  expect_same_bits(rotated(call, {.few_rows = 0}), outputs, "with shared rotations");
+  expect_same_bits(rotated(call, {.few_rows = kAllRows}), outputs, "with a thread's own rotations");
   const at::Tensor q = call.q.contiguous();
   if (!call.is_pair) {
     expect_same_bits(rotated(call.on(q)), outputs, "contiguous");
@@ -387,6 +395,9 @@ TEST(CudaThreads, LeaveWhatIsOutsideTheSliceAsItIs) {
                                                                  .interleaved = interleaved,
                                                                  .conjugate = conjugate});
         expect_right(call.on(random_values({2, 3, 2, size}, dtype)));
+        // A row alone has no neighbour whose address would forbid vectors.
+        expect_right(
+            host::apply(random_positions({}), call.options).on(random_values({size}, dtype)));
       });
     }
   });
@@ -811,6 +822,19 @@ TEST(CudaThreads, KeepNaNAndInfinityInTheirPair) {
   });
 }
 
+TEST(CudaThreads, RotateRandomCalls) {
+  constexpr std::uint64_t kCalls = 40;
+  for (std::uint64_t seed = 0; seed < kCalls; ++seed) {
+    host::Draw draw(seed);
+    const Call call = host::random_call(draw);
+    SCOPED_TRACE(c10::str("seed = ", seed, ": ", host::describe(call)));
+    expect_right(call);
+    if (HasFailure()) {
+      return;
+    }
+  }
+}
+
 // Memory that takes up no space until it is written.
 at::Tensor sparse_memory(at::IntArrayRef sizes, at::ScalarType dtype) {
   const std::size_t bytes = c10::multiply_integers(sizes) * c10::elementSize(dtype);
@@ -819,7 +843,8 @@ at::Tensor sparse_memory(at::IntArrayRef sizes, at::ScalarType dtype) {
   if (memory == MAP_FAILED) {
     return {};
   }
-  return at::from_blob(memory, sizes, [=](void* begin) { munmap(begin, bytes); }, at::dtype(dtype));
+  return at::from_blob(
+      memory, sizes, [=](void* begin) { munmap(begin, bytes); }, at::dtype(dtype));
 }
 
 // The same numbers, contiguous, in front of a page that nobody may touch.
