@@ -756,6 +756,14 @@ TEST(CudaThreads, RotateBlocksOfSeveralTokensAndOfSomeColumns) {
     const Call sliced =
         host::apply(random_positions({3, 1}), {.rotary_dim = 2064, .rotary_offset = 16});
     expect_right(sliced.on(long_rows));
+    // Threads along the rows.
+    const Call by_axis = host::apply(random_positions({601, 1}), {.embedding_axis = 1});
+    const at::Tensor heads_last = random_values({601, 6, 3}, dtype);
+    const auto plans =
+        host::plans(by_axis.on(heads_last), poisoned_outputs(by_axis.on(heads_last)));
+    EXPECT_EQ(plans[0].blocks.lanes, rope::cuda::Lanes::kRows);
+    EXPECT_GT(plans[0].block_z, 1);
+    expect_right(by_axis.on(heads_last));
   });
 }
 
