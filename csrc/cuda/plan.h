@@ -345,6 +345,7 @@ Blocks<Index> blocks_of(const Plan& plan) {
 
 template <typename Index, int kArrays>
 NestOf<Index, kArrays> nest_of(const Nest<kArrays>& from) {
+  TORCH_INTERNAL_ASSERT(from.num_dims <= kNestDims<Index>);
   NestOf<Index, kArrays> nest{};
   nest.num_dims = from.num_dims;
   for (int d = 0; d < from.num_dims; ++d) {
