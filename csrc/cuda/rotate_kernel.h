@@ -353,7 +353,7 @@ class RotateThread {
     if constexpr (!kFullWidth) {
       if (params_.source != AngleSource::kTables) {
         const std::uint64_t turns[1] = {params_.source != AngleSource::kTurns ? 0
-                                        : slot == first_slot_                 ? position_ * turns_
+                                        : slot == first_slot_ ? position_ * turns_
                                                               : position_ * load_turns(slot)};
         Rotation<Real> rotations[1];
         find_rotations_by_position<true>(params_, angle_offset,

@@ -851,8 +851,7 @@ at::Tensor sparse_memory(at::IntArrayRef sizes, at::ScalarType dtype) {
   if (memory == MAP_FAILED) {
     return {};
   }
-  return at::from_blob(
-      memory, sizes, [=](void* begin) { munmap(begin, bytes); }, at::dtype(dtype));
+  return at::from_blob(memory, sizes, [=](void* begin) { munmap(begin, bytes); }, at::dtype(dtype));
 }
 
 // The same numbers, contiguous, in front of a page that nobody may touch.
