@@ -210,7 +210,8 @@ at::Tensor angle_on_cuda(const SumCall& call) {
   if (factors.dim() == 1 && factors.sym_size(0) == call.sizes.back() && dim == at::DimVector{-1} &&
       dtype == real) {
     // A factor for each pair: the kernel itself multiplies.
-    return sum_groups_on_cuda(call, factors.to(at::kDouble).contiguous()).sin.sum({0, -1});
+    return sum_groups_on_cuda(call, factors.to(at::kDouble).contiguous())
+        .sin.sum(at::IntArrayRef({0, -1}));
   }
   const at::Tensor sums = sum_groups_on_cuda(call, {}).sin;
   // The groups are the first dimension of the products, whose type is already that of the result: a
