@@ -31,8 +31,7 @@
 // Two of them are the heavy part of gradients, and no more than that: csrc/gradients.h.
 //
 // - grads: the gradients of what came out of rotations of xs, or of ys, which came out: of one
-// tensor
-//   or of two, whose sums are added.
+//   tensor or of two, whose sums are added.
 // - sizes: those of the sums, (tokens..., N), or (tokens..., 2 N) with full_width: as tables
 // without
 //   positions have them.

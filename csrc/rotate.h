@@ -112,6 +112,11 @@ struct Launch {
   TableAngles by_table;
 };
 
+// Whether a token has a cosine and a sine for each element, instead of one for each pair.
+inline bool has_full_width(const Launch& launch) {
+  return launch.uses_tables && launch.by_table.full_width;
+}
+
 // Where sums over the rows of a launch go, instead of rotated elements: to tables like those of the
 // launch, in the type that is computed with. See NOTE [ Sums ] in cuda/sum_kernel.h.
 struct Sums {

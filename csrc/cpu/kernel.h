@@ -15,11 +15,6 @@ inline std::int64_t padded(std::int64_t num_pairs) {
   return (num_pairs + kPadding - 1) / kPadding * kPadding;
 }
 
-// Whether a token has a cosine and a sine for each element, instead of one for each pair.
-inline bool has_full_width(const Launch& launch) {
-  return launch.uses_tables && launch.by_table.full_width;
-}
-
 // Elements of a token's row of cosines: with full width those of the first elements of all pairs,
 // then those of the second.
 inline std::int64_t angles_length(const Launch& launch) {

@@ -29,6 +29,9 @@ namespace rope::cuda {
 
 inline constexpr int kMaxThreads = 256;
 
+// Rows that a thread loads before it uses the first, so that their latencies overlap.
+constexpr int rows_in_flight(bool uses_vectors) { return uses_vectors ? 2 : 4; }
+
 // Where something is reached that the host has ruled out.
 C10_HOST_DEVICE inline void fail() {
 #ifdef __CUDA_ARCH__

@@ -162,11 +162,11 @@ inline void group_rows(std::int64_t blocks_of_a_group, std::int64_t min_rows, st
   plan.grid_y = ceil_div(blocks.rows, blocks.rows_per_block);
 }
 
-// Lanes for the rows of a block, each of which takes rows_in_flight at a time: at most max_lanes,
+// Lanes for the rows of a block, each of which takes rows_at_once at a time: at most max_lanes,
 // and as few as take no longer.
-inline int balance_lanes(std::int64_t rows, std::int64_t rows_in_flight, std::int64_t max_lanes) {
-  const std::int64_t rounds = ceil_div(rows, rows_in_flight * max_lanes);
-  return static_cast<int>(ceil_div(rows, rows_in_flight * rounds));
+inline int balance_lanes(std::int64_t rows, std::int64_t rows_at_once, std::int64_t max_lanes) {
+  const std::int64_t rounds = ceil_div(rows, rows_at_once * max_lanes);
+  return static_cast<int>(ceil_div(rows, rows_at_once * rounds));
 }
 
 // The plan for columns of which some are rotated, and the rows of every operand.
@@ -204,7 +204,6 @@ inline Plan make_plan(const Launch& launch, bool uses_vectors, std::int64_t rota
     blocks.block_tokens = static_cast<int>(std::clamp<std::int64_t>(
         std::min(kUsualThreads / threads, enough), 1, 64));  // 64: the limit of blockDim.z
   };
-  const std::int64_t rows_in_flight = uses_vectors ? 2 : 4;
   if (blocks.lanes == Lanes::kTokens) {
     blocks.block_tokens = static_cast<int>(std::min(blocks.tokens, kWarp));
     const std::int64_t groups = split_columns(kMaxThreads / blocks.block_tokens);
@@ -222,7 +221,8 @@ inline Plan make_plan(const Launch& launch, bool uses_vectors, std::int64_t rota
     // A few rows have a lane each.
     const std::int64_t rows = blocks.rows_per_block;
     const std::int64_t most_lanes = kMaxThreads / blocks.block_columns;
-    blocks.row_lanes = balance_lanes(rows, rows <= 10 ? 1 : rows_in_flight, most_lanes);
+    blocks.row_lanes =
+        balance_lanes(rows, rows <= 10 ? 1 : rows_in_flight(uses_vectors), most_lanes);
     join_tokens(groups);
   }
   plan.grid_x = ceil_div(blocks.tokens, blocks.block_tokens) * blocks.column_groups.divisor;
@@ -257,10 +257,6 @@ inline AngleSource angle_source(const Launch& launch) {
   }
   return launch.by_position.inv_freq_dtype == c10::ScalarType::Float ? AngleSource::kFloat32
                                                                      : AngleSource::kFloat64;
-}
-
-inline bool has_full_width(const Launch& launch) {
-  return launch.uses_tables && launch.by_table.full_width;
 }
 
 // Rows of a token up to which each thread finds its own rotations.

@@ -16,10 +16,9 @@ namespace rope::cuda {
 //
 // 0. Frequencies of max_wavelength, which no kernel on the stream has written, are read while the
 //    kernels in front are still running.
-// 1. Each thread asks for its token's position and for its first rows. While they are on their way,
-// the block finds the cosine
-//    and the sine of each pair of each of its tokens once, one thread for a pair, and puts them
-//    into shared memory.
+// 1. Each thread asks for its token's position and for its first rows. While they are on their
+//    way, the block finds the cosine and the sine of each pair of each of its tokens once, one
+//    thread for a pair, and puts them into shared memory.
 // 2. After a barrier each thread reads those of its column, and keeps them in registers while it
 //    rotates its rows, a few at a time.
 //
@@ -327,8 +326,7 @@ class RotateThread {
 
   using Angle = std::conditional_t<kFullWidth, FullRotation<Real>, Rotation<Real>>;
 
-  // Rows that a thread loads before it stores the first, so that their latencies overlap.
-  static constexpr int kRows = kPairs == 1 ? 4 : 2;
+  static constexpr int kRows = rows_in_flight(kPairs > 1);
 
   C10_HOST_DEVICE Index row_at(Index row, int i) const {
     return row + i * params_.blocks.row_lanes;

@@ -122,8 +122,7 @@ class SumThread {
   using V = Vector<scalar_t, kPairs>;
   using Angle = std::conditional_t<kFullWidth, FullRotation<Real>, Rotation<Real>>;
 
-  // Rows that a thread loads before it uses the first.
-  static constexpr int kRows = kPairs == 1 ? 4 : 2;
+  static constexpr int kRows = rows_in_flight(kPairs > 1);
 
   C10_HOST_DEVICE int num_slots() const { return params_.blocks.block_columns * kPairs; }
 

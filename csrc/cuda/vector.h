@@ -93,16 +93,21 @@ struct alignas(sizeof(scalar_t) * kSize) Vector {
   }
 };
 
+#ifdef __CUDACC__
+// What a vector is while it is loaded or stored, by one instruction.
+template <typename V>
+using Transfer = std::conditional_t<
+    sizeof(V) == 16, uint4,
+    std::conditional_t<sizeof(V) == 8, std::uint64_t,
+                       std::conditional_t<sizeof(V) == 4, std::uint32_t, std::uint16_t>>>;
+#endif
+
 // Tensors are read once and written once: they leave the caches first, so that what is used again
 // stays (ld.global.cs, st.global.cs).
 template <typename V>
 C10_HOST_DEVICE inline V load_streaming(const void* from) {
 #ifdef __CUDA_ARCH__
-  using Bits = std::conditional_t<
-      sizeof(V) == 16, uint4,
-      std::conditional_t<sizeof(V) == 8, std::uint64_t,
-                         std::conditional_t<sizeof(V) == 4, std::uint32_t, std::uint16_t>>>;
-  const Bits bits = __ldcs(static_cast<const Bits*>(from));
+  const auto bits = __ldcs(static_cast<const Transfer<V>*>(from));
   V vector;
   std::memcpy(&vector, &bits, sizeof(vector));
   return vector;
@@ -114,13 +119,9 @@ C10_HOST_DEVICE inline V load_streaming(const void* from) {
 template <typename V>
 C10_HOST_DEVICE inline void store_streaming(void* to, const V& vector) {
 #ifdef __CUDA_ARCH__
-  using Bits = std::conditional_t<
-      sizeof(V) == 16, uint4,
-      std::conditional_t<sizeof(V) == 8, std::uint64_t,
-                         std::conditional_t<sizeof(V) == 4, std::uint32_t, std::uint16_t>>>;
-  Bits bits;
+  Transfer<V> bits;
   std::memcpy(&bits, &vector, sizeof(bits));
-  __stcs(static_cast<Bits*>(to), bits);
+  __stcs(static_cast<Transfer<V>*>(to), bits);
 #else
   *static_cast<V*>(to) = vector;
 #endif
