@@ -8,6 +8,7 @@
 
 #include "rotate.h"
 #include "rotation.h"
+#include "unsupported_dtype.h"
 
 namespace rope {
 
@@ -21,8 +22,11 @@ C10_HOST_DEVICE inline Number load_position(const void* positions, c10::ScalarTy
       return static_cast<Number>(static_cast<const std::int64_t*>(positions)[offset]);
     case c10::ScalarType::Float:
       return static_cast<Number>(static_cast<const float*>(positions)[offset]);
-    default:
+    case c10::ScalarType::Double:
       return static_cast<Number>(static_cast<const double*>(positions)[offset]);
+    default:
+      fail_for_dtype(dtype);
+      return {};
   }
 }
 

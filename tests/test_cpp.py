@@ -26,6 +26,7 @@ PROGRAMS = {
         "test_cuda_sums.cpp",
         "test_cuda_scatter.cpp",
         "test_frequency_tables.cpp",
+        "test_unsupported_dtype.cpp",
     ),
 }
 
@@ -117,6 +118,23 @@ def test_the_program_has_the_cases_that_its_sources_show(folder: Path, program: 
         elif re.fullmatch(r"  \w+", line):
             cases.append(suite + line.strip())
     assert sorted(cases) == sorted(cases_in_sources(program))
+
+
+def test_no_switch_over_dtypes_takes_one_for_another() -> None:
+    """A dtype that is new to the checks must not be read as what a ``default`` stands for."""
+    statements = {
+        (path.name, statement)
+        for path in (SOURCES.parents[1] / "csrc").rglob("*")
+        if path.is_file()
+        for statement in re.findall(r"\bdefault:\s*(\w+)", path.read_text())
+    }
+    assert {name for name, _ in statements} == {
+        "angle.h",
+        "plan.h",
+        "rotate.cpp",
+        "rotate_kernel.h",
+    }
+    assert {what for _, what in statements} == {"fail_for_dtype", "throw_unsupported_dtype"}
 
 
 def libraries_of(file: Path) -> list[str]:

@@ -16,6 +16,7 @@
 #include "angle.h"
 #include "cpu/kernel.h"
 #include "rotation.h"
+#include "unsupported_dtype.h"
 
 // Everything is inlined into the entry, what other files define too, but for the loops over rows,
 // which get all registers to themselves.
@@ -851,8 +852,10 @@ ROPE_INLINE void rotations_of_token(const Launch& launch, const Workspace& works
       return rotations_of_table<scalar_t, interleaved, float>(launch, offsets, cos, sin);
     case c10::ScalarType::Half:
       return rotations_of_table<scalar_t, interleaved, c10::Half>(launch, offsets, cos, sin);
-    default:
+    case c10::ScalarType::BFloat16:
       return rotations_of_table<scalar_t, interleaved, c10::BFloat16>(launch, offsets, cos, sin);
+    default:
+      throw_unsupported_dtype(launch.by_table.dtype);
   }
 }
 
@@ -1012,8 +1015,11 @@ ROPE_ENTRY void ROPE_CONCATENATE(rotate_, CPU_CAPABILITY)(const Launch& launch,
     case c10::ScalarType::Half:
       rotate_block<c10::Half>(launch, workspace, block);
       break;
-    default:
+    case c10::ScalarType::BFloat16:
       rotate_block<c10::BFloat16>(launch, workspace, block);
+      break;
+    default:
+      throw_unsupported_dtype(launch.dtype);
   }
 #endif
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)

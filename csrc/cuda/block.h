@@ -4,7 +4,6 @@
 
 #include <ATen/cuda/detail/IntegerDivider.cuh>
 #include <cstdint>
-#include <cstdlib>
 #include <type_traits>
 
 #include "cuda/vector.h"
@@ -31,15 +30,6 @@ inline constexpr int kMaxThreads = 256;
 
 // Rows that a thread loads before it uses the first, so that their latencies overlap.
 constexpr int rows_in_flight(bool uses_vectors) { return uses_vectors ? 2 : 4; }
-
-// Where something is reached that the host has ruled out.
-C10_HOST_DEVICE inline void fail() {
-#ifdef __CUDA_ARCH__
-  __trap();
-#else
-  std::abort();
-#endif
-}
 
 // What threadIdx.x counts.
 enum class Lanes : int {

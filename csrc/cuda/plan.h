@@ -416,7 +416,7 @@ void with_scalar(c10::ScalarType dtype, const Run& run) {
     case c10::ScalarType::BFloat16:
       return run(c10::BFloat16{});
     default:
-      TORCH_INTERNAL_ASSERT(false, "no CUDA kernel for ", dtype);
+      throw_unsupported_dtype(dtype);
   }
 }
 

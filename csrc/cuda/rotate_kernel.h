@@ -168,7 +168,7 @@ C10_HOST_DEVICE inline Angle find_angle_by_table(const RotateParams<Index>& para
       load(c10::BFloat16{});
       break;
     default:
-      fail();
+      fail_for_dtype(table.dtype);
   }
   return angle;
 }

@@ -14,6 +14,7 @@
 
 #include "angle.h"
 #include "cuda/launch.h"
+#include "unsupported_dtype.h"
 
 namespace rope::cuda {
 
@@ -103,9 +104,12 @@ C10_HOST_DEVICE void store_element(void* table, c10::ScalarType dtype, std::int6
     case c10::ScalarType::Half:
       static_cast<c10::Half*>(table)[index] = static_cast<c10::Half>(static_cast<float>(value));
       return;
-    default:
+    case c10::ScalarType::BFloat16:
       static_cast<c10::BFloat16*>(table)[index] =
           static_cast<c10::BFloat16>(static_cast<float>(value));
+      return;
+    default:
+      fail_for_dtype(dtype);
   }
 }
 
