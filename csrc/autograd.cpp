@@ -61,6 +61,21 @@ bool angles_require_grad(const Call& call) {
          requires_grad(inv_freq_of(call));
 }
 
+// Of a pair of which only one tensor requires grad, as where LoRA trains q alone, the output of the
+// other must not come to require it.
+variable_list outputs_without_grad(const Call& call, const Outputs& outputs) {
+  variable_list constant;
+  if (!angles_require_grad(call)) {
+    if (!requires_grad(call.q)) {
+      constant.push_back(outputs.q);
+    }
+    if (call.is_pair && !requires_grad(call.k)) {
+      constant.push_back(outputs.k);
+    }
+  }
+  return constant;
+}
+
 struct Rotate : torch::autograd::Function<Rotate> {
   static constexpr bool is_traceable = true;
 
@@ -91,6 +106,7 @@ struct Rotate : torch::autograd::Function<Rotate> {
     if (call.in_place) {
       ctx->mark_dirty(results);
     }
+    ctx->mark_non_differentiable(outputs_without_grad(call, outputs));
     ctx->set_materialize_grads(false);
     save_options(ctx, call.options);
     ctx->saved_data["uses_tables"] = call.uses_tables;
@@ -191,9 +207,9 @@ Outputs record(const Call& call, const Call* to_do) {
   const variable_list outputs =
       Rotate::apply(call.q, as_optional(call.k), as_optional(call.positions), call.options.inv_freq,
                     as_optional(call.cos), as_optional(call.sin), call, to_do, &context);
-  // The node knows now what it changed. Compiled autograd takes only nodes that remember nothing of
-  // it.
+  // Both have done their work, and compiled autograd takes only nodes without them.
   context->mark_dirty({});
+  context->mark_non_differentiable({});
   return {outputs[0], call.is_pair ? outputs[1] : at::Tensor()};
 }
 
@@ -236,10 +252,6 @@ Outputs rotate_with_autograd(const Call& call) {
       }
     }
     return {call.q, call.k};
-  }
-  if (call.is_pair && !angles && q != k) {
-    // Where only one of the two has a gradient, the other's output must not come to require one.
-    return {dispatch(on(call, call.q)).q, dispatch(on(call, call.k)).q};
   }
   return record(call, &call);
 }

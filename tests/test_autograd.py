@@ -511,6 +511,55 @@ def test_only_the_one_of_a_pair_that_asks_has_a_gradient(
     assert not rotated[1 - asking].requires_grad
 
 
+@pytest.mark.parametrize("by_tables", [False, True], ids=["by position", "by tables"])
+@pytest.mark.parametrize("asking", [0, 1])
+def test_a_pair_of_which_one_asks_for_a_gradient_is_rotated_in_one_call(
+    device: str, asking: int, by_tables: bool
+) -> None:
+    inputs = [doubles(9, 32, device=device, seed=seed).detach() for seed in range(2)]
+    inputs[asking].requires_grad_()
+    pair = (inputs[0], inputs[1])
+    positions = torch.arange(9, device=device)
+    angles = positions.unsqueeze(-1) * torch.linspace(0.1, 1, 16, device=device).double()
+    tables = angles.cos(), angles.sin()
+
+    def rotate(conjugate: bool = False) -> tuple[Tensor, Tensor]:
+        if by_tables:
+            return torch_rope.apply_cos_sin(pair, *tables, conjugate=conjugate)
+        return torch_rope.apply(pair, positions, conjugate=conjugate)
+
+    with OperatorsSeen() as seen:
+        rotated = rotate()
+    assert seen.names == ["apply_cos_sin_qk" if by_tables else "apply_qk"]
+    with torch.no_grad():
+        expected = rotate()
+        backward = rotate(conjugate=True)
+    for actual, other in zip(rotated, expected, strict=True):
+        assert_same_bits(actual.detach(), other)
+    # The gradient of an output that is equal to the input is the input turned back.
+    sum(rotated).backward(inputs[asking].detach())
+    assert inputs[1 - asking].grad is None
+    gradient = inputs[asking].grad
+    assert gradient is not None
+    assert_same_bits(gradient, backward[asking])
+    assert gradgradcheck(lambda _: rotate()[asking], (inputs[asking],))
+
+
+@pytest.mark.parametrize("asking", [0, 1])
+def test_compiled_autograd_takes_a_pair_of_which_one_asks_for_a_gradient(
+    device: str, asking: int
+) -> None:
+    pair = [doubles(9, 32, device=device, seed=seed).detach() for seed in range(2)]
+    x = pair[asking].requires_grad_()
+    positions = torch.arange(9, device=device)
+    rotated = torch_rope.apply((pair[0], pair[1]), positions)
+    (expected,) = torch.autograd.grad(rotated[asking].sum(), x, retain_graph=True)
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        rotated[asking].sum().backward()
+    assert x.grad is not None
+    assert_same_bits(x.grad, expected)
+
+
 @pytest.mark.parametrize("asking", [(0,), (1,), (0, 1)], ids=str)
 def test_a_pair_is_rotated_in_place_in_one_call_that_both_versions_count(
     device: str, asking: tuple[int, ...]
