@@ -7,9 +7,11 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "checks.h"
+#include "last_results.h"
 
 namespace rope {
 
@@ -73,22 +75,18 @@ const void* advance(const void* pointer, std::int64_t bytes) {
 
 void* advance(void* pointer, std::int64_t bytes) { return static_cast<char*>(pointer) + bytes; }
 
-// max_wavelength^(-2n / rotary_dim) for each pair n. Powers are slow: the last ones are kept.
+// max_wavelength^(-2n / rotary_dim) for each pair n.
 const double* wavelength_frequencies(double max_wavelength, std::int64_t rotary_dim) {
-  struct Kept {
-    double max_wavelength = 0;
-    std::int64_t rotary_dim = 0;
-    std::vector<double> frequencies;
-  };
-  thread_local Kept kept;
-  if (kept.max_wavelength != max_wavelength || kept.rotary_dim != rotary_dim) {
-    kept = {max_wavelength, rotary_dim, std::vector<double>(rotary_dim / 2)};
+  thread_local LastResults<std::pair<double, std::int64_t>, std::vector<double>> last;
+  const auto& frequencies = last.find({max_wavelength, rotary_dim}, [&] {
+    std::vector<double> powers(rotary_dim / 2);
     for (const auto n : c10::irange(rotary_dim / 2)) {
-      kept.frequencies[n] =
+      powers[n] =
           std::pow(max_wavelength, -2.0 * static_cast<double>(n) / static_cast<double>(rotary_dim));
     }
-  }
-  return kept.frequencies.data();
+    return powers;
+  });
+  return frequencies.data();
 }
 
 // Builds the description of a launch for one tensor of the call, or for both.

@@ -26,6 +26,7 @@ PROGRAMS = {
         "test_cuda_sums.cpp",
         "test_cuda_scatter.cpp",
         "test_frequency_tables.cpp",
+        "test_last_results.cpp",
         "test_unsupported_dtype.cpp",
     ),
 }

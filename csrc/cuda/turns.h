@@ -3,13 +3,14 @@
 
 #include <c10/util/irange.h>
 
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <numbers>
+#include <tuple>
 #include <vector>
 
+#include "last_results.h"
 #include "rotate.h"
 
 namespace rope::cuda {
@@ -27,37 +28,25 @@ inline bool has_turns(const Launch& launch) {
 }
 
 // Turns per unit of position in units of 2^-64, for each pair of a launch that has_turns, from an
-// exact max_wavelength^(-2n / rotary_dim) / scale_factor. Powers are slow: a thread keeps the last
-// few results.
+// exact max_wavelength^(-2n / rotary_dim) / scale_factor.
 inline const std::uint64_t* turns_of_wavelength(const Launch& launch) {
   const PositionAngles& source = launch.by_position;
-  struct Kept {
-    double max_wavelength = 0;
-    double scale_factor = 0;
-    std::int64_t num_pairs = 0;
-    std::vector<std::uint64_t> turns;
-  };
-  thread_local std::array<Kept, 4> all;
-  thread_local std::size_t oldest = 0;
-  for (const Kept& kept : all) {
-    if (kept.max_wavelength == source.max_wavelength && kept.scale_factor == source.scale_factor &&
-        kept.num_pairs == launch.num_pairs) {
-      return kept.turns.data();
+  using Key = std::tuple<double, double, std::int64_t>;
+  thread_local LastResults<Key, std::vector<std::uint64_t>> last;
+  const Key key(source.max_wavelength, source.scale_factor, launch.num_pairs);
+  const auto& all_turns = last.find(key, [&] {
+    std::vector<std::uint64_t> result(launch.num_pairs);
+    for (const auto n : c10::irange(launch.num_pairs)) {
+      const long double exponent =
+          -static_cast<long double>(n) / static_cast<long double>(launch.num_pairs);
+      const long double radians =
+          std::pow(static_cast<long double>(source.max_wavelength), exponent) / source.scale_factor;
+      const long double turns = radians / (2 * std::numbers::pi_v<long double>);
+      result[n] = static_cast<std::uint64_t>(std::llrint(std::ldexp(turns, 64)));
     }
-  }
-  Kept& kept = all[oldest];
-  oldest = (oldest + 1) % all.size();
-  kept = {source.max_wavelength, source.scale_factor, launch.num_pairs,
-          std::vector<std::uint64_t>(launch.num_pairs)};
-  for (const auto n : c10::irange(launch.num_pairs)) {
-    const long double exponent =
-        -static_cast<long double>(n) / static_cast<long double>(launch.num_pairs);
-    const long double radians =
-        std::pow(static_cast<long double>(source.max_wavelength), exponent) / source.scale_factor;
-    const long double turns = radians / (2 * std::numbers::pi_v<long double>);
-    kept.turns[n] = static_cast<std::uint64_t>(std::llrint(std::ldexp(turns, 64)));
-  }
-  return kept.turns.data();
+    return result;
+  });
+  return all_turns.data();
 }
 
 }  // namespace rope::cuda
