@@ -77,6 +77,20 @@ std::string kind_of(py::handle value) {
                    kind_of(value), hint(argument, value));
 }
 
+// Whether Python decides what operators do with a tensor, as for DTensor.
+bool is_subclass(const at::Tensor& tensor) {
+  return tensor.defined() && tensor.key_set().has(c10::DispatchKey::Python);
+}
+
+bool is_subclass(const std::optional<at::Tensor>& tensor) {
+  return tensor.has_value() && is_subclass(*tensor);
+}
+
+template <typename Value>
+bool is_subclass(const Value&) {
+  return false;
+}
+
 // One argument, read.
 template <typename Value>
 struct Argument {
@@ -108,6 +122,10 @@ void define(py::module_& module, const std::string& name, Result (*function)(Val
   const auto call = [=](FromPython<Values>... values) -> Result {
     std::tuple<Argument<std::decay_t<Values>>...> read{
         Argument<std::decay_t<Values>>(name, arguments[index], values)...};
+    if ((is_subclass(py::detail::cast_op<Values>(std::get<index>(read).caster)) || ...))
+        [[unlikely]] {
+      py::module_::import("torch_rope._subclasses").attr("register_with_dtensor")();
+    }
     const py::gil_scoped_release no_gil;
     return function(py::detail::cast_op<Values>(std::get<index>(read).caster)...);
   };

@@ -1,9 +1,12 @@
 """DTensor: every placement gives the result of one process, and x stays placed as it was."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -662,6 +665,57 @@ def check_zigzag() -> None:
 
 def test_context_in_zigzag_order_attends_as_one_process_does(processes: Processes) -> None:
     processes.run(check_zigzag)
+
+
+# --------------------------------------------------------------------------------------------------
+# The order of imports
+
+IMPORT_LATER = """
+import sys, torch, torch_rope
+
+assert "torch.distributed.tensor" not in sys.modules
+torch.distributed.init_process_group("gloo", init_method="file://{file}", rank=0, world_size=1)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+mesh = init_device_mesh("cpu", (1,))
+with torch.inference_mode({inference}):
+    place = lambda tensor: distribute_tensor(tensor, mesh, [Replicate()])
+    x, positions = torch.ones(3, 8), torch.arange(3)
+    result = {function}(place(x), place(positions))
+    assert isinstance(result, DTensor)
+    assert torch.equal(result.full_tensor(), torch_rope.apply(x, positions))
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "inference"),
+    [
+        ("torch_rope.apply", False),
+        ("torch_rope.apply", True),
+        ("torch.compile(torch_rope.apply, backend='aot_eager', fullgraph=True)", False),
+    ],
+    ids=["eager", "inference mode", "compiled"],
+)
+def test_dtensor_can_be_imported_after_the_package(
+    tmp_path: Path, function: str, inference: bool
+) -> None:
+    program = IMPORT_LATER.format(file=tmp_path / "store", function=function, inference=inference)
+    completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr
+
+
+def test_the_operators_of_torch_can_be_called_where_dtensor_was_imported_before(
+    tmp_path: Path,
+) -> None:
+    program = IMPORT_LATER.format(
+        file=tmp_path / "store", function="torch.ops.rope.apply", inference=False
+    ).replace(
+        "import sys, torch, torch_rope", "import sys, torch, torch.distributed.tensor, torch_rope"
+    )
+    program = program.replace('assert "torch.distributed.tensor" not in sys.modules', "")
+    completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr
 
 
 # --------------------------------------------------------------------------------------------------

@@ -34,7 +34,6 @@ from torch_rope._frequencies import (
     mixed_frequencies,
     mrope_frequencies,
 )
-from torch_rope._imports import import_after as _import_after
 from torch_rope._layers import ApplyRoPE, RotaryEmbedding
 from torch_rope._operators import apply, apply_, apply_cos_sin, apply_cos_sin_
 from torch_rope._positions import (
@@ -44,10 +43,10 @@ from torch_rope._positions import (
     positions_from_cu_seqlens,
 )
 from torch_rope._side_inputs import WithSideInputsFromInputTuple, keep_side_inputs
+from torch_rope._subclasses import register_with_dtensor as _register_with_dtensor
 from torch_rope._weights import permute_half_to_interleaved, permute_interleaved_to_half
 
-# DTensor's own import takes a third as long as that of torch.
-_import_after("torch.distributed.tensor", "torch_rope._dtensor")
+_register_with_dtensor()  # For torch.ops.rope; the functions see to it themselves.
 
 __all__ = [
     "ApplyRoPE",

@@ -5,13 +5,16 @@ does not see them.
 """
 
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.compiler import is_compiling
 
 from torch_rope._arguments import check_tensor
 from torch_rope._compile import call_traced
+from torch_rope._subclasses import register_with_dtensor
 
 
 def _by_position(name: str) -> Callable[..., Any]:
@@ -24,6 +27,8 @@ def _by_position(name: str) -> Callable[..., Any]:
     def call(*values: Any) -> Any:
         options = dict(zip(keywords, values[num_tensors:], strict=True))
         if is_compiling():
+            if any(type(value) not in (Tensor, NoneType) for value in values[:num_tensors]):
+                register_with_dtensor()  # Here alone: the compiler guards on what it looks at.
             angles = values[num_rotated:num_tensors]
             return call_traced(name, values[:num_rotated], angles, options)
         for argument, value in zip(arguments, values[:num_tensors], strict=False):
