@@ -1,4 +1,4 @@
-# Compiles csrc/cpu/rotate.cpp once for each CPU capability, with the macros and flags that PyTorch gives its own
+# Compiles csrc/cpu/rotate_kernel.cpp once for each CPU capability, with the macros and flags that PyTorch gives its own
 # native/cpu files, and adds the objects to librope.so.
 
 set(flags_DEFAULT "")
@@ -21,7 +21,7 @@ endif()
 
 foreach(capability IN LISTS capabilities)
   set(kernel rope_cpu_${capability})
-  add_library(${kernel} OBJECT csrc/cpu/rotate.cpp)
+  add_library(${kernel} OBJECT csrc/cpu/rotate_kernel.cpp)
   target_link_libraries(${kernel} PRIVATE rope_options)
   target_compile_definitions(${kernel} PRIVATE CPU_CAPABILITY=${capability}
     CPU_CAPABILITY_${capability} ${macros_${capability}})

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "rotate.h"
+#include "launch.h"
 #include "rotation.h"
 #include "unsupported_dtype.h"
 

@@ -12,7 +12,7 @@
 
 #include "call.h"
 #include "checks.h"
-#include "composed.h"
+#include "decomposition.h"
 #include "gradients.h"
 
 namespace rope {
@@ -237,7 +237,7 @@ Outputs rotate_with_autograd(const Call& call) {
   }
   if (tangent || is_transformed()) {
     // C++ autograd functions know neither: ATen operators do.
-    return rotate_composed(call);
+    return rotate_decomposed(call);
   }
   if (call.is_pair && !angles && call.in_place) {
     // Autograd allows views, such as q and k of one packed buffer, to be changed by functions of

@@ -16,9 +16,9 @@
 
 #include "autograd.h"
 #include "checks.h"
-#include "composed.h"
-#include "cuda/launch.h"
-#include "describe.h"
+#include "cuda/kernels.h"
+#include "decomposition.h"
+#include "make_launch.h"
 
 namespace rope {
 
@@ -99,7 +99,7 @@ at::Tensor multiply_and_sum(const Finish& finish, const at::Tensor& sums) {
   return finish.dim.empty() ? products : products.sum(finish.dim);
 }
 
-at::Tensor finish_composed(const Finish& finish, const at::Tensor& sums) {
+at::Tensor finish_decomposed(const Finish& finish, const at::Tensor& sums) {
   at::Tensor result = sums;
   if (finish.factors.defined()) {
     result = multiply_and_sum(finish, sums);
@@ -109,11 +109,11 @@ at::Tensor finish_composed(const Finish& finish, const at::Tensor& sums) {
   return result.to(finish.dtype.value_or(sums.scalar_type()));
 }
 
-Rotation<at::Tensor> finish_composed(const Finish& finish, const Rotation<at::Tensor>& sums) {
-  return map(sums, [&](const at::Tensor& one) { return finish_composed(finish, one); });
+Rotation<at::Tensor> finish_decomposed(const Finish& finish, const Rotation<at::Tensor>& sums) {
+  return map(sums, [&](const at::Tensor& one) { return finish_decomposed(finish, one); });
 }
 
-Rotation<at::Tensor> sum_composed(const SumCall& call) {
+Rotation<at::Tensor> sum_decomposed(const SumCall& call) {
   check(call);
   Rotation<at::Tensor> total;
   for (const auto i : c10::irange(call.xs.size())) {
@@ -121,7 +121,7 @@ Rotation<at::Tensor> sum_composed(const SumCall& call) {
     add(total.cos, one.cos);
     add(total.sin, one.sin);
   }
-  return finish_composed(call.finish, total);
+  return finish_decomposed(call.finish, total);
 }
 
 // The launch of tables that look like the sums: NOTE [ Sums ] in cuda/sum_kernel.h.
@@ -233,14 +233,14 @@ Rotation<at::Tensor> sum_on_cuda(const SumCall& call) {
   const bool is_one_launch =
       std::ranges::all_of(call.xs, [](const at::Tensor& x) { return x.dim() <= kMaxDims; });
   if (!cuda::has_kernels() || !is_one_launch) {
-    return sum_composed(call);
+    return sum_decomposed(call);
   }
   const at::IntArrayRef sizes = C10_AS_INTARRAYREF_SLOW(call.sizes);
   const bool is_empty =
       std::ranges::all_of(call.xs, [](const at::Tensor& x) { return x.numel() == 0; }) ||
       c10::multiply_integers(sizes) == 0 || call.finish.num_rows == 0;
   if (is_empty || !(call.wants_cos || call.wants_sin)) {
-    return sum_composed(call);
+    return sum_decomposed(call);
   }
   if (!call.uses_tables) {
     return {at::Tensor(), angle_on_cuda(call)};
@@ -305,7 +305,7 @@ struct SumOperators {
 
 // Calls the operator through the dispatcher.
 Rotation<at::Tensor> dispatch(const SumCall& call) {
-  using Composed = SumOperators<sum_composed>;
+  using Decomposed = SumOperators<sum_decomposed>;
   const auto find = [](const char* name) {
     return c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
   };
@@ -317,12 +317,12 @@ Rotation<at::Tensor> dispatch(const SumCall& call) {
   };
   if (call.uses_tables) {
     static const auto cos_sin =
-        find("rope::_cos_sin_gradient").typed<decltype(Composed::cos_sin)>();
+        find("rope::_cos_sin_gradient").typed<decltype(Decomposed::cos_sin)>();
     auto [cos, sin] = send(cos_sin, call.full_width, as_optional(finish.rows), finish.num_rows,
                            finish.dtype, std::array<bool, 2>{call.wants_cos, call.wants_sin});
     return {std::move(cos), std::move(sin)};
   }
-  static const auto angle = find("rope::_angle_gradient").typed<decltype(Composed::angle)>();
+  static const auto angle = find("rope::_angle_gradient").typed<decltype(Decomposed::angle)>();
   return {at::Tensor(),
           send(angle, as_optional(finish.factors), at::IntArrayRef(finish.dim), finish.dtype)};
 }
@@ -341,7 +341,7 @@ Rotation<at::Tensor> sum_with_autograd(const SumCall& call) {
   if (is_transformed() || !std::ranges::all_of(call.grads, is_plain) ||
       !std::ranges::all_of(call.xs, is_plain) || !is_plain(call.finish.factors) ||
       !is_plain(call.finish.rows)) {
-    return sum_composed(call);
+    return sum_decomposed(call);
   }
   const at::AutoDispatchBelowAutograd guard;
   return dispatch(call);
@@ -397,7 +397,7 @@ Rotation<at::Tensor> sum_to_tokens(const Call& call, at::TensorList grads, at::T
     add(total.cos, some.cos);
     add(total.sin, some.sin);
   });
-  return is_mixed ? finish_composed(finish, total) : total;
+  return is_mixed ? finish_decomposed(finish, total) : total;
 }
 
 // The derivative of the angle by the position: (N), or (A, 1..., N) where there are axes.
@@ -469,8 +469,8 @@ AngleGradients angle_gradients(const Call& call, at::TensorList grads, at::Tenso
   const Call one = on(call, kept[0]);
   if (wanted.positions && wanted.inv_freq) {
     const at::Tensor angle = sums({}).sin;
-    return {.positions = finish_composed(of_positions(one), angle),
-            .inv_freq = finish_composed(of_inv_freq(one), angle)};
+    return {.positions = finish_decomposed(of_positions(one), angle),
+            .inv_freq = finish_decomposed(of_inv_freq(one), angle)};
   }
   return wanted.positions ? AngleGradients{.positions = sums(of_positions(one)).sin}
                           : AngleGradients{.inv_freq = sums(of_inv_freq(one)).sin};
@@ -479,7 +479,7 @@ AngleGradients angle_gradients(const Call& call, at::TensorList grads, at::Tenso
 }  // namespace rope
 
 TORCH_LIBRARY_IMPL(rope, CompositeImplicitAutograd, library) {
-  rope::SumOperators<rope::sum_composed>::register_all(library);
+  rope::SumOperators<rope::sum_decomposed>::register_all(library);
 }
 
 TORCH_LIBRARY_IMPL(rope, CUDA, library) {
@@ -492,9 +492,9 @@ TORCH_LIBRARY_IMPL(rope, AutogradCUDA, library) {
 
 // vmap, and the older vmap of torch.autograd.grad(is_grads_batched=True).
 TORCH_LIBRARY_IMPL(rope, FuncTorchBatchedDecomposition, library) {
-  rope::SumOperators<rope::sum_composed>::register_all(library);
+  rope::SumOperators<rope::sum_decomposed>::register_all(library);
 }
 
 TORCH_LIBRARY_IMPL(rope, Batched, library) {
-  rope::SumOperators<rope::sum_composed>::register_all(library);
+  rope::SumOperators<rope::sum_decomposed>::register_all(library);
 }

@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "call.h"
-#include "cuda/launch.h"
+#include "cuda/kernels.h"
 #include "rope/frequencies.h"
 
 namespace py = pybind11;

@@ -61,7 +61,7 @@ Launch describe(const Case& x, const scalar_t* in, scalar_t* out, const std::int
   launch.tokens.sizes[0] = x.tokens;
   launch.tokens.strides[kAngle][0] = 1;
   launch.tokens.strides[kIn][0] = launch.tokens.strides[kOut][0] = token_stride;
-  PositionAngles& angles = launch.by_position;
+  PositionAngles& angles = launch.position_angles;
   angles.positions = positions;
   angles.positions_dtype = c10::ScalarType::Long;
   angles.num_axes = 1;

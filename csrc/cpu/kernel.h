@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "rotate.h"
+#include "launch.h"
 
 namespace rope::cpu {
 
@@ -36,7 +36,7 @@ struct Block {
 // side by side.
 inline constexpr std::int64_t kMaxBlockTokens = 128;
 
-// How many elements of a shared nest are found ahead of rotating them.
+// How many elements of a shared loops are found ahead of rotating them.
 inline constexpr std::int64_t kSharedChunk = 64;
 
 // Memory for one thread, for blocks of some number of tokens.
@@ -52,7 +52,8 @@ struct Workspace {
   bool may_stream;               // Results are written past the caches, which could not keep them.
 };
 
-// The kernel: rotates one block. One function for each CPU capability; all are csrc/cpu/rotate.cpp.
+// The kernel: rotates one block. One function for each CPU capability; all are
+// csrc/cpu/rotate_kernel.cpp.
 void rotate_DEFAULT(const Launch& launch, const Workspace& workspace, const Block& block);
 void rotate_AVX2(const Launch& launch, const Workspace& workspace, const Block& block);
 void rotate_AVX512(const Launch& launch, const Workspace& workspace, const Block& block);

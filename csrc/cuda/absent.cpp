@@ -1,7 +1,7 @@
 // The place of the CUDA kernels in a build without them.
 #include <c10/util/Exception.h>
 
-#include "cuda/launch.h"
+#include "cuda/kernels.h"
 
 namespace rope::cuda {
 
@@ -15,7 +15,7 @@ namespace {
 
 }  // namespace
 
-void launch(const Launch&, int) { fail(); }
+void rotate(const Launch&, int) { fail(); }
 
 void sum(const Launch&, const Sums&, int) { fail(); }
 

@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include "cuda/vector.h"
-#include "rotate.h"
+#include "launch.h"
 #include "rotation.h"
 
 namespace rope::cuda {
@@ -102,19 +102,19 @@ C10_HOST_DEVICE inline Part<Index> find_part(const Blocks<Index>& blocks,
   return part;
 }
 
-// Dimensions that the parameters of a launch hold of each nest: two with 32-bit indices, say batch
+// Dimensions that the parameters of a launch hold of each loops: two with 32-bit indices, say batch
 // and sequence, or batch and heads; any number with 64-bit ones.
 template <typename Index>
-inline constexpr int kNestDims = sizeof(Index) == 4 ? 2 : kMaxDims;
+inline constexpr int kLoopDims = sizeof(Index) == 4 ? 2 : kMaxDims;
 
-// A Nest whose numbers are of type Index.
+// A Loops whose numbers are of type Index.
 template <typename Index, int kArrays>
-struct NestOf {
+struct LoopsOf {
   int num_dims;
-  at::cuda::detail::IntDivider<std::make_unsigned_t<Index>> sizes[kNestDims<Index>];
-  Index strides[kArrays][kNestDims<Index>];
+  at::cuda::detail::IntDivider<std::make_unsigned_t<Index>> sizes[kLoopDims<Index>];
+  Index strides[kArrays][kLoopDims<Index>];
 
-  // Where each array is at the index-th element of the nest.
+  // Where each array is at the index-th element of the loops.
   C10_HOST_DEVICE void offsets(Index index, Index (&result)[kArrays]) const {
 #pragma unroll
     for (int array = 0; array < kArrays; ++array) {
@@ -122,7 +122,7 @@ struct NestOf {
     }
     // Short code where there may be many dimensions, since it stands in a kernel for each row.
 #pragma unroll 1
-    for (int d = kNestDims<Index> == 2 ? 1 : num_dims - 1; d > 0; --d) {
+    for (int d = kLoopDims<Index> == 2 ? 1 : num_dims - 1; d > 0; --d) {
       if (d < num_dims) {
         const auto both = sizes[d].divmod(index);
         index = both.div;
@@ -148,14 +148,14 @@ struct OperandOf {
   Index axis_size;
   Index in_axis_stride;
   Index out_axis_stride;
-  NestOf<Index, 2> rows;  // in, out
+  LoopsOf<Index, 2> rows;  // in, out
 };
 
 // The operands of a launch and where their tokens are.
 template <typename Index>
 struct Operands {
   OperandOf<Index> x[2];
-  NestOf<Index, kTokenArrays> tokens;
+  LoopsOf<Index, kTokenArrays> tokens;
   Index num_pairs;
   Index rotary_offset;
   bool interleaved;

@@ -13,7 +13,7 @@
 #include "cuda/rotate_kernel.h"
 #include "cuda/sum_kernel.h"
 #include "cuda/turns.h"
-#include "rotate.h"
+#include "launch.h"
 
 namespace rope::cuda {
 
@@ -52,8 +52,8 @@ inline bool can_use_vectors(const Launch& launch, bool with_others) {
     aligned = aligned && reinterpret_cast<std::uintptr_t>(x.in) % 16 == 0;
     aligned = aligned && reinterpret_cast<std::uintptr_t>(x.out) % 16 == 0;
     aligned = aligned && !(with_others && copies_others(x) && x.axis_size % size != 0);
-    for (int d = 0; d < x.shared.num_dims; ++d) {
-      aligned = aligned && x.shared.strides[0][d] % size == 0 && x.shared.strides[1][d] % size == 0;
+    for (int d = 0; d < x.heads.num_dims; ++d) {
+      aligned = aligned && x.heads.strides[0][d] % size == 0 && x.heads.strides[1][d] % size == 0;
     }
     for (int d = 0; d < launch.tokens.num_dims; ++d) {
       aligned = aligned && launch.tokens.strides[kIn + 2 * i][d] % size == 0 &&
@@ -69,14 +69,14 @@ inline std::int64_t pairs_per_column(const Launch& launch, const Plan& plan) {
 
 // ---- Indices ----
 
-// The farthest that a nest leads for any of its arrays, in elements.
+// The farthest that a loops leads for any of its arrays, in elements.
 template <int kArrays>
-std::int64_t extent(const Nest<kArrays>& nest) {
+std::int64_t extent(const Loops<kArrays>& loops) {
   std::int64_t farthest = 0;
-  for (const auto& strides : nest.strides) {
+  for (const auto& strides : loops.strides) {
     std::int64_t sum = 0;
-    for (int d = 0; d < nest.num_dims; ++d) {
-      sum += (nest.sizes[d] - 1) * strides[d];
+    for (int d = 0; d < loops.num_dims; ++d) {
+      sum += (loops.sizes[d] - 1) * strides[d];
     }
     farthest = std::max(farthest, sum);
   }
@@ -90,15 +90,15 @@ inline std::int64_t farthest_element(const Launch& launch) {
     const Operand& x = launch.operands[i];
     const std::int64_t along_axis =
         (x.axis_size - 1) * std::max({x.in_axis_stride, x.out_axis_stride, std::int64_t{1}});
-    farthest = std::max(farthest, extent(launch.tokens) + extent(x.shared) + along_axis);
+    farthest = std::max(farthest, extent(launch.tokens) + extent(x.heads) + along_axis);
   }
   return farthest;
 }
 
 inline bool needs_64bit_index(const Launch& launch, const Plan& plan) {
-  bool few_dims = launch.tokens.num_dims <= kNestDims<std::int32_t>;
+  bool few_dims = launch.tokens.num_dims <= kLoopDims<std::int32_t>;
   for (int i = 0; i < launch.num_operands; ++i) {
-    few_dims = few_dims && launch.operands[i].shared.num_dims <= kNestDims<std::int32_t>;
+    few_dims = few_dims && launch.operands[i].heads.num_dims <= kLoopDims<std::int32_t>;
   }
   // Counters go beyond the last element by a block's worth.
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max() - (1 << 16);
@@ -132,7 +132,7 @@ inline Lanes choose_lanes(const Launch& launch, bool uses_vectors) {
       })) {
     return Lanes::kColumns;
   }
-  const Nest<kTokenArrays>& tokens = launch.tokens;
+  const Loops<kTokenArrays>& tokens = launch.tokens;
   if (tokens.num_dims > 0 && all_contiguous([&](const Operand&, int i) {
         return tokens.strides[kIn + 2 * i][tokens.num_dims - 1] == 1 &&
                tokens.strides[kOut + 2 * i][tokens.num_dims - 1] == 1;
@@ -140,8 +140,8 @@ inline Lanes choose_lanes(const Launch& launch, bool uses_vectors) {
     return Lanes::kTokens;
   }
   if (all_contiguous([](const Operand& x, int) {
-        const int last = x.shared.num_dims - 1;
-        return last >= 0 && x.shared.strides[0][last] == 1 && x.shared.strides[1][last] == 1;
+        const int last = x.heads.num_dims - 1;
+        return last >= 0 && x.heads.strides[0][last] == 1 && x.heads.strides[1][last] == 1;
       })) {
     return Lanes::kRows;
   }
@@ -176,9 +176,9 @@ inline Plan make_plan(const Launch& launch, bool uses_vectors, std::int64_t rota
   plan.uses_vectors = uses_vectors;
   Blocks<std::int64_t>& blocks = plan.blocks;
   blocks.tokens = launch.tokens.count();
-  blocks.q_rows = launch.operands[0].shared.count();
+  blocks.q_rows = launch.operands[0].heads.count();
   for (int i = 0; i < launch.num_operands; ++i) {
-    blocks.rows += launch.operands[i].shared.count();
+    blocks.rows += launch.operands[i].heads.count();
   }
   blocks.rotated_columns = rotated_columns;
   blocks.columns = rotated_columns + other_columns;
@@ -255,8 +255,8 @@ inline AngleSource angle_source(const Launch& launch) {
   if (has_turns(launch)) {
     return AngleSource::kTurns;
   }
-  return launch.by_position.inv_freq_dtype == c10::ScalarType::Float ? AngleSource::kFloat32
-                                                                     : AngleSource::kFloat64;
+  return launch.position_angles.inv_freq_dtype == c10::ScalarType::Float ? AngleSource::kFloat32
+                                                                         : AngleSource::kFloat64;
 }
 
 // Rows of a token up to which each thread finds its own rotations.
@@ -340,17 +340,17 @@ Blocks<Index> blocks_of(const Plan& plan) {
 }
 
 template <typename Index, int kArrays>
-NestOf<Index, kArrays> nest_of(const Nest<kArrays>& from) {
-  TORCH_INTERNAL_ASSERT(from.num_dims <= kNestDims<Index>);
-  NestOf<Index, kArrays> nest{};
-  nest.num_dims = from.num_dims;
+LoopsOf<Index, kArrays> loops_of(const Loops<kArrays>& from) {
+  TORCH_INTERNAL_ASSERT(from.num_dims <= kLoopDims<Index>);
+  LoopsOf<Index, kArrays> loops{};
+  loops.num_dims = from.num_dims;
   for (int d = 0; d < from.num_dims; ++d) {
-    nest.sizes[d] = static_cast<std::make_unsigned_t<Index>>(from.sizes[d]);
+    loops.sizes[d] = static_cast<std::make_unsigned_t<Index>>(from.sizes[d]);
     for (int array = 0; array < kArrays; ++array) {
-      nest.strides[array][d] = static_cast<Index>(from.strides[array][d]);
+      loops.strides[array][d] = static_cast<Index>(from.strides[array][d]);
     }
   }
-  return nest;
+  return loops;
 }
 
 template <typename Index>
@@ -366,9 +366,9 @@ Operands<Index> operands_of(const Launch& launch) {
                      static_cast<Index>(size),
                      static_cast<Index>(x.in_axis_stride),
                      static_cast<Index>(x.out_axis_stride),
-                     nest_of<Index>(x.shared)};
+                     loops_of<Index>(x.heads)};
   }
-  operands.tokens = nest_of<Index>(launch.tokens);
+  operands.tokens = loops_of<Index>(launch.tokens);
   operands.num_pairs = static_cast<Index>(launch.num_pairs);
   operands.rotary_offset = static_cast<Index>(launch.rotary_offset);
   operands.interleaved = launch.interleaved;
@@ -384,12 +384,12 @@ RotateParams<Index> rotate_params(const Launch& launch, const Plan& plan, const 
   params.source = angle_source(launch);
   params.conjugate = launch.conjugate;
   if (launch.uses_tables) {
-    params.by_table = launch.by_table;
+    params.table_angles = launch.table_angles;
   } else {
-    params.by_position = launch.by_position;
-    if (launch.by_position.inv_freq == nullptr) {
-      params.by_position.inv_freq = frequencies;
-      params.by_position.inv_freq_stride = 1;
+    params.position_angles = launch.position_angles;
+    if (launch.position_angles.inv_freq == nullptr) {
+      params.position_angles.inv_freq = frequencies;
+      params.position_angles.inv_freq_stride = 1;
     }
   }
   return params;

@@ -2,7 +2,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include "cuda/launch.h"
+#include "cuda/kernels.h"
 #include "cuda/plan.h"
 #include "cuda/rotate_kernel.h"
 #include "cuda/start.h"
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kFewRowsThreads, kFewRowsBlocksPerProcessor)
 
 // The frequencies of max_wavelength, for launches that have them.
 DeviceFrequencies find_frequencies(const Launch& launch, c10::cuda::CUDAStream stream) {
-  const PositionAngles& source = launch.by_position;
+  const PositionAngles& source = launch.position_angles;
   if (launch.uses_tables || source.wavelength_frequencies == nullptr || launch.num_pairs == 0) {
     return {};
   }
@@ -54,7 +54,7 @@ DeviceFrequencies find_frequencies(const Launch& launch, c10::cuda::CUDAStream s
 
 bool has_kernels() { return true; }
 
-void launch(const Launch& launch, int device) {
+void rotate(const Launch& launch, int device) {
   const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const Plan plan = make_rotate_plan(launch);

@@ -44,8 +44,8 @@ struct RotateParams {
   AngleSource source;
   bool conjugate;
   union {
-    PositionAngles by_position;  // inv_freq is device memory, whatever the source
-    TableAngles by_table;
+    PositionAngles position_angles;  // inv_freq is device memory, whatever the source
+    TableAngles table_angles;
   };
 };
 
@@ -75,7 +75,7 @@ C10_HOST_DEVICE inline void form_angles(const PositionAngles& source, Index posi
 template <typename Index>
 C10_HOST_DEVICE inline std::uint64_t load_position_in_turns(const RotateParams<Index>& params,
                                                             Index offset) {
-  const PositionAngles& source = params.by_position;
+  const PositionAngles& source = params.position_angles;
   return params.source == AngleSource::kTurns
              ? static_cast<std::uint64_t>(
                    load_position<std::int64_t>(source.positions, source.positions_dtype, offset))
@@ -89,7 +89,7 @@ C10_HOST_DEVICE inline void find_rotations_by_position(const RotateParams<Index>
                                                        Index position_offset, Index first_pair,
                                                        const std::uint64_t (&turns)[kCount],
                                                        Rotation<Real> (&rotations)[kCount]) {
-  const PositionAngles& source = params.by_position;
+  const PositionAngles& source = params.position_angles;
   if (std::is_same_v<Real, float> && params.source == AngleSource::kTurns) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -147,7 +147,7 @@ C10_HOST_DEVICE inline void load_angle(const TableAngles& table, const TableRow<
 template <typename Angle, typename Index>
 C10_HOST_DEVICE inline Angle find_angle_by_table(const RotateParams<Index>& params,
                                                  Index angle_offset, Index sin_offset, Index n) {
-  const TableAngles& table = params.by_table;
+  const TableAngles& table = params.table_angles;
   Angle angle;
   const auto load = [&](auto element) {
     using Table = decltype(element);
@@ -344,7 +344,7 @@ class RotateThread {
   }
 
   C10_HOST_DEVICE std::uint64_t load_turns(int slot) const {
-    return static_cast<const std::uint64_t*>(params_.by_position.inv_freq)[first_pair_ + slot];
+    return static_cast<const std::uint64_t*>(params_.position_angles.inv_freq)[first_pair_ + slot];
   }
 
   C10_HOST_DEVICE Angle find_angle(Index angle_offset, Index sin_offset, int slot) {
@@ -359,7 +359,7 @@ class RotateThread {
         return rotations[0];
       }
     }
-    if (!has_table_row(params_.by_table, angle_offset)) {
+    if (!has_table_row(params_.table_angles, angle_offset)) {
       lacks_row_ = true;
       return {};
     }
@@ -450,7 +450,7 @@ class RotateFewRowsThread {
   C10_HOST_DEVICE void read_frequencies() {
     if (params_.source == AngleSource::kTurns && is_rotated_) {
       using Two = Vector<double, 2>;  // 16 bytes
-      const auto* words = static_cast<const std::uint64_t*>(params_.by_position.inv_freq);
+      const auto* words = static_cast<const std::uint64_t*>(params_.position_angles.inv_freq);
 #pragma unroll
       for (int i = 0; i < kPairs; i += 2) {
         const Two two = *reinterpret_cast<const Two*>(words + (column_index_ * kPairs + i));

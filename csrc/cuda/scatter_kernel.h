@@ -13,7 +13,7 @@
 #include <cstdint>
 
 #include "angle.h"
-#include "cuda/launch.h"
+#include "cuda/kernels.h"
 #include "unsupported_dtype.h"
 
 namespace rope::cuda {

@@ -2,7 +2,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include "cuda/launch.h"
+#include "cuda/kernels.h"
 #include "cuda/plan.h"
 #include "cuda/start.h"
 #include "cuda/sum_kernel.h"

@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "cuda/block.h"
-#include "rotate.h"
+#include "launch.h"
 #include "rotation.h"
 
 namespace rope::cuda {

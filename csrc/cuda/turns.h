@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "last_results.h"
-#include "rotate.h"
+#include "launch.h"
 
 namespace rope::cuda {
 
@@ -19,7 +19,7 @@ namespace rope::cuda {
 // positions that are not integers, of frequencies above 1 radian, which would take more bits, and
 // on hosts whose long double has too few.
 inline bool has_turns(const Launch& launch) {
-  const PositionAngles& source = launch.by_position;
+  const PositionAngles& source = launch.position_angles;
   const bool is_integer = source.positions_dtype == c10::ScalarType::Int ||
                           source.positions_dtype == c10::ScalarType::Long;
   return !launch.uses_tables && source.wavelength_frequencies != nullptr && is_integer &&
@@ -30,7 +30,7 @@ inline bool has_turns(const Launch& launch) {
 // Turns per unit of position in units of 2^-64, for each pair of a launch that has_turns, from an
 // exact max_wavelength^(-2n / rotary_dim) / scale_factor.
 inline const std::uint64_t* turns_of_wavelength(const Launch& launch) {
-  const PositionAngles& source = launch.by_position;
+  const PositionAngles& source = launch.position_angles;
   using Key = std::tuple<double, double, std::int64_t>;
   thread_local LastResults<Key, std::vector<std::uint64_t>> last;
   const Key key(source.max_wavelength, source.scale_factor, launch.num_pairs);

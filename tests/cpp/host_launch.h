@@ -8,7 +8,7 @@
 #include "call.h"
 #include "checks.h"
 #include "cuda/plan.h"
-#include "describe.h"
+#include "make_launch.h"
 
 namespace host {
 

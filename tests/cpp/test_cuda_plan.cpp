@@ -226,7 +226,8 @@ TEST(CudaPlan, KeepsTheFrequenciesOfSeveralWavelengths) {
           const double turns = std::ldexp(frequency / scale_factor / (2 * std::numbers::pi), 64);
           EXPECT_NEAR(static_cast<double>(rope::cuda::turns_of_wavelength(launch)[n]), turns,
                       1e-14 * turns + 1);
-          EXPECT_NEAR(launch.by_position.wavelength_frequencies[n], frequency, 1e-15 * frequency);
+          EXPECT_NEAR(launch.position_angles.wavelength_frequencies[n], frequency,
+                      1e-15 * frequency);
         }
       });
     }

@@ -10,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda/launch.h"
+#include "cuda/kernels.h"
 #include "cuda/scatter_kernel.h"
 #include "host_threads.h"
 #include "reference.h"

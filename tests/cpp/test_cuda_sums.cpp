@@ -7,7 +7,7 @@
 #include <limits>
 #include <tuple>
 
-#include "cuda/launch.h"
+#include "cuda/kernels.h"
 #include "host_launch.h"
 #include "host_threads.h"
 #include "random_calls.h"

@@ -39,12 +39,12 @@ using rope::cuda::Plan;
 
 // What the launch would find in device memory.
 const void* frequencies(const Launch& launch) {
-  if (launch.uses_tables || launch.by_position.wavelength_frequencies == nullptr) {
+  if (launch.uses_tables || launch.position_angles.wavelength_frequencies == nullptr) {
     return nullptr;
   }
   return rope::cuda::has_turns(launch)
              ? static_cast<const void*>(rope::cuda::turns_of_wavelength(launch))
-             : launch.by_position.wavelength_frequencies;
+             : launch.position_angles.wavelength_frequencies;
 }
 
 void run_threads(const Launch& launch, const Plan& plan, std::int64_t first_block,
@@ -345,10 +345,10 @@ TEST(CudaThreads, FormExactAnglesOfIntegerPositions) {
     launch.dtype = at::kFloat;
     launch.num_pairs = 64;
     const double unused = 0;
-    launch.by_position.positions_dtype = at::kLong;
-    launch.by_position.wavelength_frequencies = &unused;
-    launch.by_position.max_wavelength = max_wavelength;
-    launch.by_position.scale_factor = scale_factor;
+    launch.position_angles.positions_dtype = at::kLong;
+    launch.position_angles.wavelength_frequencies = &unused;
+    launch.position_angles.max_wavelength = max_wavelength;
+    launch.position_angles.scale_factor = scale_factor;
     const std::uint64_t* turns = rope::cuda::turns_of_wavelength(launch);
     ASSERT_NE(turns, nullptr);
     for (std::int64_t n = 0; n < 64; ++n) {

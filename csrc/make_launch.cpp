@@ -1,4 +1,4 @@
-#include "describe.h"
+#include "make_launch.h"
 
 #include <c10/core/WrapDimMinimal.h>
 #include <c10/util/SmallVector.h>
@@ -17,7 +17,7 @@ namespace rope {
 
 namespace {
 
-// One loop of a nest while it is being built.
+// One loop of the Loops while it is being built.
 template <int kArrays>
 struct Loop {
   std::int64_t size;
@@ -25,7 +25,7 @@ struct Loop {
 };
 
 template <int kArrays>
-using Loops = c10::SmallVector<Loop<kArrays>, 5>;
+using LoopList = c10::SmallVector<Loop<kArrays>, 5>;
 
 // Whether the outer loop merely continues the inner one, for every array.
 template <int kArrays>
@@ -41,11 +41,11 @@ bool continues(const Loop<kArrays>& outer, const Loop<kArrays>& inner) {
 // Puts the loops in the order of memory, as the given array sees it, and joins those that can be
 // walked as one.
 template <int kArrays>
-void simplify(Loops<kArrays>& loops, int array) {
+void simplify(LoopList<kArrays>& loops, int array) {
   std::stable_sort(loops.begin(), loops.end(), [=](const auto& left, const auto& right) {
     return left.strides[array] > right.strides[array];
   });
-  Loops<kArrays> joined;
+  LoopList<kArrays> joined;
   for (const Loop<kArrays>& inner : loops) {
     if (!joined.empty() && continues(joined.back(), inner)) {
       joined.back() = {joined.back().size * inner.size, inner.strides};
@@ -57,8 +57,8 @@ void simplify(Loops<kArrays>& loops, int array) {
 }
 
 template <int kArrays>
-Nest<kArrays> nest(const Loops<kArrays>& loops) {
-  Nest<kArrays> result{};
+Loops<kArrays> to_loops(const LoopList<kArrays>& loops) {
+  Loops<kArrays> result{};
   result.num_dims = static_cast<int>(loops.size());
   for (const auto d : c10::irange(loops.size())) {
     result.sizes[d] = loops[d].size;
@@ -128,7 +128,7 @@ class Description {
         tokens_[token].strides[kIn + 2 * index] = in.stride(d);
         tokens_[token].strides[kOut + 2 * index] = out.stride(d);
       } else if (in.size(d) != 1) {
-        shared_[index].push_back({in.size(d), {in.stride(d), out.stride(d)}});
+        heads_[index].push_back({in.size(d), {in.stride(d), out.stride(d)}});
       }
     }
   }
@@ -136,7 +136,7 @@ class Description {
   void launch(c10::function_ref<void(const Launch&)> run) {
     simplify(tokens_, kOut);
     for (const auto index : c10::irange(launch_.num_operands)) {
-      simplify(shared_[index], 1);
+      simplify(heads_[index], 1);
     }
     split_and_launch(run);
   }
@@ -146,7 +146,7 @@ class Description {
     const at::Tensor& positions = call_.positions;
     const auto& inv_freq = call_.options.inv_freq;
     const bool has_axes = inv_freq.has_value() && inv_freq->dim() == 2;
-    PositionAngles& angles = launch_.by_position;
+    PositionAngles& angles = launch_.position_angles;
     angles.positions = positions.const_data_ptr();
     angles.positions_dtype = positions.scalar_type();
     angles.num_axes = has_axes ? static_cast<int>(inv_freq->size(0)) : 1;
@@ -170,7 +170,7 @@ class Description {
   void describe_tables() {
     const at::Tensor& cos = call_.cos;
     const at::Tensor& sin = call_.sin;
-    TableAngles& angles = launch_.by_table;
+    TableAngles& angles = launch_.table_angles;
     angles.cos = cos.const_data_ptr();
     angles.sin = sin.const_data_ptr();
     angles.dtype = cos.scalar_type();
@@ -218,17 +218,17 @@ class Description {
       return;
     }
     for (const auto index : c10::irange(launch_.num_operands)) {
-      if (shared_[index].size() > kMaxDims) {
-        const auto loop = shared_[index].front();
-        shared_[index].erase(shared_[index].begin());
+      if (heads_[index].size() > kMaxDims) {
+        const auto loop = heads_[index].front();
+        heads_[index].erase(heads_[index].begin());
         for_each_turn(loop.size, run, [&] { move(index, loop.strides[0], loop.strides[1]); });
-        shared_[index].insert(shared_[index].begin(), loop);
+        heads_[index].insert(heads_[index].begin(), loop);
         return;
       }
     }
-    launch_.tokens = nest(tokens_);
+    launch_.tokens = to_loops(tokens_);
     for (const auto index : c10::irange(launch_.num_operands)) {
-      launch_.operands[index].shared = nest(shared_[index]);
+      launch_.operands[index].heads = to_loops(heads_[index]);
     }
     run(launch_);
   }
@@ -255,8 +255,8 @@ class Description {
     const auto moved = [](const void* pointer, std::int64_t elements, c10::ScalarType dtype) {
       return advance(pointer, elements * static_cast<std::int64_t>(c10::elementSize(dtype)));
     };
-    TableAngles& tables = launch_.by_table;
-    PositionAngles& angles = launch_.by_position;
+    TableAngles& tables = launch_.table_angles;
+    PositionAngles& angles = launch_.position_angles;
     if (!launch_.uses_tables) {
       angles.positions = moved(angles.positions, strides[kAngle], angles.positions_dtype);
     } else if (tables.rows != nullptr) {
@@ -272,8 +272,8 @@ class Description {
 
   const Call& call_;
   Launch launch_{};
-  Loops<kTokenArrays> tokens_;
-  Loops<2> shared_[2];
+  LoopList<kTokenArrays> tokens_;
+  LoopList<2> heads_[2];
   c10::SmallVector<int, 5> token_of_dim_;
 };
 

@@ -8,13 +8,12 @@
 
 namespace rope {
 
-// Dimensions of a nest of loops, after those that can be walked as one have been joined.
+// The most dimensions of a Loops, after those that can be coalesced have been.
 inline constexpr int kMaxDims = 12;
 
-// A nest of loops, outermost first, over which several arrays move, each by strides of its own (in
-// elements).
+// Nested loops, outermost first, over several arrays, each with its own strides (in elements).
 template <int kArrays>
-struct Nest {
+struct Loops {
   int num_dims;
   std::int64_t sizes[kMaxDims];
   std::int64_t strides[kArrays][kMaxDims];
@@ -27,7 +26,7 @@ struct Nest {
     return product;
   }
 
-  // Where each array is at the index-th turn of the whole nest.
+  // The offset of each array at iteration `index` of all loops, counted as one.
   template <typename Index>
   C10_HOST_DEVICE void offsets(Index index, Index (&result)[kArrays]) const {
     for (int array = 0; array < kArrays; ++array) {
@@ -47,15 +46,16 @@ struct Nest {
   }
 };
 
-// A tensor that is rotated: q or k. Its elements are those of the token nest, times those of its
-// own shared nest (the heads, say: what turns by the same angles), times the embedding axis.
+// A tensor to rotate: q or k. Its elements are the product of the launch's tokens, its own heads
+// (the dimensions that share a token's angles, whatever the caller calls them) and the embedding
+// axis.
 struct Operand {
   const void* in;
   void* out;
   std::int64_t axis_size;
   std::int64_t in_axis_stride;
   std::int64_t out_axis_stride;
-  Nest<2> shared;  // in, out
+  Loops<2> heads;  // in, out
 };
 
 // Positions times frequencies.
@@ -89,7 +89,7 @@ struct TableAngles {
   std::int64_t sin_row_stride;
 };
 
-// The arrays that move along the token nest.
+// The arrays that Launch::tokens steps through.
 enum TokenArray : int {
   kAngle,  // positions, rows, or cos
   kSin,    // sin, where tables move along with the tokens
@@ -102,19 +102,19 @@ struct Launch {
   c10::ScalarType dtype;  // of all operands
   int num_operands;
   Operand operands[2];
-  Nest<kTokenArrays> tokens;  // the dimensions over which angles differ
+  Loops<kTokenArrays> tokens;  // the dimensions over which angles differ
   std::int64_t num_pairs;
   std::int64_t rotary_offset;
   bool interleaved;
   bool conjugate;
   bool uses_tables;
-  PositionAngles by_position;
-  TableAngles by_table;
+  PositionAngles position_angles;
+  TableAngles table_angles;
 };
 
 // Whether a token has a cosine and a sine for each element, instead of one for each pair.
 inline bool has_full_width(const Launch& launch) {
-  return launch.uses_tables && launch.by_table.full_width;
+  return launch.uses_tables && launch.table_angles.full_width;
 }
 
 // Where sums over the rows of a launch go, instead of rotated elements: to tables like those of the

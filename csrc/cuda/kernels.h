@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
+#include "launch.h"
 #include "rope/rope.h"
-#include "rotate.h"
 
 namespace rope::cuda {
 
@@ -13,7 +13,7 @@ namespace rope::cuda {
 ROPE_API bool has_kernels();
 
 // Enqueues the launch on the current stream of the device.
-void launch(const Launch& launch, int device);
+void rotate(const Launch& launch, int device);
 
 // Likewise sums over the rows of the launch, of which each of sum_groups has tables of its own.
 void sum(const Launch& launch, const Sums& sums, int device);

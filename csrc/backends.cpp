@@ -5,10 +5,10 @@
 
 #include "call.h"
 #include "checks.h"
-#include "cpu/launch.h"
 #include "cpu/memory.h"
-#include "cuda/launch.h"
-#include "describe.h"
+#include "cpu/rotate.h"
+#include "cuda/kernels.h"
+#include "make_launch.h"
 
 namespace rope {
 
@@ -41,7 +41,7 @@ Outputs rotate_on_cpu(const Call& call) {
       cpu::prefer_huge_pages(outputs.k);
     }
   }
-  for_each_launch(call, outputs, cpu::launch);
+  for_each_launch(call, outputs, cpu::rotate);
   return outputs;
 }
 
@@ -57,7 +57,7 @@ Outputs rotate_on_cuda(const Call& call) {
       "--no-build-isolation .");
   Outputs outputs = check_and_allocate<empty_like>(call);
   for_each_launch(call, outputs,
-                  [&](const Launch& launch) { cuda::launch(launch, call.q.get_device()); });
+                  [&](const Launch& launch) { cuda::rotate(launch, call.q.get_device()); });
   return outputs;
 }
 

@@ -10,7 +10,7 @@
 namespace rope {
 
 // Rotates without a kernel of ours. The call is not in place.
-Outputs rotate_composed(const Call& call);
+Outputs rotate_decomposed(const Call& call);
 
 // Rotates in place by the functional operator and a copy: for derivatives that read the input or
 // the output, which must both outlive the change.

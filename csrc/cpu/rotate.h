@@ -1,10 +1,10 @@
 // Runs launches on the CPU.
 #pragma once
 
-#include "rotate.h"
+#include "launch.h"
 
 namespace rope::cpu {
 
-void launch(const Launch& launch);
+void rotate(const Launch& launch);
 
 }  // namespace rope::cpu

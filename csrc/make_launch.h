@@ -4,7 +4,7 @@
 #include <c10/util/FunctionRef.h>
 
 #include "call.h"
-#include "rotate.h"
+#include "launch.h"
 
 namespace rope {
 

@@ -1,4 +1,4 @@
-#include "composed.h"
+#include "decomposition.h"
 
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
@@ -112,7 +112,7 @@ at::Tensor slice_of(const Pair<at::Tensor>& pairs, bool interleaved) {
   return at::stack({pairs.a, pairs.b}, -1).reshape_symint(sizes);
 }
 
-Outputs rotate_composed(const Call& call) {
+Outputs rotate_decomposed(const Call& call) {
   check(call);
   return {rotate_one(on(call, call.q)), call.is_pair ? rotate_one(on(call, call.k)) : at::Tensor()};
 }
@@ -136,7 +136,8 @@ Outputs rotate_and_copy(const Call& call) { return copy_back(call, rotate_copies
 
 TORCH_LIBRARY_IMPL(rope, CompositeImplicitAutograd, library) {
   using rope::Operators;
-  using rope::rotate_composed;
-  library.impl("apply_composed", TORCH_FN(Operators<rotate_composed>::Apply::single));
-  library.impl("apply_cos_sin_composed", TORCH_FN(Operators<rotate_composed>::ApplyCosSin::single));
+  using rope::rotate_decomposed;
+  library.impl("apply_composed", TORCH_FN(Operators<rotate_decomposed>::Apply::single));
+  library.impl("apply_cos_sin_composed",
+               TORCH_FN(Operators<rotate_decomposed>::ApplyCosSin::single));
 }

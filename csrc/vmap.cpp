@@ -1,0 +1,56 @@
+// vmap where there is no Python, and the older vmap by which torch.autograd.grad maps a backward
+// pass over many gradients (is_grads_batched). In Python, torch_rope/_vmap.py replaces the rule for
+// torch.vmap by one that keeps the kernel.
+#include <ATen/LegacyVmapTransforms.h>
+
+#include <vector>
+
+#include "call.h"
+#include "checks.h"
+#include "decomposition.h"
+
+namespace rope {
+
+namespace {
+
+bool is_batched(const at::Tensor& tensor) {
+  return tensor.defined() && at::isBatchedTensor(tensor);
+}
+
+// The older vmap. A backward pass maps what is rotated, and nothing else.
+Outputs rotate_batched(const Call& call) {
+  check(call);
+  if (is_batched(call.positions) || is_batched(call.options.inv_freq.value_or(at::Tensor())) ||
+      is_batched(call.cos) || is_batched(call.sin)) {
+    return rotate_decomposed(call);
+  }
+  if (call.is_pair && call.q.dim() != call.k.dim()) {
+    return {dispatch(on(call, call.q)).q, dispatch(on(call, call.k)).q};
+  }
+  // The views have the batch in front: the axis is the same from the end.
+  Call physical = call;
+  if (physical.options.embedding_axis >= 0) {
+    physical.options.embedding_axis -= call.q.dim();
+  }
+  if (!call.is_pair) {
+    const at::VmapPhysicalView x = at::MultiBatchVmapTransform::logicalToPhysical(call.q);
+    return {x.getPhysicalToLogicalMap().apply(dispatch(on(physical, x.tensor())).q), {}};
+  }
+  const std::vector<at::Tensor> pair{call.q, call.k};
+  const auto views = at::MultiBatchVmapTransform::logicalToPhysical(at::ITensorListRef(pair));
+  const Outputs outputs = dispatch(on(physical, views[0].tensor(), views[1].tensor()));
+  return {views[0].getPhysicalToLogicalMap().apply(outputs.q),
+          views[1].getPhysicalToLogicalMap().apply(outputs.k)};
+}
+
+}  // namespace
+
+}  // namespace rope
+
+TORCH_LIBRARY_IMPL(rope, FuncTorchBatchedDecomposition, library) {
+  rope::Operators<rope::rotate_decomposed>::register_functional(library);
+}
+
+TORCH_LIBRARY_IMPL(rope, Batched, library) {
+  rope::Operators<rope::rotate_batched>::register_functional(library);
+}
