@@ -14,6 +14,8 @@
 #include "checks.h"
 #include "decomposition.h"
 #include "gradients.h"
+#include "options.h"
+#include "rotate_operators.h"
 
 namespace rope {
 
@@ -25,31 +27,15 @@ using torch::autograd::variable_list;
 // -------------------------------------------------------------------------------------------------
 // The autograd function
 
-// What backward needs of the call, without its tensors.
-void save_options(AutogradContext* ctx, const ApplyOptions& options) {
-  auto& saved = ctx->saved_data;
-  saved["embedding_axis"] = options.embedding_axis;
-  saved["rotary_dim"] = options.rotary_dim;
-  saved["rotary_offset"] = options.rotary_offset;
-  saved["max_wavelength"] = options.max_wavelength;
-  saved["scale_factor"] = options.scale_factor;
-  saved["attention_factor"] = options.attention_factor;
-  saved["interleaved"] = options.interleaved;
-  saved["conjugate"] = options.conjugate;
+void save_options(AutogradContext* ctx, const CallOptions& options) {
+  visit_options(options,
+                [&](const char* name, const auto& member) { ctx->saved_data[name] = member; });
 }
 
-ApplyOptions load_options(AutogradContext* ctx) {
-  auto& saved = ctx->saved_data;
-  ApplyOptions options;
-  options.embedding_axis = saved["embedding_axis"].toInt();
-  options.rotary_dim = saved["rotary_dim"].toOptional<std::int64_t>();
-  options.rotary_offset = saved["rotary_offset"].toInt();
-  options.max_wavelength = saved["max_wavelength"].toDouble();
-  options.scale_factor = saved["scale_factor"].toDouble();
-  options.attention_factor = saved["attention_factor"].toDouble();
-  options.interleaved = saved["interleaved"].toBool();
-  options.conjugate = saved["conjugate"].toBool();
-  return options;
+void load_options(AutogradContext* ctx, CallOptions& options) {
+  visit_options(options, [&](const char* name, auto& member) {
+    member = ctx->saved_data[name].to<std::decay_t<decltype(member)>>();
+  });
 }
 
 using OptionalTensor = std::optional<at::Tensor>;
@@ -110,7 +96,6 @@ struct Rotate : torch::autograd::Function<Rotate> {
     ctx->set_materialize_grads(false);
     save_options(ctx, call.options);
     ctx->saved_data["uses_tables"] = call.uses_tables;
-    ctx->saved_data["full_width"] = call.full_width;
 
     // Gradients of angles take the output, gradients of tables the input; the gradient of x takes
     // neither.
@@ -130,9 +115,8 @@ struct Rotate : torch::autograd::Function<Rotate> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     Call call;
-    call.options = load_options(ctx);
+    load_options(ctx, call.options);
     call.uses_tables = ctx->saved_data["uses_tables"].toBool();
-    call.full_width = ctx->saved_data["full_width"].toBool();
     call.positions = saved[kPositions];
     call.cos = saved[kCos];
     call.sin = saved[kSin];
@@ -183,20 +167,17 @@ struct Rotate : torch::autograd::Function<Rotate> {
 };
 
 // -------------------------------------------------------------------------------------------------
-// The kernels of the Autograd and ADInplaceOrView keys
+// The kernel of the Autograd key
 
 bool any_has_tangent(const Call& call) {
   return has_tangent(call.q) || has_tangent(call.k) || has_tangent(call.positions) ||
          has_tangent(inv_freq_of(call)) || has_tangent(call.cos) || has_tangent(call.sin);
 }
 
-// What bump_version would say, before anything is written.
-void check_may_change(const Call& call) {
-  const auto may_change = [](const at::Tensor& tensor) {
-    return !tensor.defined() || !tensor.is_inference() || c10::InferenceMode::is_enabled();
-  };
+// PyTorch's own check, which bump_version makes, before anything is written.
+void check_may_change(const at::Tensor& x) {
   TORCH_CHECK(
-      may_change(call.q) && may_change(call.k),
+      !x.defined() || !x.is_inference() || c10::InferenceMode::is_enabled(),
       "Inplace update to inference tensor outside InferenceMode is not allowed. You can make "
       "a clone to get a normal tensor before doing inplace update.");
 }
@@ -213,20 +194,17 @@ Outputs record(const Call& call, const Call* to_do) {
   return {outputs[0], call.is_pair ? outputs[1] : at::Tensor()};
 }
 
+// A call that has a derivative.
 Outputs rotate_with_autograd(const Call& call) {
   const bool tangent = any_has_tangent(call);
   const bool angles = angles_require_grad(call);
-  const bool q = requires_grad(call.q);
-  const bool k = requires_grad(call.k);
-  const bool records = at::GradMode::is_enabled() && (angles || q || k);
-  if (!records && !tangent) {
-    const at::AutoDispatchBelowAutograd guard;
-    return dispatch(call);
-  }
+  const bool records =
+      at::GradMode::is_enabled() && (angles || requires_grad(call.q) || requires_grad(call.k));
   if (call.in_place) {
     // Before anything is written: what follows may be more than one call.
     check(call);
-    check_may_change(call);
+    check_may_change(call.q);
+    check_may_change(call.k);
     torch::autograd::check_inplace(call.q, records);
     if (call.is_pair) {
       torch::autograd::check_inplace(call.k, records);
@@ -256,20 +234,50 @@ Outputs rotate_with_autograd(const Call& call) {
   return record(call, &call);
 }
 
-// Lets autograd know that the tensors changed.
-Outputs rotate_and_bump_version(const Call& call) {
-  check_may_change(call);
-  Outputs outputs;
-  {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    outputs = dispatch(call);
-  }
-  torch::autograd::impl::bump_version(call.q);
-  if (call.is_pair) {
-    torch::autograd::impl::bump_version(call.k);
-  }
-  return outputs;
+bool has_derivative(const at::Tensor& tensor) {
+  return (at::GradMode::is_enabled() && requires_grad(tensor)) || has_tangent(tensor);
 }
+bool has_derivative(const std::optional<at::Tensor>& tensor) {
+  return tensor.has_value() && has_derivative(*tensor);
+}
+template <typename Option>
+bool has_derivative(const Option&) {
+  return false;
+}
+
+struct DifferentiateOrForward {
+  template <typename Operator, typename... Values>
+  static typename Operator::Result run(const Values&... values) {
+    if ((has_derivative(values) || ...)) {
+      return Operator::Traits::results(rotate_with_autograd(Operator::pack(values...)));
+    }
+    const at::AutoDispatchBelowAutograd guard;
+    return Operator::handle().call(values...);
+  }
+};
+
+// -------------------------------------------------------------------------------------------------
+// The kernel of the ADInplaceOrView key
+
+struct ForwardAndBumpVersions {
+  template <typename Operator, typename... Values>
+  static void run(const Values&... values) {
+    const auto rotated = [&] {
+      const auto all = std::tie(values...);
+      if constexpr (Operator::Traits::kIsPair) {
+        return std::tie(std::get<0>(all), std::get<1>(all));
+      } else {
+        return std::tie(std::get<0>(all));
+      }
+    }();
+    std::apply([](const auto&... x) { (check_may_change(x), ...); }, rotated);
+    {
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      Operator::handle().call(values...);
+    }
+    std::apply([](const auto&... x) { (torch::autograd::impl::bump_version(x), ...); }, rotated);
+  }
+};
 
 }  // namespace
 
@@ -286,9 +294,10 @@ bool is_transformed() {
 }  // namespace rope
 
 TORCH_LIBRARY_IMPL(rope, Autograd, library) {
-  rope::Operators<rope::rotate_with_autograd>::register_all(library);
+  rope::FunctionalOperators::implement_forwarding<rope::DifferentiateOrForward>(library);
+  rope::InPlaceOperators::implement_forwarding<rope::DifferentiateOrForward>(library);
 }
 
 TORCH_LIBRARY_IMPL(rope, ADInplaceOrView, library) {
-  rope::Operators<rope::rotate_and_bump_version>::register_in_place(library);
+  rope::InPlaceOperators::implement_forwarding<rope::ForwardAndBumpVersions>(library);
 }

@@ -9,6 +9,7 @@
 #include "cpu/rotate.h"
 #include "cuda/kernels.h"
 #include "make_launch.h"
+#include "rotate_operators.h"
 
 namespace rope {
 
@@ -73,21 +74,26 @@ Outputs refuse_strided_nested(const Call& call) {
 }  // namespace rope
 
 TORCH_LIBRARY_IMPL(rope, CPU, library) {
-  rope::Operators<rope::rotate_on_cpu>::register_all(library);
+  rope::FunctionalOperators::implement<rope::rotate_on_cpu>(library);
+  rope::InPlaceOperators::implement<rope::rotate_on_cpu>(library);
 }
 
 TORCH_LIBRARY_IMPL(rope, CUDA, library) {
-  rope::Operators<rope::rotate_on_cuda>::register_all(library);
+  rope::FunctionalOperators::implement<rope::rotate_on_cuda>(library);
+  rope::InPlaceOperators::implement<rope::rotate_on_cuda>(library);
 }
 
 TORCH_LIBRARY_IMPL(rope, NestedTensorCPU, library) {
-  rope::Operators<rope::refuse_strided_nested>::register_all(library);
+  rope::FunctionalOperators::implement<rope::refuse_strided_nested>(library);
+  rope::InPlaceOperators::implement<rope::refuse_strided_nested>(library);
 }
 
 TORCH_LIBRARY_IMPL(rope, NestedTensorCUDA, library) {
-  rope::Operators<rope::refuse_strided_nested>::register_all(library);
+  rope::FunctionalOperators::implement<rope::refuse_strided_nested>(library);
+  rope::InPlaceOperators::implement<rope::refuse_strided_nested>(library);
 }
 
 TORCH_LIBRARY_IMPL(rope, Meta, library) {
-  rope::Operators<rope::check_and_allocate<rope::empty_like>>::register_all(library);
+  rope::FunctionalOperators::implement<rope::check_and_allocate<rope::empty_like>>(library);
+  rope::InPlaceOperators::implement<rope::check_and_allocate<rope::empty_like>>(library);
 }

@@ -23,7 +23,7 @@ std::string expected(const Call& call, const char* argument) {
 }
 
 std::string expected(const SumCall& call, std::string_view argument) {
-  return rope::expected(call.operator_name, argument);
+  return rope::expected(call.name(), argument);
 }
 
 bool is_supported_float(at::ScalarType dtype) {
@@ -37,7 +37,7 @@ bool has_columns(const Call& call) { return call.uses_tables || call.options.inv
 // The number of elements that they have columns for.
 c10::SymInt dim_of_columns(const Call& call) {
   const at::Tensor& table = call.uses_tables ? call.cos : *call.options.inv_freq;
-  return call.full_width ? table.sym_size(-1) : table.sym_size(-1) * 2;
+  return call.options.full_width ? table.sym_size(-1) : table.sym_size(-1) * 2;
 }
 
 bool have_same_sizes(c10::SymIntArrayRef x, c10::SymIntArrayRef y) {
@@ -187,13 +187,14 @@ void check_rotated(const Call& call, const at::Tensor& x, const char* argument) 
           "full_width=True; where both values of a pair are alike, cos[..., ",
           options.interleaved ? "::2" : ":N", "] will do)");
     };
-    const c10::SymInt columns_per_pair = call.full_width ? 2 : 1;
-    TORCH_CHECK_VALUE(
-        holds(dim.sym_le(room)), expected(call, call.uses_tables ? "cos" : "inv_freq"),
-        "have at most ", room / 2 * columns_per_pair, " columns, one for each ",
-        call.full_width ? "" : "pair ", "of the ", room, " elements of ", argument,
-        " from rotary_offset on", call.uses_tables && !call.full_width ? doubled_tables() : "",
-        ", but got ", dim / 2 * columns_per_pair);
+    const c10::SymInt columns_per_pair = call.options.full_width ? 2 : 1;
+    TORCH_CHECK_VALUE(holds(dim.sym_le(room)),
+                      expected(call, call.uses_tables ? "cos" : "inv_freq"), "have at most ",
+                      room / 2 * columns_per_pair, " columns, one for each ",
+                      call.options.full_width ? "" : "pair ", "of the ", room, " elements of ",
+                      argument, " from rotary_offset on",
+                      call.uses_tables && !call.options.full_width ? doubled_tables() : "",
+                      ", but got ", dim / 2 * columns_per_pair);
   } else {
     TORCH_CHECK_VALUE(holds(dim.sym_le(room)), expected(call, "rotary_dim"), "be at most ", room,
                       ", the elements of ", argument, " from rotary_offset on, but got ", dim);
@@ -289,7 +290,7 @@ void check_tables(const Call& call) {
   TORCH_CHECK_VALUE(!call.positions.defined() || call.cos.dim() == 2, expected(call, "cos"),
                     "have shape (P, N) together with positions, but got ", call.cos.sym_sizes(),
                     one_tuple_hint(call));
-  if (call.full_width) {
+  if (call.options.full_width) {
     const c10::SymInt columns = call.cos.sym_size(-1);
     TORCH_CHECK_VALUE(holds((columns % 2).sym_eq(0)), expected(call, "cos"),
                       "have an even number of columns with full_width, but got ", columns);
@@ -297,9 +298,9 @@ void check_tables(const Call& call) {
   if (call.options.rotary_dim.has_value()) {
     const std::int64_t dim = *call.options.rotary_dim;
     const c10::SymInt columns = call.cos.sym_size(-1);
-    const bool is_width = !call.full_width && TORCH_GUARD_OR_FALSE(columns.sym_eq(dim));
+    const bool is_width = !call.options.full_width && TORCH_GUARD_OR_FALSE(columns.sym_eq(dim));
     TORCH_CHECK_VALUE(holds(dim_of_columns(call).sym_eq(dim)), expected(call, "rotary_dim"), "be ",
-                      dim_of_columns(call), call.full_width ? ", " : ", twice ",
+                      dim_of_columns(call), call.options.full_width ? ", " : ", twice ",
                       "the number of columns of cos, but got ", dim,
                       is_width ? " (for tables with a column for each element, as Hugging Face's "
                                  "have, pass full_width=True)"
@@ -392,13 +393,13 @@ void check_operand(const SumCall& call, std::size_t i) {
   const at::Tensor& x = call.xs[i];
   const at::Tensor& grad = call.grads[i];
   const at::Tensor& first = call.xs[0];
-  const auto x_name = [&] { return c10::str(call.xs_name, "[", i, "]"); };
+  const auto x_name = [&] { return c10::str(call.xs_name(), "[", i, "]"); };
   const auto grad_name = [&] { return c10::str("grads[", i, "]"); };
   TORCH_CHECK_TYPE(is_supported_float(x.scalar_type()), expected(call, x_name()),
                    "be float64, float32, float16 or bfloat16, but got ", name_of(x.scalar_type()));
   TORCH_CHECK_TYPE(x.scalar_type() == first.scalar_type() && x.device() == first.device(),
                    expected(call, x_name()), "be ", name_of(first.scalar_type()), " on ",
-                   first.device(), ", as ", call.xs_name, "[0] is, but got ",
+                   first.device(), ", as ", call.xs_name(), "[0] is, but got ",
                    name_of(x.scalar_type()), " on ", x.device());
   TORCH_CHECK_TYPE(grad.scalar_type() == x.scalar_type() && grad.device() == x.device(),
                    expected(call, grad_name()), "be ", name_of(x.scalar_type()), " on ", x.device(),
@@ -410,13 +411,13 @@ void check_operand(const SumCall& call, std::size_t i) {
                     "be a dimension of ", x_name(), ", which has ", x.dim(), ", but got ", axis);
   const c10::SymIntArrayRef sizes = call.sizes;
   const c10::SymInt dim =
-      sizes.empty() ? c10::SymInt(-1) : sizes.back() * (call.full_width ? 1 : 2);
+      sizes.empty() ? c10::SymInt(-1) : sizes.back() * (call.options.full_width ? 1 : 2);
   TORCH_CHECK_VALUE(offset >= 0 && holds(dim.sym_ge(0)) && holds((dim % 2).sym_eq(0)) &&
                         holds((dim + offset).sym_le(x.sym_size(axis))),
                     expected(call, "sizes"), "end in the number of ",
-                    call.full_width ? "elements" : "pairs", " that ", x_name(), " has in its ",
-                    x.sym_size(axis), " elements from rotary_offset ", offset, " on, but got ",
-                    sizes);
+                    call.options.full_width ? "elements" : "pairs", " that ", x_name(),
+                    " has in its ", x.sym_size(axis), " elements from rotary_offset ", offset,
+                    " on, but got ", sizes);
   const c10::SymDimVector target = batch_sizes(x, axis);
   TORCH_CHECK_VALUE(broadcasts_to(sizes.slice(0, sizes.size() - 1), target),
                     expected(call, "sizes"), "be broadcastable, without the last, with ",
@@ -524,10 +525,10 @@ void check(const Call& call) {
 
 void check(const SumCall& call) {
   const std::size_t count = call.xs.size();
-  TORCH_CHECK_VALUE(count == 1 || count == 2, expected(call, call.xs_name),
+  TORCH_CHECK_VALUE(count == 1 || count == 2, expected(call, call.xs_name()),
                     "be one tensor or two, but got ", count);
   TORCH_CHECK_VALUE(call.grads.size() == count, expected(call, "grads"), "be as many as ",
-                    call.xs_name, ", ", count, ", but got ", call.grads.size());
+                    call.xs_name(), ", ", count, ", but got ", call.grads.size());
   for (const auto i : c10::irange(count)) {
     check_operand(call, i);
   }

@@ -4,6 +4,7 @@
 #include <ATen/OpMathType.h>
 
 #include "checks.h"
+#include "rotate_operators.h"
 
 namespace rope {
 
@@ -44,11 +45,11 @@ FullRotation<at::Tensor> full_rotations(const Call& call, at::ScalarType real) {
   const ApplyOptions& options = call.options;
   const Rotation<at::Tensor> angle =
       call.uses_tables ? rotations_of_tables(call, real) : rotations_by_position(call, real);
-  if (!call.full_width) {
+  if (!call.options.full_width) {
     const Rotation<at::Tensor> turned{angle.cos, options.conjugate ? -angle.sin : angle.sin};
     return {turned, turned};
   }
-  const ApplyOptions columns{.interleaved = options.interleaved};
+  const SliceOptions columns{.interleaved = options.interleaved};
   const Pair<at::Tensor> cos = pairs(columns, angle.cos.sym_size(-1), angle.cos);
   const Pair<at::Tensor> sin = pairs(columns, angle.sin.sym_size(-1), angle.sin);
   const FullRotation<at::Tensor> full{{cos.a, sin.a}, {cos.b, sin.b}};
@@ -62,7 +63,7 @@ at::Tensor rotate_one(const Call& call) {
   const at::ScalarType real = at::toOpMathType(x.scalar_type());
   const FullRotation<at::Tensor> angle = full_rotations(call, real);
   const c10::SymInt dim = rotary_dim(call, x);
-  const Pair<at::Tensor> pair = pairs(options, dim, x);
+  const Pair<at::Tensor> pair = pairs(convert_options<SliceOptions>(options), dim, x);
   const at::Tensor a = pair.a.to(real);
   const at::Tensor b = pair.b.to(real);
   const at::Tensor turned_a = (a * angle.a.cos - b * angle.a.sin).to(x.scalar_type());
@@ -90,7 +91,7 @@ at::Tensor frequencies(const Call& call) {
   return at::pow(options.max_wavelength, -two_n / dim);
 }
 
-Pair<at::Tensor> pairs(const ApplyOptions& options, const c10::SymInt& rotary_dim,
+Pair<at::Tensor> pairs(const SliceOptions& options, const c10::SymInt& rotary_dim,
                        const at::Tensor& x) {
   const c10::SymInt begin = options.rotary_offset;
   const c10::SymInt end = begin + rotary_dim;
@@ -135,9 +136,5 @@ Outputs rotate_and_copy(const Call& call) { return copy_back(call, rotate_copies
 }  // namespace rope
 
 TORCH_LIBRARY_IMPL(rope, CompositeImplicitAutograd, library) {
-  using rope::Operators;
-  using rope::rotate_decomposed;
-  library.impl("apply_composed", TORCH_FN(Operators<rotate_decomposed>::Apply::single));
-  library.impl("apply_cos_sin_composed",
-               TORCH_FN(Operators<rotate_decomposed>::ApplyCosSin::single));
+  rope::DecomposedOperators::implement<rope::rotate_decomposed>(library);
 }

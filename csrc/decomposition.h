@@ -24,9 +24,15 @@ Outputs copy_back(const Call& call, const Outputs& outputs);
 // stand for, in float64.
 at::Tensor frequencies(const Call& call);
 
-// The two elements of each pair of x, as views of shape (..., N): the embedding axis comes last. Of
-// the options, those that tell where pairs are count, but for rotary_dim.
-Pair<at::Tensor> pairs(const ApplyOptions& options, const c10::SymInt& rotary_dim,
+// Where the pairs of x are.
+struct SliceOptions {
+  std::int64_t embedding_axis = -1;
+  std::int64_t rotary_offset = 0;
+  bool interleaved = false;
+};
+
+// The two elements of each pair of x, as views of shape (..., N): the embedding axis comes last.
+Pair<at::Tensor> pairs(const SliceOptions& options, const c10::SymInt& rotary_dim,
                        const at::Tensor& x);
 
 // The slice (..., 2 N) that has these for its pairs.

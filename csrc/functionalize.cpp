@@ -3,6 +3,7 @@
 #include "call.h"
 #include "checks.h"
 #include "decomposition.h"
+#include "rotate_operators.h"
 
 namespace rope {
 
@@ -42,13 +43,13 @@ Outputs rotate_functionally(const Call& call) {
 }  // namespace rope
 
 TORCH_LIBRARY_IMPL(rope, FuncTorchDynamicLayerFrontMode, library) {
-  rope::Operators<rope::rotate_in_place_under_transforms>::register_in_place(library);
+  rope::InPlaceOperators::implement<rope::rotate_in_place_under_transforms>(library);
 }
 
 TORCH_LIBRARY_IMPL(rope, Functionalize, library) {
-  rope::Operators<rope::rotate_functionally>::register_in_place(library);
+  rope::InPlaceOperators::implement<rope::rotate_functionally>(library);
 }
 
 TORCH_LIBRARY_IMPL(rope, Negative, library) {
-  rope::Operators<rope::rotate_functionally>::register_in_place(library);
+  rope::InPlaceOperators::implement<rope::rotate_functionally>(library);
 }

@@ -30,7 +30,8 @@ namespace {
 Pair<at::Tensor> real_pairs(const SumCall& call, const at::Tensor& x) {
   const at::ScalarType real = at::toOpMathType(x.scalar_type());
   const c10::SymInt columns = call.sizes.back();
-  const Pair<at::Tensor> views = pairs(call.options, call.full_width ? columns : columns * 2, x);
+  const Pair<at::Tensor> views = pairs(convert_options<SliceOptions>(call.options),
+                                       call.options.full_width ? columns : columns * 2, x);
   return {views.a.to(real), views.b.to(real)};
 }
 
@@ -54,11 +55,11 @@ Rotation<at::Tensor> sum_one(const SumCall& call, const at::Tensor& grad,
   const Pair<at::Tensor> x = real_pairs(call, tensor);
   const bool conjugate = call.options.conjugate;
   Rotation<at::Tensor> sums;
-  if (!call.full_width) {
-    if (call.wants_cos) {
+  if (!call.options.full_width) {
+    if (call.wants_cos()) {
       sums.cos = (g.a * x.a + g.b * x.b).sum_to_size_symint(call.sizes);
     }
-    if (call.wants_sin) {
+    if (call.wants_sin()) {
       const at::Tensor sin = g.b * x.a - g.a * x.b;
       sums.sin = (conjugate ? -sin : sin).sum_to_size_symint(call.sizes);
     }
@@ -70,10 +71,10 @@ Rotation<at::Tensor> sum_one(const SumCall& call, const at::Tensor& grad,
     return (left * right).sum_to_size_symint(sizes);
   };
   const bool interleaved = call.options.interleaved;
-  if (call.wants_cos) {
+  if (call.wants_cos()) {
     sums.cos = slice_of({product(g.a, x.a), product(g.b, x.b)}, interleaved);
   }
-  if (call.wants_sin) {
+  if (call.wants_sin()) {
     const at::Tensor of_a_and_b = product(g.a, x.b);
     const at::Tensor of_b_and_a = product(g.b, x.a);
     sums.sin = slice_of(conjugate ? Pair<at::Tensor>{-of_b_and_a, of_a_and_b}
@@ -127,10 +128,11 @@ Rotation<at::Tensor> sum_decomposed(const SumCall& call) {
 // The launch of tables that look like the sums: NOTE [ Sums ] in cuda/sum_kernel.h.
 void for_each_sum_launch(const SumCall& call, const at::Tensor& like_sums,
                          c10::function_ref<void(const Launch&)> launch) {
-  const ApplyOptions& options = call.options;
-  const Call tables =
-      make_call(like_sums, like_sums, std::nullopt, options.embedding_axis, std::nullopt,
-                options.rotary_offset, options.interleaved, options.conjugate, call.full_width);
+  Call tables;
+  tables.uses_tables = true;
+  tables.cos = like_sums;
+  tables.sin = like_sums;
+  copy_options(call.options, tables.options);
   if (call.xs.size() == 1) {
     for_each_launch(on(tables, call.grads[0]), {call.xs[0], {}}, launch);
   } else {
@@ -239,92 +241,23 @@ Rotation<at::Tensor> sum_on_cuda(const SumCall& call) {
   const bool is_empty =
       std::ranges::all_of(call.xs, [](const at::Tensor& x) { return x.numel() == 0; }) ||
       c10::multiply_integers(sizes) == 0 || call.finish.num_rows == 0;
-  if (is_empty || !(call.wants_cos || call.wants_sin)) {
+  if (is_empty || !(call.wants_cos() || call.wants_sin())) {
     return sum_decomposed(call);
   }
   if (!call.uses_tables) {
     return {at::Tensor(), angle_on_cuda(call)};
   }
   const Rotation<at::Tensor> sums = sum_groups_on_cuda(call, {});
-  return scatter_on_cuda(call.finish, {call.wants_cos ? sums.cos : at::Tensor(),
-                                       call.wants_sin ? sums.sin : at::Tensor()});
+  return scatter_on_cuda(call.finish, {call.wants_cos() ? sums.cos : at::Tensor(),
+                                       call.wants_sin() ? sums.sin : at::Tensor()});
 }
 
-// The operators that one function over calls makes, with the signatures of the schemas.
-template <Rotation<at::Tensor> (*sum)(const SumCall&)>
-struct SumOperators {
-  static at::Tensor angle(at::TensorList grads, at::TensorList ys, c10::SymIntArrayRef sizes,
-                          std::int64_t embedding_axis, std::int64_t rotary_offset, bool interleaved,
-                          bool conjugate, const std::optional<at::Tensor>& factors,
-                          at::IntArrayRef dim, std::optional<at::ScalarType> dtype) {
-    SumCall call = make("_angle_gradient", "ys", grads, ys, sizes, embedding_axis, rotary_offset,
-                        interleaved, conjugate);
-    call.finish.factors = factors.value_or(at::Tensor());
-    call.finish.dim = dim;
-    call.finish.dtype = dtype;
-    return sum(call).sin;
-  }
-  static std::tuple<at::Tensor, at::Tensor> cos_sin(
-      at::TensorList grads, at::TensorList xs, c10::SymIntArrayRef sizes,
-      std::int64_t embedding_axis, std::int64_t rotary_offset, bool interleaved, bool conjugate,
-      bool full_width, const std::optional<at::Tensor>& rows,
-      const std::optional<c10::SymInt>& num_rows, std::optional<at::ScalarType> dtype,
-      std::array<bool, 2> output_mask) {
-    SumCall call = make("_cos_sin_gradient", "xs", grads, xs, sizes, embedding_axis, rotary_offset,
-                        interleaved, conjugate);
-    call.uses_tables = true;
-    call.full_width = full_width;
-    call.wants_cos = output_mask[0];
-    call.wants_sin = output_mask[1];
-    call.finish.rows = rows.value_or(at::Tensor());
-    call.finish.num_rows = num_rows;
-    call.finish.dtype = dtype;
-    Rotation<at::Tensor> gradients = sum(call);
-    return {std::move(gradients.cos), std::move(gradients.sin)};
-  }
-  static void register_all(torch::Library& library) {
-    library.impl("_angle_gradient", TORCH_FN(angle));
-    library.impl("_cos_sin_gradient", TORCH_FN(cos_sin));
-  }
-
- private:
-  static SumCall make(const char* operator_name, const char* xs_name, at::TensorList grads,
-                      at::TensorList xs, c10::SymIntArrayRef sizes, std::int64_t embedding_axis,
-                      std::int64_t rotary_offset, bool interleaved, bool conjugate) {
-    return {.operator_name = operator_name,
-            .xs_name = xs_name,
-            .grads = grads,
-            .xs = xs,
-            .sizes = sizes,
-            .options = {.embedding_axis = embedding_axis,
-                        .rotary_offset = rotary_offset,
-                        .interleaved = interleaved,
-                        .conjugate = conjugate}};
-  }
-};
-
-// Calls the operator through the dispatcher.
 Rotation<at::Tensor> dispatch(const SumCall& call) {
-  using Decomposed = SumOperators<sum_decomposed>;
-  const auto find = [](const char* name) {
-    return c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
-  };
-  const Finish& finish = call.finish;
-  const auto send = [&](const auto& handle, const auto&... rest) {
-    const ApplyOptions& options = call.options;
-    return handle.call(call.grads, call.xs, call.sizes, options.embedding_axis,
-                       options.rotary_offset, options.interleaved, options.conjugate, rest...);
-  };
-  if (call.uses_tables) {
-    static const auto cos_sin =
-        find("rope::_cos_sin_gradient").typed<decltype(Decomposed::cos_sin)>();
-    auto [cos, sin] = send(cos_sin, call.full_width, as_optional(finish.rows), finish.num_rows,
-                           finish.dtype, std::array<bool, 2>{call.wants_cos, call.wants_sin});
-    return {std::move(cos), std::move(sin)};
+  if (!call.uses_tables) {
+    return {at::Tensor(), AngleGradient::dispatch(call)};
   }
-  static const auto angle = find("rope::_angle_gradient").typed<decltype(Decomposed::angle)>();
-  return {at::Tensor(),
-          send(angle, as_optional(finish.factors), at::IntArrayRef(finish.dim), finish.dtype)};
+  auto [cos, sin] = CosSinGradient::dispatch(call);
+  return {std::move(cos), std::move(sin)};
 }
 
 // Whether a kernel serves a tensor: not subclasses, such as the tensors of compilers, which see
@@ -380,20 +313,19 @@ Rotation<at::Tensor> sum_to_tokens(const Call& call, at::TensorList grads, at::T
   const c10::SymIntArrayRef tokens = tokens_of(call);
   c10::SymDimVector sizes(tokens.begin(), tokens.end());
   const c10::SymInt dim = rotary_dim(call, kept[0]);
-  sizes.push_back(call.full_width ? dim : dim / 2);
+  sizes.push_back(call.options.full_width ? dim : dim / 2);
   const bool is_mixed = grads.size() == 2 && grads[0].defined() && grads[1].defined() &&
                         kept[0].scalar_type() != kept[1].scalar_type();
   Rotation<at::Tensor> total;
   for_each_dtype(grads, kept, is_mixed, [&](at::TensorList some_grads, at::TensorList some_kept) {
-    const Rotation<at::Tensor> some = dispatch({.grads = some_grads,
-                                                .xs = some_kept,
-                                                .sizes = sizes,
-                                                .options = call.options,
-                                                .uses_tables = call.uses_tables,
-                                                .wants_cos = call.uses_tables && wanted.cos,
-                                                .wants_sin = !call.uses_tables || wanted.sin,
-                                                .full_width = call.full_width,
-                                                .finish = is_mixed ? Finish() : finish});
+    const Rotation<at::Tensor> some =
+        dispatch({.uses_tables = call.uses_tables,
+                  .grads = some_grads,
+                  .xs = some_kept,
+                  .sizes = sizes,
+                  .options = convert_options<SumOptions>(call.options),
+                  .finish = is_mixed ? Finish() : finish,
+                  .wants = {call.uses_tables && wanted.cos, !call.uses_tables || wanted.sin}});
     add(total.cos, some.cos);
     add(total.sin, some.sin);
   });
@@ -479,22 +411,22 @@ AngleGradients angle_gradients(const Call& call, at::TensorList grads, at::Tenso
 }  // namespace rope
 
 TORCH_LIBRARY_IMPL(rope, CompositeImplicitAutograd, library) {
-  rope::SumOperators<rope::sum_decomposed>::register_all(library);
+  rope::SumOperators::implement<rope::sum_decomposed>(library);
 }
 
 TORCH_LIBRARY_IMPL(rope, CUDA, library) {
-  rope::SumOperators<rope::sum_on_cuda>::register_all(library);
+  rope::SumOperators::implement<rope::sum_on_cuda>(library);
 }
 
 TORCH_LIBRARY_IMPL(rope, AutogradCUDA, library) {
-  rope::SumOperators<rope::sum_with_autograd>::register_all(library);
+  rope::SumOperators::implement<rope::sum_with_autograd>(library);
 }
 
 // vmap, and the older vmap of torch.autograd.grad(is_grads_batched=True).
 TORCH_LIBRARY_IMPL(rope, FuncTorchBatchedDecomposition, library) {
-  rope::SumOperators<rope::sum_decomposed>::register_all(library);
+  rope::SumOperators::implement<rope::sum_decomposed>(library);
 }
 
 TORCH_LIBRARY_IMPL(rope, Batched, library) {
-  rope::SumOperators<rope::sum_decomposed>::register_all(library);
+  rope::SumOperators::implement<rope::sum_decomposed>(library);
 }

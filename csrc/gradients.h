@@ -8,9 +8,14 @@
 #include <ATen/core/DimVector.h>
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <optional>
+#include <tuple>
+#include <utility>
 
 #include "call.h"
+#include "operator.h"
+#include "rotation.h"
 
 namespace rope {
 
@@ -47,27 +52,95 @@ struct Finish {
   std::optional<at::ScalarType> dtype = {};
 };
 
+struct AngleSumOptions {
+  std::int64_t embedding_axis = -1;
+  std::int64_t rotary_offset = 0;
+  bool interleaved = false;
+  bool conjugate = false;
+};
+
+struct SumOptions : AngleSumOptions {
+  bool full_width = false;
+};
+
 // One call of either operator, on one tensor or on two of the same dtype, such as q and k, whose
 // sums are added. With g the gradient of what came out of a rotation of x, they are
 //   cos: sum(g.a * x.a + g.b * x.b)    sin: sum(g.b * x.a - g.a * x.b)
-// over the pairs (a, b) that share an angle, in the type in which x is computed with. They are the
-// gradients of cos t and sin t; where x is what came out, the sine's is that of the angle t. With
-// full_width they are the gradients of full-width tables:
+// over the pairs (a, b) that share an angle, in the opmath type of x. They are the gradients of
+// cos t and sin t; where x is what came out, the sine's is that of the angle t. With full_width
+// they are the gradients of full-width tables:
 //   cos: sum(g.a * x.a), sum(g.b * x.b)    sin: sum(-g.a * x.b), sum(g.b * x.a)
 struct SumCall {
-  const char* operator_name = "";
-  const char* xs_name = "";
-  at::TensorList grads;
-  at::TensorList xs;
+  bool uses_tables = false;  // else only sin is wanted, of the angle
+  at::TensorList grads = {};
+  at::TensorList xs = {};
   // Of a sum: (tokens..., N), or (tokens..., 2 N) with full_width, where tokens broadcast with each
   // x as tables do.
-  c10::SymIntArrayRef sizes;
-  ApplyOptions options;      // embedding_axis, rotary_offset, interleaved, conjugate
-  bool uses_tables = false;  // else only sin is wanted, of the angle
-  bool wants_cos = false;
-  bool wants_sin = true;
-  bool full_width = false;
+  c10::SymIntArrayRef sizes = {};
+  SumOptions options = {};
   Finish finish = {};
+  std::array<bool, 2> wants = {false, true};  // cos, sin
+
+  bool wants_cos() const { return wants[0]; }
+  bool wants_sin() const { return wants[1]; }
+  const char* name() const { return uses_tables ? "_cos_sin_gradient" : "_angle_gradient"; }
+  const char* xs_name() const { return uses_tables ? "xs" : "ys"; }
 };
+
+// The two operators: see NOTE [ Operators ] in operator.h.
+struct AngleGradientTraits {
+  using Call = SumCall;
+  using Result = at::Tensor;
+  static std::string name() { return empty_call().name(); }
+  static Call empty_call() { return {}; }
+  static Result results(Rotation<at::Tensor> sums) { return std::move(sums.sin); }
+
+  static constexpr auto arguments() {
+    return std::tuple_cat(
+        std::tuple{
+            argument<at::TensorList>("grads", [](auto& call) -> auto& { return call.grads; }),
+            argument<at::TensorList>("ys", [](auto& call) -> auto& { return call.xs; }),
+            argument<c10::SymIntArrayRef>("sizes", [](auto& call) -> auto& { return call.sizes; })},
+        option_arguments<AngleSumOptions>([](auto& call) -> auto& { return call.options; }, false),
+        std::tuple{argument<const std::optional<at::Tensor>&>(
+                       "factors", [](auto& call) -> auto& { return call.finish.factors; }, "None"),
+                   argument<at::IntArrayRef>(
+                       "dim", [](auto& call) -> auto& { return call.finish.dim; }, "[]"),
+                   argument<std::optional<at::ScalarType>>(
+                       "dtype", [](auto& call) -> auto& { return call.finish.dtype; }, "None")});
+  }
+};
+
+struct CosSinGradientTraits {
+  using Call = SumCall;
+  using Result = std::tuple<at::Tensor, at::Tensor>;
+  static std::string name() { return empty_call().name(); }
+  static Call empty_call() { return {.uses_tables = true}; }
+  static Result results(Rotation<at::Tensor> sums) {
+    return {std::move(sums.cos), std::move(sums.sin)};
+  }
+
+  static constexpr auto arguments() {
+    return std::tuple_cat(
+        std::tuple{
+            argument<at::TensorList>("grads", [](auto& call) -> auto& { return call.grads; }),
+            argument<at::TensorList>("xs", [](auto& call) -> auto& { return call.xs; }),
+            argument<c10::SymIntArrayRef>("sizes", [](auto& call) -> auto& { return call.sizes; })},
+        option_arguments<SumOptions>([](auto& call) -> auto& { return call.options; }, false),
+        std::tuple{
+            argument<const std::optional<at::Tensor>&>(
+                "rows", [](auto& call) -> auto& { return call.finish.rows; }, "None"),
+            argument<const std::optional<c10::SymInt>&>(
+                "num_rows", [](auto& call) -> auto& { return call.finish.num_rows; }, "None"),
+            argument<std::optional<at::ScalarType>>(
+                "dtype", [](auto& call) -> auto& { return call.finish.dtype; }, "None"),
+            argument<std::array<bool, 2>>(
+                "output_mask", [](auto& call) -> auto& { return call.wants; }, "[True, True]")});
+  }
+};
+
+using AngleGradient = Operator<AngleGradientTraits>;
+using CosSinGradient = Operator<CosSinGradientTraits>;
+using SumOperators = OperatorList<AngleGradient, CosSinGradient>;
 
 }  // namespace rope

@@ -174,7 +174,7 @@ class Description {
     angles.cos = cos.const_data_ptr();
     angles.sin = sin.const_data_ptr();
     angles.dtype = cos.scalar_type();
-    angles.full_width = call_.full_width;
+    angles.full_width = call_.options.full_width;
     angles.cos_stride = cos.stride(-1);
     angles.sin_stride = sin.stride(-1);
     if (call_.positions.defined()) {

@@ -4,7 +4,6 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <array>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -13,17 +12,15 @@
 #include <utility>
 #include <vector>
 
-#include "call.h"
 #include "cuda/kernels.h"
 #include "rope/frequencies.h"
+#include "rotate_operators.h"
 
 namespace py = pybind11;
 
 namespace {
 
-using Operators = rope::Operators<rope::dispatch>;
-
-// An argument of a schema as it comes from Python.
+// An argument as it comes from Python.
 template <typename>
 using FromPython = py::handle;
 
@@ -93,10 +90,10 @@ bool is_subclass(const Value&) {
 
 // One argument, read.
 template <typename Value>
-struct Argument {
+struct ReadArgument {
   py::detail::make_caster<Value> caster;
 
-  Argument(const std::string& function, const char* name, py::handle value) {
+  ReadArgument(const std::string& function, const char* name, py::handle value) {
     if (!load(value)) [[unlikely]] {
       refuse(function, name, kRule<Value>, value);
     }
@@ -114,33 +111,31 @@ struct Argument {
   }
 };
 
-// Defines one operator as a function of Python, called by position, since keywords cost time.
-template <typename Result, typename... Values, std::size_t... index>
-void define(py::module_& module, const std::string& name, Result (*function)(Values...),
-            const std::array<const char*, sizeof...(Values)>& arguments,
-            std::index_sequence<index...>) {
+// Defines an operator as a Python function, which takes arguments by position: keywords cost time.
+template <typename Operator, typename Result, typename... Values, std::size_t... index>
+void define(py::module_& module, Result (*)(Values...), std::index_sequence<index...>) {
+  const std::string name = Operator::name();
   const auto call = [=](FromPython<Values>... values) -> Result {
-    std::tuple<Argument<std::decay_t<Values>>...> read{
-        Argument<std::decay_t<Values>>(name, arguments[index], values)...};
+    constexpr auto kArguments = Operator::Traits::arguments();
+    std::tuple<ReadArgument<std::decay_t<Values>>...> read{
+        ReadArgument<std::decay_t<Values>>(name, std::get<index>(kArguments).name, values)...};
     if ((is_subclass(py::detail::cast_op<Values>(std::get<index>(read).caster)) || ...))
         [[unlikely]] {
       py::module_::import("torch_rope._subclasses").attr("register_with_dtensor")();
     }
     const py::gil_scoped_release no_gil;
-    return function(py::detail::cast_op<Values>(std::get<index>(read).caster)...);
+    return Operator::handle().call(py::detail::cast_op<Values>(std::get<index>(read).caster)...);
   };
   module.def(name.c_str(), torch::wrap_pybind_function(call));
 }
 
-// Defines the four functions of a family, with the arguments of its schemas.
-template <typename Family, typename... Arguments>
-void define_family(py::module_& module, const std::string& name, const Arguments&... arguments) {
-  constexpr std::make_index_sequence<1 + sizeof...(Arguments)> kOfX;
-  constexpr std::make_index_sequence<2 + sizeof...(Arguments)> kOfPair;
-  define(module, name, Family::single, {"x", arguments...}, kOfX);
-  define(module, name + "_qk", Family::pair, {"q", "k", arguments...}, kOfPair);
-  define(module, name + "_", Family::single_in_place, {"x", arguments...}, kOfX);
-  define(module, name + "_qk_", Family::pair_in_place, {"q", "k", arguments...}, kOfPair);
+template <typename... Operators>
+void define_all(py::module_& module, rope::OperatorList<Operators...>) {
+  const auto define_one = [&]<typename Result, typename... Values>(auto which,
+                                                                   Result (*signature)(Values...)) {
+    define<decltype(which)>(module, signature, std::index_sequence_for<Values...>());
+  };
+  (define_one(Operators(), static_cast<typename Operators::Signature*>(nullptr)), ...);
 }
 
 // Sets a member of FrequencyOptions to what a dictionary has under its name; None is as good as
@@ -231,12 +226,8 @@ at::Tensor mixed_frequencies(std::int64_t rotary_dim, std::int64_t num_heads, do
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.doc() = "The operators of torch-rope. Use them through the functions of torch_rope.";
   module.attr("has_cuda") = rope::cuda::has_kernels();
-  define_family<Operators::Apply>(module, "apply", "positions", "inv_freq", "embedding_axis",
-                                  "rotary_dim", "rotary_offset", "max_wavelength", "scale_factor",
-                                  "attention_factor", "interleaved", "conjugate");
-  define_family<Operators::ApplyCosSin>(module, "apply_cos_sin", "cos", "sin", "positions",
-                                        "embedding_axis", "rotary_dim", "rotary_offset",
-                                        "interleaved", "conjugate", "full_width");
+  define_all(module, rope::FunctionalOperators());
+  define_all(module, rope::InPlaceOperators());
   module.def("frequencies", torch::wrap_pybind_function(frequencies));
   module.def("axial_frequencies", torch::wrap_pybind_function(axial_frequencies));
   module.def("mrope_frequencies", torch::wrap_pybind_function(mrope_frequencies));

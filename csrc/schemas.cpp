@@ -60,32 +60,22 @@
 
 #include <string>
 
+#include "gradients.h"
+#include "rotate_operators.h"
+
 namespace {
 
 void define(torch::Library& library, const std::string& schema) {
   library.def(schema.c_str(), {at::Tag::pt2_compliant_tag});
 }
 
-void define_family(torch::Library& library, const std::string& name, const std::string& angles,
-                   const std::string& options) {
-  const std::string rest = angles + ", *, " + options + ")";
-  define(library, name + "(Tensor x, " + rest + " -> Tensor");
-  define(library, name + "_qk(Tensor q, Tensor k, " + rest + " -> (Tensor, Tensor)");
-  define(library, name + "_(Tensor(a!) x, " + rest + " -> ()");
-  define(library, name + "_qk_(Tensor(a!) q, Tensor(b!) k, " + rest + " -> ()");
-  define(library, name + "_composed(Tensor x, " + rest + " -> Tensor");
-}
-
 }  // namespace
 
 TORCH_LIBRARY(rope, library) {
-  define_family(library, "apply", "Tensor positions, Tensor? inv_freq=None",
-                "int embedding_axis=-1, int? rotary_dim=None, int rotary_offset=0, "
-                "float max_wavelength=10000.0, float scale_factor=1.0, float attention_factor=1.0, "
-                "bool interleaved=False, bool conjugate=False");
-  define_family(library, "apply_cos_sin", "Tensor cos, Tensor sin, Tensor? positions=None",
-                "int embedding_axis=-1, int? rotary_dim=None, int rotary_offset=0, "
-                "bool interleaved=False, bool conjugate=False, bool full_width=False");
+  rope::FunctionalOperators::define(library);
+  rope::InPlaceOperators::define(library);
+  rope::DecomposedOperators::define(library);
+  rope::SumOperators::define(library);
 
   define(library,
          "_dynamic_frequencies(Tensor seq_len, int rotary_dim, float rope_theta, float factor, "
@@ -100,13 +90,4 @@ TORCH_LIBRARY(rope, library) {
   const std::string rest = "(Tensor weight, int head_dim, int? rotary_dim, int rotary_offset)";
   define(library, "_permute_half_to_interleaved" + rest + " -> Tensor");
   define(library, "_permute_interleaved_to_half" + rest + " -> Tensor");
-
-  const std::string sums =
-      "SymInt[] sizes, int embedding_axis, int rotary_offset, bool interleaved, bool conjugate";
-  define(library, "_angle_gradient(Tensor[] grads, Tensor[] ys, " + sums +
-                      ", Tensor? factors=None, int[] dim=[], ScalarType? dtype=None) -> Tensor");
-  define(library, "_cos_sin_gradient(Tensor[] grads, Tensor[] xs, " + sums +
-                      ", bool full_width=False, Tensor? rows=None, SymInt? num_rows=None, "
-                      "ScalarType? dtype=None, bool[2] output_mask=[True, True])"
-                      " -> (Tensor, Tensor)");
 }

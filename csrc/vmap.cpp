@@ -8,6 +8,7 @@
 #include "call.h"
 #include "checks.h"
 #include "decomposition.h"
+#include "rotate_operators.h"
 
 namespace rope {
 
@@ -48,9 +49,9 @@ Outputs rotate_batched(const Call& call) {
 }  // namespace rope
 
 TORCH_LIBRARY_IMPL(rope, FuncTorchBatchedDecomposition, library) {
-  rope::Operators<rope::rotate_decomposed>::register_functional(library);
+  rope::FunctionalOperators::implement<rope::rotate_decomposed>(library);
 }
 
 TORCH_LIBRARY_IMPL(rope, Batched, library) {
-  rope::Operators<rope::rotate_batched>::register_functional(library);
+  rope::FunctionalOperators::implement<rope::rotate_batched>(library);
 }

@@ -36,26 +36,13 @@ inline Call in_place(Call call) {
 
 // A call of apply or apply_qk, before it has tensors to rotate.
 inline Call apply(const at::Tensor& positions, const rope::ApplyOptions& options = {}) {
-  Call call;
-  call.positions = positions;
-  call.options = options;
-  return call;
+  return {rope::make_call(positions, options)};
 }
 
 // Likewise of apply_cos_sin or apply_cos_sin_qk.
 inline Call apply_cos_sin(const at::Tensor& cos, const at::Tensor& sin,
                           const rope::CosSinOptions& options = {}) {
-  Call call;
-  call.uses_tables = true;
-  call.cos = cos;
-  call.sin = sin;
-  call.positions = options.positions.value_or(at::Tensor());
-  call.options = {.embedding_axis = options.embedding_axis,
-                  .rotary_offset = options.rotary_offset,
-                  .interleaved = options.interleaved,
-                  .conjugate = options.conjugate};
-  call.full_width = options.full_width;
-  return call;
+  return {rope::make_call(cos, sin, options)};
 }
 
 using VisitPlan = std::function<void(const rope::Launch&, const rope::cuda::Plan&)>;

@@ -219,7 +219,7 @@ inline std::string describe(const Call& call) {
       ", cos: ", text(call.cos), ", inv_freq: ", text(options.inv_freq.value_or(at::Tensor())),
       ", axis = ", options.embedding_axis, ", rotary_dim = ", options.rotary_dim.value_or(-1),
       ", offset = ", options.rotary_offset, ", interleaved = ", options.interleaved,
-      ", conjugate = ", options.conjugate, ", full_width = ", call.full_width);
+      ", conjugate = ", options.conjugate, ", full_width = ", call.options.full_width);
 }
 
 }  // namespace host

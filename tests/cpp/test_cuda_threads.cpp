@@ -125,7 +125,7 @@ reference::Expected expected(const Call& call, const at::Tensor& x) {
                                    .rotary_offset = options.rotary_offset,
                                    .interleaved = options.interleaved,
                                    .conjugate = options.conjugate,
-                                   .full_width = call.full_width});
+                                   .full_width = call.options.full_width});
 }
 
 // Running::few_rows for a thread's own rotations wherever that is possible.

@@ -1,0 +1,248 @@
+// NOTE [ Operators ]
+//
+// An operator is described by traits: its name, its result and its arguments. Each argument has its
+// name in the schema, its type in the C++ signature and get(call), the member of a packed call that
+// holds it. From these Operator makes the signature, the schema, the dispatcher's handle and the
+// kernels: kernel<function> packs the arguments for a function over calls,
+// forwarding_kernel<Function> leaves them as they came, for dispatch keys that mostly pass a call
+// on.
+//
+//   struct Traits {
+//     using Call, Result;
+//     static std::string name();
+//     static Call empty_call();              // with what the operator's name implies
+//     static constexpr auto arguments();     // a tuple of Argument, in the schema's order
+//     static Result results(auto outputs);   // of what functions over calls return
+//   };
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/util/StringUtil.h>
+#include <torch/library.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "options.h"
+
+namespace rope {
+
+// -------------------------------------------------------------------------------------------------
+// Arguments
+
+// How the schema writes a type.
+template <typename Type>
+inline constexpr const char* kSchemaType = nullptr;
+template <>
+inline constexpr const char* kSchemaType<const at::Tensor&> = "Tensor";
+template <>
+inline constexpr const char* kSchemaType<const std::optional<at::Tensor>&> = "Tensor?";
+template <>
+inline constexpr const char* kSchemaType<at::TensorList> = "Tensor[]";
+template <>
+inline constexpr const char* kSchemaType<std::int64_t> = "int";
+template <>
+inline constexpr const char* kSchemaType<std::optional<std::int64_t>> = "int?";
+template <>
+inline constexpr const char* kSchemaType<at::IntArrayRef> = "int[]";
+template <>
+inline constexpr const char* kSchemaType<const std::optional<c10::SymInt>&> = "SymInt?";
+template <>
+inline constexpr const char* kSchemaType<c10::SymIntArrayRef> = "SymInt[]";
+template <>
+inline constexpr const char* kSchemaType<double> = "float";
+template <>
+inline constexpr const char* kSchemaType<bool> = "bool";
+template <>
+inline constexpr const char* kSchemaType<std::array<bool, 2>> = "bool[2]";
+template <>
+inline constexpr const char* kSchemaType<std::optional<at::ScalarType>> = "ScalarType?";
+
+template <typename ArgumentType, typename Get, bool is_option = false>
+struct Argument {
+  using Type = ArgumentType;
+  static constexpr bool kIsOption = is_option;  // its default is that of the member
+  const char* name;
+  Get get;
+  const char* default_text = nullptr;  // null: that of an option, or none
+  const char* schema_type = kSchemaType<ArgumentType>;
+  bool is_keyword = false;
+};
+
+template <typename Type, typename Get>
+constexpr Argument<Type, Get> argument(const char* name, Get get,
+                                       const char* default_text = nullptr) {
+  return {name, get, default_text};
+}
+
+// One that the operator changes, of type "Tensor(a!)", or "Tensor(b!)" for a second.
+template <typename Get>
+constexpr Argument<const at::Tensor&, Get> mutable_argument(const char* name, Get get,
+                                                            const char* schema_type) {
+  return {name, get, nullptr, schema_type};
+}
+
+// The arguments for those options that Options has. get_options(call) is the call's own struct.
+template <typename Options, typename GetOptions>
+constexpr auto option_arguments(GetOptions get_options, bool are_keywords) {
+  const auto argument_of = [=](const auto& option) {
+    using GetOption = decltype(option.get);
+    if constexpr (std::is_invocable_v<GetOption, Options&>) {
+      using Type = std::decay_t<std::invoke_result_t<GetOption, Options&>>;
+      const auto get = [get_option = option.get, get_options](auto& call) -> auto& {
+        return get_option(get_options(call));
+      };
+      return std::tuple{Argument<Type, std::decay_t<decltype(get)>, true>{
+          option.name, get, nullptr, kSchemaType<Type>, are_keywords}};
+    } else {
+      return std::tuple{};
+    }
+  };
+  return std::apply([&](const auto&... option) { return std::tuple_cat(argument_of(option)...); },
+                    all_options());
+}
+
+// -------------------------------------------------------------------------------------------------
+// Between an argument and the member that holds it. A member that is an undefined tensor is None.
+
+template <typename Member, typename Value>
+void store(Member& member, const Value& value) {
+  if constexpr (std::is_same_v<Member, at::Tensor> &&
+                std::is_same_v<Value, std::optional<at::Tensor>>) {
+    if (value.has_value()) {
+      member = *value;
+    }
+  } else {
+    member = value;
+  }
+}
+
+// An undefined tensor is none.
+inline std::optional<at::Tensor> as_optional(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+}
+
+template <typename Type, typename Member>
+decltype(auto) load(const Member& member) {
+  if constexpr (std::is_same_v<Type, const std::optional<at::Tensor>&> &&
+                std::is_same_v<Member, at::Tensor>) {
+    return as_optional(member);
+  } else {
+    return static_cast<Type>(member);
+  }
+}
+
+// -------------------------------------------------------------------------------------------------
+// Operators
+
+template <typename Traits, typename Arguments = decltype(Traits::arguments())>
+struct Operator;
+
+template <typename OperatorTraits, typename... Arguments>
+struct Operator<OperatorTraits, std::tuple<Arguments...>> {
+  using Traits = OperatorTraits;
+  using Call = typename Traits::Call;
+  using Result = typename Traits::Result;
+  using Signature = Result(typename Arguments::Type...);
+
+  static std::string name() { return Traits::name(); }
+
+  static std::string schema() {
+    const Call defaults = Traits::empty_call();
+    std::string text;
+    bool has_keywords = false;
+    const auto add = [&](const auto& argument) {
+      text += text.empty() ? "" : ", ";
+      if (argument.is_keyword && !std::exchange(has_keywords, true)) {
+        text += "*, ";
+      }
+      text += c10::str(argument.schema_type, " ", argument.name);
+      if constexpr (std::decay_t<decltype(argument)>::kIsOption) {
+        text += c10::str("=", to_text(argument.get(defaults)));
+      } else if (argument.default_text != nullptr) {
+        text += c10::str("=", argument.default_text);
+      }
+    };
+    std::apply([&](const auto&... argument) { (add(argument), ...); }, Traits::arguments());
+    return c10::str(name(), "(", text, ") -> ", result_type());
+  }
+
+  // The operator in the dispatcher, looked up once.
+  static const c10::TypedOperatorHandle<Signature>& handle() {
+    static const auto handle = c10::Dispatcher::singleton()
+                                   .findSchemaOrThrow(("rope::" + name()).c_str(), "")
+                                   .template typed<Signature>();
+    return handle;
+  }
+
+  static Call pack(typename Arguments::Type... values) {
+    Call call = Traits::empty_call();
+    std::apply([&](const auto&... argument) { (store(argument.get(call), values), ...); },
+               Traits::arguments());
+    return call;
+  }
+
+  // Calls the operator through the dispatcher.
+  static Result dispatch(const Call& call) {
+    return std::apply(
+        [&](const auto&... argument) {
+          return handle().call(load<typename Arguments::Type>(argument.get(call))...);
+        },
+        Traits::arguments());
+  }
+
+  template <auto function>
+  static Result kernel(typename Arguments::Type... values) {
+    return Traits::results(function(pack(values...)));
+  }
+
+  // Function::run<Operator>(values...) is the kernel.
+  template <typename Function>
+  static Result forwarding_kernel(typename Arguments::Type... values) {
+    return Function::template run<Operator>(values...);
+  }
+
+ private:
+  static std::string to_text(bool value) { return value ? "True" : "False"; }
+  static std::string to_text(std::int64_t value) { return std::to_string(value); }
+  static std::string to_text(double value) { return c10::str(value); }
+  template <typename Value>
+  static std::string to_text(const std::optional<Value>& value) {
+    return value.has_value() ? to_text(*value) : "None";
+  }
+
+  static const char* result_type() {
+    if constexpr (std::is_void_v<Result>) {
+      return "()";
+    } else {
+      return std::is_same_v<Result, at::Tensor> ? "Tensor" : "(Tensor, Tensor)";
+    }
+  }
+};
+
+template <typename... Operators>
+struct OperatorList {
+  static void define(torch::Library& library) {
+    (library.def(Operators::schema().c_str(), {at::Tag::pt2_compliant_tag}), ...);
+  }
+
+  template <auto function>
+  static void implement(torch::Library& library) {
+    (library.impl(Operators::name().c_str(), TORCH_FN(Operators::template kernel<function>)), ...);
+  }
+
+  template <typename Function>
+  static void implement_forwarding(torch::Library& library) {
+    (library.impl(Operators::name().c_str(),
+                  TORCH_FN(Operators::template forwarding_kernel<Function>)),
+     ...);
+  }
+};
+
+}  // namespace rope
