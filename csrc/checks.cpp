@@ -328,9 +328,9 @@ bool is_known_to_overlap_itself(const at::Tensor& x) {
   return false;
 }
 
-bool are_known_to_share_memory(const at::Tensor& x, const at::Tensor& y) {
+bool are_known_to_overlap(const at::Tensor& x, const at::Tensor& y) {
   if (!is_symbolic(x) && !is_symbolic(y)) {
-    return share_memory(x, y);
+    return overlap(x, y);
   }
   return x.has_storage() && y.has_storage() && x.is_alias_of(y) &&
          TORCH_GUARD_OR_FALSE(x.sym_storage_offset().sym_eq(y.sym_storage_offset())) &&
@@ -381,7 +381,7 @@ void check_memory(const Call& call, const at::Tensor& x, const char* argument) {
                                     {&inv_freq, "inv_freq"},
                                     {&call.cos, "cos"},
                                     {&call.sin, "sin"}}) {
-    TORCH_CHECK_VALUE(!other->defined() || !are_known_to_share_memory(x, *other),
+    TORCH_CHECK_VALUE(!other->defined() || !are_known_to_overlap(x, *other),
                       expected(call, argument), "share no memory with ", name,
                       ", but got overlapping tensors");
   }
@@ -517,7 +517,7 @@ void check(const Call& call) {
     check_memory(call, call.q, q_name);
     if (call.is_pair) {
       check_memory(call, call.k, "k");
-      TORCH_CHECK_VALUE(!are_known_to_share_memory(call.q, call.k), expected(call, "q and k"),
+      TORCH_CHECK_VALUE(!are_known_to_overlap(call.q, call.k), expected(call, "q and k"),
                         "share no element, but got overlapping views of one memory");
     }
   }

@@ -1,142 +1,95 @@
 #include "overlap.h"
 
+#include <c10/util/SmallVector.h>
+#include <c10/util/irange.h>
+
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 namespace rope {
 
 namespace {
 
-// NOTE [ Exact overlap ]
+// NOTE [ Overlap ]
 //
-// Whether two strided sets of addresses meet is a knapsack problem in general, and PyTorch's own
-// test answers "too hard" for views with gaps, such as q and k in one packed buffer. Two proofs of
-// disjointness settle every view that people make: the address ranges are disjoint; or, for some
-// period T (one of the strides), all larger steps are multiples of T and what is left of the two
-// views falls into disjoint parts of a window of T bytes. Only where no proof is found are the
-// bytes counted one by one.
+// Two elements share memory where the difference of their addresses is less than an element. The
+// difference is a sum of c * stride, with a bounded integer c for each dimension, so the question
+// is a small integer program. It is searched from the largest stride down: what the smaller strides
+// can still add bounds c, and for views people make that leaves one or two values of it. Views for
+// which the search would take too long are taken for disjoint, as PyTorch takes those that it finds
+// too hard (at::MemOverlap::TooHard).
+constexpr int kMaxSteps = 1 << 14;
 
-struct Dim {
-  std::int64_t size;
-  std::int64_t stride;  // bytes
+struct Term {
+  std::int64_t stride;  // bytes, positive
+  std::int64_t min;     // of c
+  std::int64_t max;
 };
 
-// The addresses of a tensor's elements, in bytes.
-struct Footprint {
-  std::int64_t begin;    // first byte
-  std::int64_t element;  // bytes of one element
-  std::vector<Dim> dims;
+using Terms = c10::SmallVector<Term, 8>;
 
-  // One past the last byte.
-  std::int64_t end() const { return begin + extent(dims); }
-
-  std::int64_t extent(const std::vector<Dim>& some) const {
-    std::int64_t bytes = element;
-    for (const Dim& dim : some) {
-      bytes += (dim.size - 1) * dim.stride;
-    }
-    return bytes;
-  }
-};
-
-// begin is the address of the storage, or 0 to count from there.
-Footprint footprint(const at::Tensor& x, std::intptr_t begin) {
-  Footprint result{0, x.element_size(), {}};
-  result.begin = begin + x.storage_offset() * result.element;
-  for (std::int64_t d = 0; d < x.dim(); ++d) {
-    if (x.size(d) > 1) {
-      result.dims.push_back({x.size(d), x.stride(d) * result.element});
-    }
-  }
-  return result;
+void sort_by_stride(Terms& terms) {
+  std::sort(terms.begin(), terms.end(),
+            [](const Term& left, const Term& right) { return left.stride > right.stride; });
 }
 
-// Where the memory of a tensor begins: 0 for tensors without memory, such as meta tensors.
-std::intptr_t storage_address(const at::Tensor& x) {
-  return reinterpret_cast<std::intptr_t>(x.storage().data());
-}
+std::int64_t floor_div(std::int64_t a, std::int64_t b) { return a / b - (a % b < 0 ? 1 : 0); }
 
-// Calls visit(first byte of an element) for every element until it returns false; says whether it
-// never did.
-template <typename Visit>
-bool visit_elements(const Footprint& elements, std::int64_t begin, std::size_t depth,
-                    const Visit& visit) {
-  if (depth == elements.dims.size()) {
-    return visit(begin);
-  }
-  const Dim& dim = elements.dims[depth];
-  for (std::int64_t i = 0; i < dim.size; ++i) {
-    if (!visit_elements(elements, begin + i * dim.stride, depth + 1, visit)) {
-      return false;
-    }
-  }
-  return true;
-}
-
-// Marks the bytes of each element in a map of [begin, begin + map.size()); false where one is
-// marked already.
-class Marker {
+class Search {
  public:
-  Marker(std::int64_t begin, std::int64_t end) : begin_(begin), marked_(end - begin, false) {}
-
-  bool is_free(std::int64_t first, std::int64_t bytes) const {
-    const auto from = std::max<std::int64_t>(first - begin_, 0);
-    const auto to = std::min<std::int64_t>(first - begin_ + bytes, std::ssize(marked_));
-    for (std::int64_t byte = from; byte < to; ++byte) {
-      if (marked_[byte]) {
-        return false;
-      }
-    }
-    return true;
-  }
-
-  void mark(std::int64_t first, std::int64_t bytes) {
-    const auto from = std::max<std::int64_t>(first - begin_, 0);
-    const auto to = std::min<std::int64_t>(first - begin_ + bytes, std::ssize(marked_));
-    for (std::int64_t byte = from; byte < to; ++byte) {
-      marked_[byte] = true;
+  // The terms, by decreasing stride.
+  explicit Search(const Terms& terms) : terms_(terms), bounds_(terms.size() + 1) {
+    for (auto i = std::ssize(terms) - 1; i >= 0; --i) {
+      const Term& term = terms[i];
+      bounds_[i] = {bounds_[i + 1].min + term.min * term.stride,
+                    bounds_[i + 1].max + term.max * term.stride};
     }
   }
+
+  // Whether the terms can sum to a number in [min, max].
+  bool reaches(std::int64_t min, std::int64_t max) { return reaches(0, min, max); }
 
  private:
-  std::int64_t begin_;
-  std::vector<bool> marked_;
-};
+  struct Bounds {
+    std::int64_t min = 0;
+    std::int64_t max = 0;
+  };
 
-// The bytes, counted from some multiple of the period, that the steps smaller than the period
-// reach; no window where they reach further than one period or a larger step is no multiple of it.
-struct Window {
-  std::int64_t begin;
-  std::int64_t end;
-  bool exists;
-};
-
-Window window(const Footprint& elements, std::int64_t period) {
-  std::vector<Dim> inner;
-  for (const Dim& dim : elements.dims) {
-    if (dim.stride % period != 0) {
-      inner.push_back(dim);
+  bool reaches(std::size_t first, std::int64_t min, std::int64_t max) {
+    if (first == terms_.size()) {
+      return min <= 0 && 0 <= max;
     }
-  }
-  const std::int64_t begin = elements.begin % period;
-  const std::int64_t extent = elements.extent(inner);
-  return {begin, begin + extent, extent <= period};
-}
-
-bool disjoint_in_every_period(const Footprint& x, const Footprint& y, std::int64_t period) {
-  const Window a = window(x, period);
-  const Window b = window(y, period);
-  if (!a.exists || !b.exists) {
+    const Term& term = terms_[first];
+    const Bounds& rest = bounds_[first + 1];
+    const std::int64_t begin = std::max(term.min, -floor_div(rest.max - min, term.stride));
+    const std::int64_t end = std::min(term.max, floor_div(max - rest.min, term.stride));
+    for (std::int64_t c = begin; c <= end && steps_ < kMaxSteps; ++c) {
+      ++steps_;
+      if (reaches(first + 1, min - c * term.stride, max - c * term.stride)) {
+        return true;
+      }
+    }
     return false;
   }
-  // A window may run over the end of its period into the next one.
-  for (const std::int64_t shift : {-period, std::int64_t{0}, period}) {
-    if (a.begin < b.end + shift && b.begin + shift < a.end) {
-      return false;
+
+  const Terms& terms_;
+  c10::SmallVector<Bounds, 9> bounds_;  // of the sums of the terms from each on
+  int steps_ = 0;
+};
+
+// Adds the dimensions of x: c is an index, or its negative.
+void add_dims(Terms& terms, const at::Tensor& x, bool negative) {
+  for (const auto d : c10::irange(x.dim())) {
+    const std::int64_t stride = x.stride(d) * static_cast<std::int64_t>(x.element_size());
+    if (x.size(d) == 1 || stride == 0) {
+      continue;
     }
+    const std::int64_t last = x.size(d) - 1;
+    const auto same = std::find_if(terms.begin(), terms.end(),
+                                   [=](const Term& term) { return term.stride == stride; });
+    Term& term = same == terms.end() ? terms.emplace_back(Term{stride, 0, 0}) : *same;
+    (negative ? term.min : term.max) += negative ? -last : last;
   }
-  return true;
 }
 
 }  // namespace
@@ -145,67 +98,53 @@ bool overlaps_itself(const at::Tensor& x) {
   if (x.numel() < 2 || !x.has_storage() || x.is_non_overlapping_and_dense()) {
     return false;
   }
-  Footprint elements = footprint(x, 0);
-  std::sort(elements.dims.begin(), elements.dims.end(),
-            [](const Dim& left, const Dim& right) { return left.stride < right.stride; });
-  // Each step leads past everything that the smaller steps reach: nothing is reached twice.
-  std::vector<Dim> smaller;
-  bool steps_over = true;
-  for (const Dim& dim : elements.dims) {
-    if (dim.stride == 0) {
+  Terms dims;
+  for (const auto d : c10::irange(x.dim())) {
+    if (x.size(d) > 1 && x.stride(d) == 0) {
       return true;
     }
-    steps_over = steps_over && dim.stride >= elements.extent(smaller);
-    smaller.push_back(dim);
+    if (x.size(d) > 1) {
+      dims.push_back({x.stride(d), 1 - x.size(d), x.size(d) - 1});  // differences of two indices
+    }
   }
-  if (steps_over) {
-    return false;
+  sort_by_stride(dims);
+  // Of two different elements at one place, the first index that differs is the greater in one.
+  for (const auto first : c10::irange(dims.size())) {
+    Terms terms(dims.begin() + first, dims.end());
+    terms[0].min = 1;
+    if (Search(terms).reaches(0, 0)) {
+      return true;
+    }
   }
-  Marker marker(elements.begin, elements.end());
-  return !visit_elements(elements, elements.begin, 0, [&](std::int64_t first) {
-    const bool free = marker.is_free(first, elements.element);
-    marker.mark(first, elements.element);
-    return free;
-  });
+  return false;
 }
 
-bool share_memory(const at::Tensor& x, const at::Tensor& y) {
+bool overlap(const at::Tensor& x, const at::Tensor& y) {
   if (x.numel() == 0 || y.numel() == 0) {
     return false;
   }
-  // Under a transform of torch.func, tensors have no storage: then identity is all there is to ask.
+  // Under a transform of torch.func tensors have no storage, and only identity is known.
   if (x.is_same(y)) {
     return true;
   }
   if (!x.has_storage() || !y.has_storage()) {
     return false;
   }
-  // Views of one storage are compared within it; others by address, where they have one.
-  const bool same_storage = x.is_alias_of(y);
-  if (!same_storage && (storage_address(x) == 0 || storage_address(y) == 0)) {
+  const auto* x_storage = static_cast<const char*>(x.storage().data());
+  const auto* y_storage = static_cast<const char*>(y.storage().data());
+  const bool has_memory = x_storage != nullptr && y_storage != nullptr;
+  if (!x.is_alias_of(y) && !has_memory) {
     return false;
   }
-  const Footprint a = footprint(x, same_storage ? 0 : storage_address(x));
-  const Footprint b = footprint(y, same_storage ? 0 : storage_address(y));
-  const std::int64_t begin = std::max(a.begin, b.begin);
-  const std::int64_t end = std::min(a.end(), b.end());
-  if (begin >= end) {
-    return false;
-  }
-  for (const Footprint* elements : {&a, &b}) {
-    for (const Dim& dim : elements->dims) {
-      if (dim.stride > 0 && disjoint_in_every_period(a, b, dim.stride)) {
-        return false;
-      }
-    }
-  }
-  Marker marker(begin, end);
-  visit_elements(a, a.begin, 0, [&](std::int64_t first) {
-    marker.mark(first, a.element);
-    return true;
-  });
-  return !visit_elements(b, b.begin, 0,
-                         [&](std::int64_t first) { return marker.is_free(first, b.element); });
+  const std::int64_t x_size = x.element_size();
+  const std::int64_t y_size = y.element_size();
+  const std::int64_t distance = (x.is_alias_of(y) ? 0 : x_storage - y_storage) +
+                                x.storage_offset() * x_size - y.storage_offset() * y_size;
+  Terms terms;
+  add_dims(terms, x, /*negative=*/false);
+  add_dims(terms, y, /*negative=*/true);
+  sort_by_stride(terms);
+  return Search(terms).reaches(1 - x_size - distance, y_size - 1 - distance);
 }
 
 }  // namespace rope
