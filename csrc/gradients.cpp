@@ -231,7 +231,7 @@ at::Tensor angle_on_cuda(const SumCall& call) {
 
 Rotation<at::Tensor> sum_on_cuda(const SumCall& call) {
   check(call);
-  // With so many dimensions a launch may be split, and the parts have sums in common.
+  // Beyond kMaxDims a launch may be on copies of like_sums, which has no memory.
   const bool is_one_launch =
       std::ranges::all_of(call.xs, [](const at::Tensor& x) { return x.dim() <= kMaxDims; });
   if (!cuda::has_kernels() || !is_one_launch) {

@@ -1,5 +1,7 @@
 #include "make_launch.h"
 
+#include <ATen/ATen.h>
+#include <ATen/core/DimVector.h>
 #include <c10/core/WrapDimMinimal.h>
 #include <c10/util/SmallVector.h>
 #include <c10/util/irange.h>
@@ -17,7 +19,6 @@ namespace rope {
 
 namespace {
 
-// One loop of the Loops while it is being built.
 template <int kArrays>
 struct Loop {
   std::int64_t size;
@@ -27,7 +28,7 @@ struct Loop {
 template <int kArrays>
 using LoopList = c10::SmallVector<Loop<kArrays>, 5>;
 
-// Whether the outer loop merely continues the inner one, for every array.
+// Whether the two loops are one for every array.
 template <int kArrays>
 bool continues(const Loop<kArrays>& outer, const Loop<kArrays>& inner) {
   for (const auto array : c10::irange(kArrays)) {
@@ -38,42 +39,33 @@ bool continues(const Loop<kArrays>& outer, const Loop<kArrays>& inner) {
   return true;
 }
 
-// Puts the loops in the order of memory, as the given array sees it, and joins those that can be
-// walked as one.
+// Sorts the loops by the strides of the given array, outermost first, and coalesces them. False
+// where more than kMaxDims are left.
 template <int kArrays>
-void simplify(LoopList<kArrays>& loops, int array) {
+bool simplify(LoopList<kArrays>& loops, int array, Loops<kArrays>& result) {
   std::stable_sort(loops.begin(), loops.end(), [=](const auto& left, const auto& right) {
     return left.strides[array] > right.strides[array];
   });
-  LoopList<kArrays> joined;
+  LoopList<kArrays> coalesced;
   for (const Loop<kArrays>& inner : loops) {
-    if (!joined.empty() && continues(joined.back(), inner)) {
-      joined.back() = {joined.back().size * inner.size, inner.strides};
+    if (!coalesced.empty() && continues(coalesced.back(), inner)) {
+      coalesced.back() = {coalesced.back().size * inner.size, inner.strides};
     } else {
-      joined.push_back(inner);
+      coalesced.push_back(inner);
     }
   }
-  loops = std::move(joined);
-}
-
-template <int kArrays>
-Loops<kArrays> to_loops(const LoopList<kArrays>& loops) {
-  Loops<kArrays> result{};
-  result.num_dims = static_cast<int>(loops.size());
-  for (const auto d : c10::irange(loops.size())) {
-    result.sizes[d] = loops[d].size;
-    for (const auto array : c10::irange(kArrays)) {
-      result.strides[array][d] = loops[d].strides[array];
+  if (coalesced.size() > kMaxDims) {
+    return false;
+  }
+  result.num_dims = static_cast<int>(coalesced.size());
+  for (const auto d : c10::irange(coalesced.size())) {
+    result.sizes[d] = coalesced[d].size;
+    for (const auto a : c10::irange(kArrays)) {
+      result.strides[a][d] = coalesced[d].strides[a];
     }
   }
-  return result;
+  return true;
 }
-
-const void* advance(const void* pointer, std::int64_t bytes) {
-  return static_cast<const char*>(pointer) + bytes;
-}
-
-void* advance(void* pointer, std::int64_t bytes) { return static_cast<char*>(pointer) + bytes; }
 
 // max_wavelength^(-2n / rotary_dim) for each pair n.
 const double* wavelength_frequencies(double max_wavelength, std::int64_t rotary_dim) {
@@ -89,19 +81,19 @@ const double* wavelength_frequencies(double max_wavelength, std::int64_t rotary_
   return frequencies.data();
 }
 
-// Builds the description of a launch for one tensor of the call, or for both.
-class Description {
+// Builds a launch for one tensor of the call, or for both.
+class LaunchBuilder {
  public:
-  Description(const Call& call, std::int64_t rotary_dim) : call_(call) {
+  LaunchBuilder(const Call& call, std::int64_t rotary_dim) : call_(call) {
     launch_.num_pairs = rotary_dim / 2;
     launch_.rotary_offset = call.options.rotary_offset;
     launch_.interleaved = call.options.interleaved;
     launch_.conjugate = call.options.conjugate;
     launch_.uses_tables = call.uses_tables;
     if (call.uses_tables) {
-      describe_tables();
+      set_tables();
     } else {
-      describe_positions(rotary_dim);
+      set_positions(rotary_dim);
     }
   }
 
@@ -133,16 +125,17 @@ class Description {
     }
   }
 
-  void launch(c10::function_ref<void(const Launch&)> run) {
-    simplify(tokens_, kOut);
+  // Null where there are too many loops.
+  const Launch* build() {
+    bool fits = simplify(tokens_, kOut, launch_.tokens);
     for (const auto index : c10::irange(launch_.num_operands)) {
-      simplify(heads_[index], 1);
+      fits = fits && simplify(heads_[index], 1, launch_.operands[index].heads);
     }
-    split_and_launch(run);
+    return fits ? &launch_ : nullptr;
   }
 
  private:
-  void describe_positions(std::int64_t rotary_dim) {
+  void set_positions(std::int64_t rotary_dim) {
     const at::Tensor& positions = call_.positions;
     const auto& inv_freq = call_.options.inv_freq;
     const bool has_axes = inv_freq.has_value() && inv_freq->dim() == 2;
@@ -167,7 +160,7 @@ class Description {
     add_token_dims(positions, has_axes ? 1 : 0, positions.dim(), positions);
   }
 
-  void describe_tables() {
+  void set_tables() {
     const at::Tensor& cos = call_.cos;
     const at::Tensor& sin = call_.sin;
     TableAngles& angles = launch_.table_angles;
@@ -208,68 +201,6 @@ class Description {
     return from_right < std::ssize(token_of_dim_) ? token_of_dim_[from_right] : -1;
   }
 
-  // Loops beyond kMaxDims are run here, the outermost first.
-  void split_and_launch(c10::function_ref<void(const Launch&)> run) {
-    if (tokens_.size() > kMaxDims) {
-      const auto loop = tokens_.front();
-      tokens_.erase(tokens_.begin());
-      for_each_turn(loop.size, run, [&] { move_token(loop.strides); });
-      tokens_.insert(tokens_.begin(), loop);
-      return;
-    }
-    for (const auto index : c10::irange(launch_.num_operands)) {
-      if (heads_[index].size() > kMaxDims) {
-        const auto loop = heads_[index].front();
-        heads_[index].erase(heads_[index].begin());
-        for_each_turn(loop.size, run, [&] { move(index, loop.strides[0], loop.strides[1]); });
-        heads_[index].insert(heads_[index].begin(), loop);
-        return;
-      }
-    }
-    launch_.tokens = to_loops(tokens_);
-    for (const auto index : c10::irange(launch_.num_operands)) {
-      launch_.operands[index].heads = to_loops(heads_[index]);
-    }
-    run(launch_);
-  }
-
-  template <typename Move>
-  void for_each_turn(std::int64_t size, c10::function_ref<void(const Launch&)> run,
-                     const Move& move_on) {
-    const Launch start = launch_;
-    for (std::int64_t i = 0; i < size; ++i) {
-      split_and_launch(run);
-      move_on();
-    }
-    launch_ = start;
-  }
-
-  void move(int index, std::int64_t in_elements, std::int64_t out_elements) {
-    const auto element = static_cast<std::int64_t>(c10::elementSize(launch_.dtype));
-    Operand& operand = launch_.operands[index];
-    operand.in = advance(operand.in, in_elements * element);
-    operand.out = advance(operand.out, out_elements * element);
-  }
-
-  void move_token(const std::array<std::int64_t, kTokenArrays>& strides) {
-    const auto moved = [](const void* pointer, std::int64_t elements, c10::ScalarType dtype) {
-      return advance(pointer, elements * static_cast<std::int64_t>(c10::elementSize(dtype)));
-    };
-    TableAngles& tables = launch_.table_angles;
-    PositionAngles& angles = launch_.position_angles;
-    if (!launch_.uses_tables) {
-      angles.positions = moved(angles.positions, strides[kAngle], angles.positions_dtype);
-    } else if (tables.rows != nullptr) {
-      tables.rows = moved(tables.rows, strides[kAngle], tables.rows_dtype);
-    } else {
-      tables.cos = moved(tables.cos, strides[kAngle], tables.dtype);
-      tables.sin = moved(tables.sin, strides[kSin], tables.dtype);
-    }
-    for (const auto index : c10::irange(launch_.num_operands)) {
-      move(index, strides[kIn + 2 * index], strides[kOut + 2 * index]);
-    }
-  }
-
   const Call& call_;
   Launch launch_{};
   LoopList<kTokenArrays> tokens_;
@@ -277,26 +208,67 @@ class Description {
   c10::SmallVector<int, 5> token_of_dim_;
 };
 
+// Launches on copies of x, and of what its angles come from, expanded to all of its rows: their
+// dimensions coalesce to two.
+void launch_on_copies(const Call& call, const at::Tensor& out,
+                      c10::function_ref<void(const Launch&)> launch) {
+  Call copies = on(call, call.q.contiguous());
+  at::DimVector rows(call.q.sizes().begin(), call.q.sizes().end());
+  rows.erase(rows.begin() + c10::maybe_wrap_dim(call.options.embedding_axis, call.q.dim()));
+  if (call.positions.defined()) {
+    at::Tensor positions = call.positions;
+    const auto& inv_freq = call.options.inv_freq;
+    if (inv_freq.has_value() && inv_freq->dim() == 2) {
+      while (positions.dim() <= std::ssize(rows)) {
+        positions = positions.unsqueeze(1);  // behind the axes
+      }
+      rows.insert(rows.begin(), inv_freq->size(0));
+    }
+    copies.positions = positions.expand(rows).contiguous();
+  } else {
+    rows.push_back(call.cos.size(-1));
+    copies.cos = call.cos.expand(rows).contiguous();
+    copies.sin = call.sin.expand(rows).contiguous();
+  }
+  const at::Tensor result = at::empty_like(copies.q);
+  for_each_launch(copies, {result, {}}, launch);
+  out.copy_(result);
+}
+
+void launch_one(const Call& call, const at::Tensor& out, std::int64_t rotary_dim,
+                c10::function_ref<void(const Launch&)> launch) {
+  if (call.q.numel() == 0) {
+    return;
+  }
+  LaunchBuilder builder(call, rotary_dim);
+  builder.add(call.q, out);
+  if (const Launch* built = builder.build()) {
+    launch(*built);
+  } else {
+    launch_on_copies(call, out, launch);
+  }
+}
+
 }  // namespace
 
 void for_each_launch(const Call& call, const Outputs& outputs,
                      c10::function_ref<void(const Launch&)> launch) {
   const std::int64_t dim = rotary_dim(call, call.q).expect_int();
-  const bool together = call.is_pair && call.q.scalar_type() == call.k.scalar_type() &&
-                        call.q.numel() > 0 && call.k.numel() > 0;
-  if (call.q.numel() > 0) {
-    Description description(call, dim);
-    description.add(call.q, outputs.q);
-    if (together) {
-      description.add(call.k, outputs.k);
+  if (!call.is_pair) {
+    launch_one(call, outputs.q, dim, launch);
+    return;
+  }
+  if (call.q.scalar_type() == call.k.scalar_type() && call.q.numel() > 0 && call.k.numel() > 0) {
+    LaunchBuilder builder(call, dim);
+    builder.add(call.q, outputs.q);
+    builder.add(call.k, outputs.k);
+    if (const Launch* built = builder.build()) {
+      launch(*built);
+      return;
     }
-    description.launch(launch);
   }
-  if (call.is_pair && !together && call.k.numel() > 0) {
-    Description description(call, dim);
-    description.add(call.k, outputs.k);
-    description.launch(launch);
-  }
+  launch_one(on(call, call.q), outputs.q, dim, launch);
+  launch_one(on(call, call.k), outputs.k, dim, launch);
 }
 
 }  // namespace rope

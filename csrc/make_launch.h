@@ -8,9 +8,9 @@
 
 namespace rope {
 
-// Calls launch for each launch that the call needs: one for nearly every call. A pair whose tensors
-// differ in dtype needs two; so do views whose dimensions are too many and too irregular for one
-// nest. Pointers in the description live as long as the call of launch.
+// Calls launch for each launch that the call needs: one, or two for a pair whose tensors differ in
+// dtype. Tensors with more than kMaxDims dimensions that do not coalesce are copied first. The
+// pointers of a launch are valid during the call of launch.
 void for_each_launch(const Call& call, const Outputs& outputs,
                      c10::function_ref<void(const Launch&)> launch);
 

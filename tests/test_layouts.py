@@ -275,3 +275,45 @@ def test_more_than_2_to_the_31_elements(device: str) -> None:
     x[rows] = some
     torch_rope.apply_(x, torch.arange(tokens, device=device).unsqueeze(-1))
     assert_same_bits(x[rows], torch_rope.apply(some, rows.unsqueeze(-1)))
+
+
+@pytest.mark.parametrize("axis", [-1, 5])
+@pytest.mark.parametrize("angles", ["positions", "axes", "tables", "rows"])
+def test_more_dimensions_than_a_launch_has_are_rotated(device: str, angles: str, axis: int) -> None:
+    sizes = (2,) * 14
+    # In memory the dimensions of x are in the opposite order of those of the angles.
+    x = random_values((*sizes, 4), device=device).permute(*reversed(range(14)), 14)
+    rows = x.reshape(-1, 4)
+    x = x.movedim(-1, axis)
+    positions = random_positions(sizes, device=device)
+    inv_freq = random_inv_freq((2, 2), device=device)
+    tables = random_values((9, 2), device=device), random_values((9, 2), seed=1, device=device)
+    if angles == "positions":
+        rotated = torch_rope.apply(x, positions, embedding_axis=axis)
+        expected = torch_rope.apply(rows, positions.flatten())
+    elif angles == "axes":
+        both = torch.stack((positions, -positions))
+        rotated = torch_rope.apply(x, both, inv_freq, embedding_axis=axis)
+        expected = torch_rope.apply(rows, both.flatten(1), inv_freq)
+    elif angles == "tables":
+        cos, sin = (table[positions.long() % 9] for table in tables)
+        rotated = torch_rope.apply_cos_sin(x, cos, sin, embedding_axis=axis)
+        expected = torch_rope.apply_cos_sin(rows, cos.flatten(0, -2), sin.flatten(0, -2))
+    else:
+        named = positions.long() % 9
+        rotated = torch_rope.apply_cos_sin(x, *tables, named, embedding_axis=axis)
+        expected = torch_rope.apply_cos_sin(rows, *tables, named.flatten())
+    assert_same_bits(rotated.movedim(axis, -1).reshape(-1, 4), expected)
+    assert rotated.stride() == torch.empty_like(x).stride()
+
+
+def test_a_pair_with_more_dimensions_than_a_launch_has_is_rotated_in_place(device: str) -> None:
+    sizes = (2,) * 14
+    order = (*reversed(range(14)), 14)
+    q = random_values((*sizes, 4), device=device).permute(order)
+    k = random_values((*sizes, 4), seed=1, device=device).permute(order)
+    positions = random_positions(sizes, device=device)
+    expected = torch_rope.apply(q.contiguous(), positions), torch_rope.apply(k, positions)
+    torch_rope.apply_((q, k), positions)
+    assert_same_bits(q, expected[0])
+    assert_same_bits(k, expected[1])
