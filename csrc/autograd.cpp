@@ -1,6 +1,6 @@
-// Derivatives. Rotation is linear in x, so that its backward is the same operator with conjugate
-// flipped, and saves no activation. The gradients of what makes the angles (positions, inv_freq,
-// cos, sin) are computed only when asked for (gradients.h).
+// Derivatives. Rotation is linear in x: its backward is the same operator with conjugate flipped,
+// and saves no activation. Gradients of positions, inv_freq, cos and sin are computed only when
+// needed (gradients.h).
 #include "autograd.h"
 
 #include <ATen/ATen.h>
@@ -47,8 +47,7 @@ bool angles_require_grad(const Call& call) {
          requires_grad(inv_freq_of(call));
 }
 
-// Of a pair of which only one tensor requires grad, as where LoRA trains q alone, the output of the
-// other must not come to require it.
+// Where only one tensor of a pair requires grad (LoRA on q alone), the other's output must not.
 variable_list outputs_without_grad(const Call& call, const Outputs& outputs) {
   variable_list constant;
   if (!angles_require_grad(call)) {
@@ -65,23 +64,22 @@ variable_list outputs_without_grad(const Call& call, const Outputs& outputs) {
 struct Rotate : torch::autograd::Function<Rotate> {
   static constexpr bool is_traceable = true;
 
-  // The order of the tensors among the arguments of forward, of the saved tensors, and of the
-  // gradients.
+  // The order of the tensors among the arguments of forward, the saved tensors and the gradients.
   enum Argument : std::size_t { kQ, kK, kPositions, kInvFreq, kCos, kSin, kNumArguments };
 
-  // The tensors are those of the call: autograd sees only arguments. What is to be done is another
-  // call where one in place is recorded as two, and none where it was done before. Sets context to
-  // the node's.
+  // The tensors are those of `call`, passed separately because autograd only sees arguments.
+  // `to_run` is the call to carry out: another one, or null, where an in-place pair is recorded as
+  // two nodes. Sets *context to the node's context.
   static variable_list forward(AutogradContext* ctx, const at::Tensor& q, const OptionalTensor& k,
                                const OptionalTensor& positions, const OptionalTensor& inv_freq,
                                const OptionalTensor& cos, const OptionalTensor& sin,
-                               const Call& call, const Call* to_do, AutogradContext** context) {
+                               const Call& call, const Call* to_run, AutogradContext** context) {
     *context = ctx;
     const at::AutoDispatchBelowADInplaceOrView guard;
-    // Below autograd nothing is recorded whatever the mode, which PyTorch turned off: but a
-    // compiler takes a change of an argument in that mode for one that has no gradient.
+    // Nothing is recorded below autograd, whatever the grad mode. PyTorch turned it off, and a
+    // compiler would then treat the mutation of an argument as one without a gradient.
     const at::AutoGradMode mode(true);
-    Outputs outputs = to_do == nullptr ? Outputs() : dispatch(*to_do);
+    Outputs outputs = to_run == nullptr ? Outputs() : dispatch(*to_run);
     if (call.in_place) {
       outputs = {call.q, call.k};
     }
@@ -97,7 +95,7 @@ struct Rotate : torch::autograd::Function<Rotate> {
     save_options(ctx, call.options);
     ctx->saved_data["uses_tables"] = call.uses_tables;
 
-    // Gradients of angles take the output, gradients of tables the input; the gradient of x takes
+    // Gradients of angles need the output, gradients of tables the input, the gradient of x
     // neither.
     variable_list saved(kNumArguments);
     if (angles_require_grad(call)) {
@@ -126,7 +124,7 @@ struct Rotate : torch::autograd::Function<Rotate> {
     const at::Tensor& grad_q = grads[0];
     const at::Tensor grad_k = grads.size() > 1 ? grads[1] : at::Tensor();
 
-    // Autograd counts only the tensors that were given.
+    // Autograd numbers only the tensors that are defined.
     bool wants[kNumArguments] = {};
     std::size_t edge = 0;
     for (const std::size_t argument : c10::irange(std::size_t{kNumArguments})) {
@@ -136,7 +134,7 @@ struct Rotate : torch::autograd::Function<Rotate> {
       edge += given ? 1 : 0;
     }
 
-    variable_list results(kNumArguments + 3);  // none for the calls and for the place of context
+    variable_list results(kNumArguments + 3);  // the last three for call, to_run and context
     const bool wants_q = grad_q.defined() && wants[kQ];
     const bool wants_k = grad_k.defined() && wants[kK];
     if (wants_q || wants_k) {
@@ -183,12 +181,12 @@ void check_may_change(const at::Tensor& x) {
 }
 
 // Calls the autograd function, of which at least one tensor must require grad.
-Outputs record(const Call& call, const Call* to_do) {
+Outputs record(const Call& call, const Call* to_run) {
   AutogradContext* context = nullptr;
   const variable_list outputs =
       Rotate::apply(call.q, as_optional(call.k), as_optional(call.positions), call.options.inv_freq,
-                    as_optional(call.cos), as_optional(call.sin), call, to_do, &context);
-  // Both have done their work, and compiled autograd takes only nodes without them.
+                    as_optional(call.cos), as_optional(call.sin), call, to_run, &context);
+  // Both have taken effect, and compiled autograd only accepts nodes without them.
   context->mark_dirty({});
   context->mark_non_differentiable({});
   return {outputs[0], call.is_pair ? outputs[1] : at::Tensor()};
@@ -201,7 +199,7 @@ Outputs rotate_with_autograd(const Call& call) {
   const bool records =
       at::GradMode::is_enabled() && (angles || requires_grad(call.q) || requires_grad(call.k));
   if (call.in_place) {
-    // Before anything is written: what follows may be more than one call.
+    // Check before anything is written: more than one call may follow.
     check(call);
     check_may_change(call.q);
     check_may_change(call.k);
@@ -214,17 +212,17 @@ Outputs rotate_with_autograd(const Call& call) {
     }
   }
   if (tangent || is_transformed()) {
-    // C++ autograd functions know neither: ATen operators do.
+    // C++ autograd functions support neither; ATen operators do.
     return rotate_decomposed(call);
   }
   if (call.is_pair && !angles && call.in_place) {
-    // Autograd allows views, such as q and k of one packed buffer, to be changed by functions of
-    // one output only: the first of two rotates both.
-    const Call* to_do = &call;
+    // Autograd lets only functions with a single output modify views, such as q and k of a packed
+    // buffer: record two, of which the first rotates both.
+    const Call* to_run = &call;
     for (const at::Tensor& x : {call.q, call.k}) {
       if (requires_grad(x)) {
-        record(in_place(on(call, x)), to_do);
-        to_do = nullptr;
+        record(in_place(on(call, x)), to_run);
+        to_run = nullptr;
       } else {
         torch::autograd::impl::bump_version(x);
       }
@@ -291,13 +289,21 @@ bool is_transformed() {
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
 }
 
+bool is_plain(const at::Tensor& tensor) {
+  return !tensor.defined() ||
+         (!tensor.unsafeGetTensorImpl()->is_python_dispatch() && !has_tangent(tensor) &&
+          !(at::GradMode::is_enabled() && requires_grad(tensor)));
+}
+
 }  // namespace rope
 
+// In C++, because register_autograd is Python only.
 TORCH_LIBRARY_IMPL(rope, Autograd, library) {
   rope::FunctionalOperators::implement_forwarding<rope::DifferentiateOrForward>(library);
   rope::InPlaceOperators::implement_forwarding<rope::DifferentiateOrForward>(library);
 }
 
+// Without a kernel here, backward would silently use a saved tensor that was overwritten.
 TORCH_LIBRARY_IMPL(rope, ADInplaceOrView, library) {
   rope::InPlaceOperators::implement_forwarding<rope::ForwardAndBumpVersions>(library);
 }

@@ -1,5 +1,5 @@
-// What every device shares: check, allocate, describe, launch. And Meta, which stops after the
-// second step.
+// The kernels of the backends. All of them check and allocate in the same way; Meta stops there,
+// CPU and CUDA make launches and run them.
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
 
@@ -26,7 +26,7 @@ Outputs check_and_allocate(const Call& call) {
 
 at::Tensor empty_like(const at::Tensor& x) { return at::empty_like(x); }
 
-// The same for a tensor on the CPU, without the dispatcher, which takes a good part of a tiny call.
+// The same without the dispatcher, whose cost shows in small calls.
 at::Tensor empty_like_on_cpu(const at::Tensor& x) {
   return x.is_non_overlapping_and_dense()
              ? at::Tensor(at::detail::empty_strided_cpu(x.sizes(), x.strides(), x.scalar_type()))
@@ -62,11 +62,11 @@ Outputs rotate_on_cuda(const Call& call) {
   return outputs;
 }
 
-// Nested tensors of the older, strided layout: check() says what is expected. (Those of the jagged
-// layout are Python's: torch_rope/_nested.py.)
+// The strided layout of nested tensors, which check() refuses. torch_rope/_nested.py has the jagged
+// layout.
 Outputs refuse_strided_nested(const Call& call) {
   check(call);
-  TORCH_INTERNAL_ASSERT(false, "rope::", call.name(), " took a strided nested tensor");
+  TORCH_INTERNAL_ASSERT(false, "rope::", call.name(), " accepted a strided nested tensor");
 }
 
 }  // namespace
@@ -83,6 +83,7 @@ TORCH_LIBRARY_IMPL(rope, CUDA, library) {
   rope::InPlaceOperators::implement<rope::rotate_on_cuda>(library);
 }
 
+// Without these, the fallback of the key would give another error than the operators do elsewhere.
 TORCH_LIBRARY_IMPL(rope, NestedTensorCPU, library) {
   rope::FunctionalOperators::implement<rope::refuse_strided_nested>(library);
   rope::InPlaceOperators::implement<rope::refuse_strided_nested>(library);
@@ -93,6 +94,7 @@ TORCH_LIBRARY_IMPL(rope, NestedTensorCUDA, library) {
   rope::InPlaceOperators::implement<rope::refuse_strided_nested>(library);
 }
 
+// Fake tensors get the checks, messages and strides of the backends.
 TORCH_LIBRARY_IMPL(rope, Meta, library) {
   rope::FunctionalOperators::implement<rope::check_and_allocate<rope::empty_like>>(library);
   rope::InPlaceOperators::implement<rope::check_and_allocate<rope::empty_like>>(library);

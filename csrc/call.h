@@ -30,19 +30,18 @@ struct Call {
   std::string name() const;
 };
 
-// A call that has no tensor to rotate yet.
+// A call without the tensors to rotate.
 Call make_call(const at::Tensor& positions, const ApplyOptions& options);
 Call make_call(const at::Tensor& cos, const at::Tensor& sin, const CosSinOptions& options);
 
-// The call, functional, on other tensors: on one or on two.
+// The call, made functional, on other tensors: one or two.
 Call on(Call call, const at::Tensor& x);
 Call on(Call call, const at::Tensor& q, const at::Tensor& k);
 
 // The call in place.
 Call in_place(Call call);
 
-// What a call returns. An in-place call returns what it was given, in C++; its operator returns
-// nothing.
+// What a call returns. In place, these are its arguments; the operator itself returns nothing.
 struct Outputs {
   at::Tensor q;
   at::Tensor k;

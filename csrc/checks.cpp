@@ -10,7 +10,7 @@
 #include <string>
 #include <string_view>
 
-#include "gradients.h"
+#include "gradient_sums.h"
 #include "messages.h"
 #include "overlap.h"
 
@@ -31,10 +31,10 @@ bool is_supported_float(at::ScalarType dtype) {
          dtype == at::kBFloat16;
 }
 
-// Whether inv_freq or the tables decide how many elements are rotated.
+// Whether inv_freq or the tables determine rotary_dim.
 bool has_columns(const Call& call) { return call.uses_tables || call.options.inv_freq.has_value(); }
 
-// The number of elements that they have columns for.
+// The rotary_dim that they determine.
 c10::SymInt dim_of_columns(const Call& call) {
   const at::Tensor& table = call.uses_tables ? call.cos : *call.options.inv_freq;
   return call.options.full_width ? table.sym_size(-1) : table.sym_size(-1) * 2;
@@ -52,15 +52,15 @@ bool have_same_shape(const at::Tensor& x, const at::Tensor& y) {
   return have_same_sizes(x.sym_sizes(), y.sym_sizes());
 }
 
-// The sizes of x without the embedding axis. Only after the axis was checked.
+// The sizes of x without the embedding axis, which has been checked.
 c10::SymDimVector batch_sizes(const at::Tensor& x, std::int64_t embedding_axis) {
   c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
   sizes.erase(sizes.begin() + c10::maybe_wrap_dim(embedding_axis, x.dim()));
   return sizes;
 }
 
-// Whether sizes expand to the target: ordinary broadcasting, which the shape of x bounds. are_equal
-// compares two sizes, of which neither need be a number.
+// Whether sizes expand to target, by ordinary broadcasting. are_equal compares two sizes that may
+// be symbolic.
 template <typename AreEqual>
 bool broadcasts_to(c10::SymIntArrayRef sizes, c10::SymIntArrayRef target,
                    const AreEqual& are_equal) {
@@ -76,15 +76,15 @@ bool broadcasts_to(c10::SymIntArrayRef sizes, c10::SymIntArrayRef target,
   return true;
 }
 
-// The same, where it is to hold.
+// The same, as a condition that is assumed for symbolic sizes.
 bool broadcasts_to(c10::SymIntArrayRef sizes, c10::SymIntArrayRef target) {
   return broadcasts_to(sizes, target, [](const c10::SymInt& size, const c10::SymInt& wanted) {
     return holds(size.sym_eq(wanted));
   });
 }
 
-// Which dimension of 1, counted from the end, would make the sizes expand to the target; trailing
-// ones come after them. 0 where none would.
+// The dimension, counted from the end, where an inserted 1 would make sizes expand to target;
+// `trailing` dimensions follow sizes. 0 if there is none.
 std::int64_t missing_dimension(c10::SymIntArrayRef sizes, c10::SymIntArrayRef target,
                                std::int64_t trailing) {
   const auto are_known_to_be_equal = [](const c10::SymInt& size, const c10::SymInt& wanted) {
@@ -100,8 +100,8 @@ std::int64_t missing_dimension(c10::SymIntArrayRef sizes, c10::SymIntArrayRef ta
   return 0;
 }
 
-// The commonest slip: q and k given one after the other, so that k is taken for positions or cos.
-bool takes_k_for(const Call& call, const at::Tensor& tensor) {
+// A common mistake: q and k passed one after the other, so that k lands in positions or cos.
+bool looks_like_k(const Call& call, const at::Tensor& tensor) {
   const at::Tensor& q = call.q;
   return !call.is_pair && q.defined() && tensor.defined() && tensor.is_floating_point() &&
          q.dim() >= 2 && tensor.dim() == q.dim() &&
@@ -109,13 +109,13 @@ bool takes_k_for(const Call& call, const at::Tensor& tensor) {
 }
 
 std::string one_tuple_hint(const Call& call) {
-  const bool is_slip = call.uses_tables
-                           ? takes_k_for(call, call.cos) &&
-                                 (call.sin.dim() != call.cos.dim() || call.positions.defined())
-                           : takes_k_for(call, call.positions);
-  return is_slip ? c10::str(" (q and k go in one tuple: ", call.name(), "((q, k), ",
-                            call.uses_tables ? "cos, sin" : "positions", "))")
-                 : "";
+  const bool is_mistake = call.uses_tables
+                              ? looks_like_k(call, call.cos) &&
+                                    (call.sin.dim() != call.cos.dim() || call.positions.defined())
+                              : looks_like_k(call, call.positions);
+  return is_mistake ? c10::str(" (q and k go in one tuple: ", call.name(), "((q, k), ",
+                               call.uses_tables ? "cos, sin" : "positions", "))")
+                    : "";
 }
 
 void check_layout(const Call& call, const at::Tensor& tensor) {
@@ -134,7 +134,7 @@ void check_device(const Call& call, const at::Tensor& tensor, const char* argume
                    tensor.device());
 }
 
-// sizes are those of positions, or those of cos without its columns.
+// sizes are those of positions, or of cos without its columns.
 void check_broadcasts(const Call& call, c10::SymIntArrayRef sizes, const at::Tensor& x,
                       const char* x_name) {
   const bool of_positions = call.positions.defined();
@@ -155,7 +155,7 @@ void check_broadcasts(const Call& call, c10::SymIntArrayRef sizes, const at::Ten
                     hint);
 }
 
-// One of the tensors that are rotated, and where its pairs are.
+// One of the rotated tensors, and the slice of it.
 void check_rotated(const Call& call, const at::Tensor& x, const char* argument) {
   const ApplyOptions& options = call.options;
   check_defined(call, x, argument);
@@ -253,8 +253,8 @@ void check_positive(const Call& call, const char* argument, double value) {
                     "be positive and finite, but got ", value);
 }
 
-// The sizes of positions that broadcast with x: without the leading dimension of the axes of a (A,
-// N) inv_freq.
+// The sizes of positions that broadcast with x: without the leading dimension for an (A, N)
+// inv_freq.
 c10::SymIntArrayRef checked_position_sizes(const Call& call) {
   const c10::SymIntArrayRef sizes = call.positions.sym_sizes();
   const auto& inv_freq = call.options.inv_freq;
@@ -312,9 +312,8 @@ bool is_symbolic(const at::Tensor& x) {
   return x.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
 }
 
-// The two questions of overlap.h. Of symbolic sizes and strides, which have no answer for every
-// value, only the plain mistakes are found: an expanded dimension, and views that begin at the same
-// element.
+// The queries of overlap.h. With symbolic sizes and strides only two mistakes are detected: an
+// expanded dimension, and views that begin at the same element.
 bool is_known_to_overlap_itself(const at::Tensor& x) {
   if (!is_symbolic(x)) {
     return overlaps_itself(x);
@@ -355,8 +354,8 @@ std::int64_t end_in_storage(const c10::TensorImpl& x) {
   return last + 1;
 }
 
-// That sizes and strides stay within the storage, which may have been resized to nothing. Not of
-// tensors without memory of their own, such as those of compilers.
+// Guards memory: sizes and strides stay within the storage, which may have been resized. Tensors
+// without memory, such as a compiler's, are not checked.
 void check_storage(const Call& call, const at::Tensor& tensor, const char* argument) {
   const c10::TensorImpl& x = *tensor.unsafeGetTensorImpl();
   if (x.has_symbolic_sizes_strides() || x.is_python_dispatch() || x.is_meta() || !x.has_storage()) {
@@ -371,7 +370,7 @@ void check_storage(const Call& call, const at::Tensor& tensor, const char* argum
                     " bytes");
 }
 
-// What only calls in place must meet.
+// Checks of in-place calls only.
 void check_memory(const Call& call, const at::Tensor& x, const char* argument) {
   TORCH_CHECK_VALUE(!is_known_to_overlap_itself(x), expected(call, argument),
                     "have each element at its own place in memory, but got sizes ", x.sym_sizes(),
@@ -387,7 +386,7 @@ void check_memory(const Call& call, const at::Tensor& x, const char* argument) {
   }
 }
 
-// Of the operators of gradients.h: that a tensor, its gradient, and the sizes of the sums fit.
+// A tensor of the operators of gradient_sums.h, its gradient, and the sizes of the sums.
 void check_operand(const SumCall& call, std::size_t i) {
   const auto& [axis, offset] = std::pair(call.options.embedding_axis, call.options.rotary_offset);
   const at::Tensor& x = call.xs[i];
@@ -425,7 +424,7 @@ void check_operand(const SumCall& call, std::size_t i) {
                     " without embedding_axis, but got ", sizes);
 }
 
-// What is made of the sums; only after these were checked.
+// What follows the sums, which have been checked.
 void check_finish(const SumCall& call) {
   const auto& [factors, dim, rows, num_rows, dtype] = call.finish;
   const at::Device device = call.xs[0].device();

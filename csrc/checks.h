@@ -1,5 +1,4 @@
-// What the operators refuse. Every device and Meta call the same checks before anything is
-// allocated or written.
+// The argument checks. All backends and Meta call them before anything is allocated or written.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,17 +9,17 @@ namespace rope {
 
 struct SumCall;
 
-// Throws where the arguments of the call do not fit. Sizes may be symbolic.
+// Throws the contract's error if an argument is invalid. Sizes may be symbolic.
 void check(const Call& call);
 
-// Likewise of the operators of gradients.h.
+// The same for the operators of gradient_sums.h.
 void check(const SumCall& call);
 
-// The rest of the checks where values can be read without waiting for a device: every row of a
-// table that positions ask for exists. The kernels rely on it for not reading past the tables.
+// Guards memory on the CPU, where values can be read: every row of a table that positions name
+// exists.
 void check_rows_exist(const Call& call);
 
-// Twice the number of pairs of x that the call rotates.
+// The number of elements of x that the call rotates, 2 N.
 c10::SymInt rotary_dim(const Call& call, const at::Tensor& x);
 
 }  // namespace rope

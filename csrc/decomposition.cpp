@@ -10,7 +10,7 @@ namespace rope {
 
 namespace {
 
-Rotation<at::Tensor> rotations_by_position(const Call& call, at::ScalarType real) {
+Rotation<at::Tensor> rotations_from_positions(const Call& call, at::ScalarType real) {
   const ApplyOptions& options = call.options;
   const at::Tensor frequency = frequencies(call);
   const at::Tensor position = call.positions.to(frequency.scalar_type()).unsqueeze(-1);
@@ -32,7 +32,7 @@ Rotation<at::Tensor> rotations_by_position(const Call& call, at::ScalarType real
           (angle.sin() * options.attention_factor).to(real)};
 }
 
-Rotation<at::Tensor> rotations_of_tables(const Call& call, at::ScalarType real) {
+Rotation<at::Tensor> rotations_from_tables(const Call& call, at::ScalarType real) {
   if (!call.positions.defined()) {
     return {call.cos.to(real), call.sin.to(real)};
   }
@@ -44,10 +44,10 @@ Rotation<at::Tensor> rotations_of_tables(const Call& call, at::ScalarType real) 
 FullRotation<at::Tensor> full_rotations(const Call& call, at::ScalarType real) {
   const ApplyOptions& options = call.options;
   const Rotation<at::Tensor> angle =
-      call.uses_tables ? rotations_of_tables(call, real) : rotations_by_position(call, real);
+      call.uses_tables ? rotations_from_tables(call, real) : rotations_from_positions(call, real);
   if (!call.options.full_width) {
-    const Rotation<at::Tensor> turned{angle.cos, options.conjugate ? -angle.sin : angle.sin};
-    return {turned, turned};
+    const Rotation<at::Tensor> rotation{angle.cos, options.conjugate ? -angle.sin : angle.sin};
+    return {rotation, rotation};
   }
   const SliceOptions columns{.interleaved = options.interleaved};
   const Pair<at::Tensor> cos = pairs(columns, angle.cos.sym_size(-1), angle.cos);
@@ -56,7 +56,8 @@ FullRotation<at::Tensor> full_rotations(const Call& call, at::ScalarType real) {
   return options.conjugate ? transpose(full) : full;
 }
 
-// The call is of one tensor: of two, each may have a dtype and so cosines and sines of its own.
+// Rotates one tensor. Those of a pair may differ in dtype, and then need different cosines and
+// sines.
 at::Tensor rotate_one(const Call& call) {
   const ApplyOptions& options = call.options;
   const at::Tensor& x = call.q;
@@ -66,15 +67,15 @@ at::Tensor rotate_one(const Call& call) {
   const Pair<at::Tensor> pair = pairs(convert_options<SliceOptions>(options), dim, x);
   const at::Tensor a = pair.a.to(real);
   const at::Tensor b = pair.b.to(real);
-  const at::Tensor turned_a = (a * angle.a.cos - b * angle.a.sin).to(x.scalar_type());
-  const at::Tensor turned_b = (b * angle.b.cos + a * angle.b.sin).to(x.scalar_type());
-  const at::Tensor turned = slice_of({turned_a, turned_b}, options.interleaved);
+  const at::Tensor rotated_a = (a * angle.a.cos - b * angle.a.sin).to(x.scalar_type());
+  const at::Tensor rotated_b = (b * angle.b.cos + a * angle.b.sin).to(x.scalar_type());
+  const at::Tensor rotated = slice_of({rotated_a, rotated_b}, options.interleaved);
 
   const at::Tensor last = x.movedim(options.embedding_axis, -1);
   const c10::SymInt end = dim + options.rotary_offset;
   const at::Tensor before = last.narrow_symint(-1, 0, options.rotary_offset);
   const at::Tensor after = last.narrow_symint(-1, end, last.sym_size(-1) - end);
-  return at::cat({before, turned, after}, -1).movedim(-1, options.embedding_axis);
+  return at::cat({before, rotated, after}, -1).movedim(-1, options.embedding_axis);
 }
 
 }  // namespace
@@ -85,7 +86,8 @@ at::Tensor frequencies(const Call& call) {
     return *options.inv_freq;
   }
   const c10::SymInt dim = rotary_dim(call, call.q);
-  // Not arange: what is formed from positions is a DTensor where they are. (Inductor makes it one.)
+  // Not arange: what is made from positions is a DTensor where they are. (Inductor turns it into
+  // one.)
   const at::Tensor one_to_n = call.positions.new_ones_symint({dim / 2}, at::kLong).cumsum(0);
   const at::Tensor two_n = (one_to_n - 1).to(at::kDouble) * 2;
   return at::pow(options.max_wavelength, -two_n / dim);
@@ -107,7 +109,7 @@ at::Tensor slice_of(const Pair<at::Tensor>& pairs, bool interleaved) {
   if (!interleaved) {
     return at::cat({pairs.a, pairs.b}, -1);
   }
-  // Not flatten, which the older vmap does not know.
+  // Not flatten, which the older vmap does not support.
   c10::SymDimVector sizes(pairs.a.sym_sizes().begin(), pairs.a.sym_sizes().end());
   sizes.back() = sizes.back() * 2;
   return at::stack({pairs.a, pairs.b}, -1).reshape_symint(sizes);
@@ -135,6 +137,8 @@ Outputs rotate_and_copy(const Call& call) { return copy_back(call, rotate_copies
 
 }  // namespace rope
 
+// Operators of their own, which torch_rope.composed() puts into a compiler's graph: a switch
+// between a kernel and its decomposition would not be part of the compiler's cache key.
 TORCH_LIBRARY_IMPL(rope, CompositeImplicitAutograd, library) {
   rope::DecomposedOperators::implement<rope::rotate_decomposed>(library);
 }

@@ -1,5 +1,5 @@
-// The operators in ATen operators: plain, differentiable in every way that ATen is, and open to
-// fusion by a compiler.
+// The operators decomposed into ATen operators: differentiable in every way that ATen is, and open
+// to fusion by a compiler.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,22 +9,22 @@
 
 namespace rope {
 
-// Rotates without a kernel of ours. The call is not in place.
+// The decomposition. The call is functional.
 Outputs rotate_decomposed(const Call& call);
 
-// Rotates in place by the functional operator and a copy: for derivatives that read the input or
-// the output, which must both outlive the change.
+// Rotates in place by the functional operator and copy_, for derivatives that need the input or the
+// output after the call.
 Outputs rotate_and_copy(const Call& call);
 
-// The two steps of that: the first writes nothing, the second what the first returned.
+// The two steps of rotate_and_copy. The first writes nothing; the second copies what it returned.
 Outputs rotate_copies(const Call& call);
 Outputs copy_back(const Call& call, const Outputs& outputs);
 
-// Radians per unit of position, (N) or (A, N): inv_freq, or what max_wavelength and scale_factor
-// stand for, in float64.
+// Radians per unit of position, (N) or (A, N): inv_freq, or those of max_wavelength in float64, not
+// yet divided by scale_factor.
 at::Tensor frequencies(const Call& call);
 
-// Where the pairs of x are.
+// Where the pairs of x are along its dimensions.
 struct SliceOptions {
   std::int64_t embedding_axis = -1;
   std::int64_t rotary_offset = 0;
@@ -35,7 +35,7 @@ struct SliceOptions {
 Pair<at::Tensor> pairs(const SliceOptions& options, const c10::SymInt& rotary_dim,
                        const at::Tensor& x);
 
-// The slice (..., 2 N) that has these for its pairs.
+// The slice (..., 2 N) with these pairs.
 at::Tensor slice_of(const Pair<at::Tensor>& pairs, bool interleaved);
 
 }  // namespace rope

@@ -1,21 +1,9 @@
-// Gradients of what makes the angles: positions, inv_freq, cos and sin.
-//
-// The heavy part is common to all: sums over the rows (heads, say) that share an angle, for each
-// token and pair. Two private operators form them and what is made of them, _angle_gradient and
-// _cos_sin_gradient: on CUDA in at most three kernels, elsewhere in ATen operators.
+// Gradients of positions, inv_freq, cos and sin.
 #pragma once
 
-#include <ATen/core/DimVector.h>
 #include <ATen/core/Tensor.h>
 
-#include <array>
-#include <optional>
-#include <tuple>
-#include <utility>
-
 #include "call.h"
-#include "operator.h"
-#include "rotation.h"
 
 namespace rope {
 
@@ -26,7 +14,7 @@ struct WantedGradients {
   bool sin;
 };
 
-// Undefined where a gradient was not asked for, or is zero.
+// A gradient that was not asked for, or is zero, is undefined.
 struct AngleGradients {
   at::Tensor positions = {};
   at::Tensor inv_freq = {};
@@ -34,113 +22,9 @@ struct AngleGradients {
   at::Tensor sin = {};
 };
 
-// Of one tensor or of q and k: the gradient of each output, which may be undefined, and what was
-// kept of the forward pass: the output, or the input where the call uses tables.
+// grads are the gradients of the outputs for x, or for q and k; any may be undefined. kept are the
+// outputs, or the inputs where the call uses tables.
 AngleGradients angle_gradients(const Call& call, at::TensorList grads, at::TensorList kept,
                                const WantedGradients& wanted);
-
-// What is made of sums; by default nothing.
-struct Finish {
-  // Of those of an angle: (sums * factors).sum(dim), where dim counts from the end. Undefined:
-  // none.
-  at::Tensor factors = {};
-  at::DimVector dim = {};
-  // Of those of tables: each token's are added to the row that it names of num_rows.
-  at::Tensor rows = {};
-  std::optional<c10::SymInt> num_rows = {};
-  // By default that in which the sums are.
-  std::optional<at::ScalarType> dtype = {};
-};
-
-struct AngleSumOptions {
-  std::int64_t embedding_axis = -1;
-  std::int64_t rotary_offset = 0;
-  bool interleaved = false;
-  bool conjugate = false;
-};
-
-struct SumOptions : AngleSumOptions {
-  bool full_width = false;
-};
-
-// One call of either operator, on one tensor or on two of the same dtype, such as q and k, whose
-// sums are added. With g the gradient of what came out of a rotation of x, they are
-//   cos: sum(g.a * x.a + g.b * x.b)    sin: sum(g.b * x.a - g.a * x.b)
-// over the pairs (a, b) that share an angle, in the opmath type of x. They are the gradients of
-// cos t and sin t; where x is what came out, the sine's is that of the angle t. With full_width
-// they are the gradients of full-width tables:
-//   cos: sum(g.a * x.a), sum(g.b * x.b)    sin: sum(-g.a * x.b), sum(g.b * x.a)
-struct SumCall {
-  bool uses_tables = false;  // else only sin is wanted, of the angle
-  at::TensorList grads = {};
-  at::TensorList xs = {};
-  // Of a sum: (tokens..., N), or (tokens..., 2 N) with full_width, where tokens broadcast with each
-  // x as tables do.
-  c10::SymIntArrayRef sizes = {};
-  SumOptions options = {};
-  Finish finish = {};
-  std::array<bool, 2> wants = {false, true};  // cos, sin
-
-  bool wants_cos() const { return wants[0]; }
-  bool wants_sin() const { return wants[1]; }
-  const char* name() const { return uses_tables ? "_cos_sin_gradient" : "_angle_gradient"; }
-  const char* xs_name() const { return uses_tables ? "xs" : "ys"; }
-};
-
-// The two operators: see NOTE [ Operators ] in operator.h.
-struct AngleGradientTraits {
-  using Call = SumCall;
-  using Result = at::Tensor;
-  static std::string name() { return empty_call().name(); }
-  static Call empty_call() { return {}; }
-  static Result results(Rotation<at::Tensor> sums) { return std::move(sums.sin); }
-
-  static constexpr auto arguments() {
-    return std::tuple_cat(
-        std::tuple{
-            argument<at::TensorList>("grads", [](auto& call) -> auto& { return call.grads; }),
-            argument<at::TensorList>("ys", [](auto& call) -> auto& { return call.xs; }),
-            argument<c10::SymIntArrayRef>("sizes", [](auto& call) -> auto& { return call.sizes; })},
-        option_arguments<AngleSumOptions>([](auto& call) -> auto& { return call.options; }, false),
-        std::tuple{argument<const std::optional<at::Tensor>&>(
-                       "factors", [](auto& call) -> auto& { return call.finish.factors; }, "None"),
-                   argument<at::IntArrayRef>(
-                       "dim", [](auto& call) -> auto& { return call.finish.dim; }, "[]"),
-                   argument<std::optional<at::ScalarType>>(
-                       "dtype", [](auto& call) -> auto& { return call.finish.dtype; }, "None")});
-  }
-};
-
-struct CosSinGradientTraits {
-  using Call = SumCall;
-  using Result = std::tuple<at::Tensor, at::Tensor>;
-  static std::string name() { return empty_call().name(); }
-  static Call empty_call() { return {.uses_tables = true}; }
-  static Result results(Rotation<at::Tensor> sums) {
-    return {std::move(sums.cos), std::move(sums.sin)};
-  }
-
-  static constexpr auto arguments() {
-    return std::tuple_cat(
-        std::tuple{
-            argument<at::TensorList>("grads", [](auto& call) -> auto& { return call.grads; }),
-            argument<at::TensorList>("xs", [](auto& call) -> auto& { return call.xs; }),
-            argument<c10::SymIntArrayRef>("sizes", [](auto& call) -> auto& { return call.sizes; })},
-        option_arguments<SumOptions>([](auto& call) -> auto& { return call.options; }, false),
-        std::tuple{
-            argument<const std::optional<at::Tensor>&>(
-                "rows", [](auto& call) -> auto& { return call.finish.rows; }, "None"),
-            argument<const std::optional<c10::SymInt>&>(
-                "num_rows", [](auto& call) -> auto& { return call.finish.num_rows; }, "None"),
-            argument<std::optional<at::ScalarType>>(
-                "dtype", [](auto& call) -> auto& { return call.finish.dtype; }, "None"),
-            argument<std::array<bool, 2>>(
-                "output_mask", [](auto& call) -> auto& { return call.wants; }, "[True, True]")});
-  }
-};
-
-using AngleGradient = Operator<AngleGradientTraits>;
-using CosSinGradient = Operator<CosSinGradientTraits>;
-using SumOperators = OperatorList<AngleGradient, CosSinGradient>;
 
 }  // namespace rope

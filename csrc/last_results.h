@@ -1,5 +1,5 @@
-// A thread's last few results of a slow function, such as a row of powers: models with two sets of
-// frequencies switch between them at every layer.
+// A cache of the last few results of a slow function. Models with two sets of frequencies alternate
+// between them from layer to layer.
 #pragma once
 
 #include <array>
@@ -12,8 +12,8 @@ namespace rope {
 template <typename Key, typename Result>
 class LastResults {
  public:
-  // Returns the result for a key, from make() if it is not among the last kCount. It stays where it
-  // is until kCount other keys have been asked for.
+  // The result for a key, from make() if it is not cached. The reference stays valid until kCount
+  // other keys were inserted.
   template <typename Make>
   const Result& find(const Key& key, const Make& make) {
     for (const auto& entry : entries_) {

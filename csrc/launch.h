@@ -1,4 +1,4 @@
-// The description of one launch: everything a kernel needs, as plain numbers and raw pointers.
+// One launch: everything a kernel needs, as numbers and raw pointers.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -8,7 +8,7 @@
 
 namespace rope {
 
-// The most dimensions of a Loops, after those that can be coalesced have been.
+// The maximum number of loops, after coalescing.
 inline constexpr int kMaxDims = 12;
 
 // Nested loops, outermost first, over several arrays, each with its own strides (in elements).
@@ -33,7 +33,7 @@ struct Loops {
       result[array] = 0;
     }
     for (int d = num_dims - 1; d >= 0; --d) {
-      Index coordinate = index;  // The outermost loop's is what is left.
+      Index coordinate = index;  // of the outermost loop: the rest
       if (d > 0) {
         const auto size = static_cast<Index>(sizes[d]);
         coordinate = index % size;
@@ -69,17 +69,17 @@ struct PositionAngles {
   std::int64_t inv_freq_axis_stride;
   std::int64_t inv_freq_stride;
   const double* wavelength_frequencies;  // host memory, num_pairs of them; null with inv_freq
-  double max_wavelength;                 // what they are of
+  double max_wavelength;                 // their base
   double scale_factor;
   double attention_factor;
 };
 
-// Tables of cosines and sines. Without rows, they move along with the tokens themselves.
+// Tables of cosines and sines, which tokens index directly, or through rows.
 struct TableAngles {
   const void* cos;
   const void* sin;
   c10::ScalarType dtype;
-  bool full_width;          // a column for each element of the slice, instead of one for each pair
+  bool full_width;          // a column for each element of the slice, not for each pair
   std::int64_t cos_stride;  // from one column to the next
   std::int64_t sin_stride;
   const void* rows;  // null, or for each token the row of the (num_rows, N) tables
@@ -92,7 +92,7 @@ struct TableAngles {
 // The arrays that Launch::tokens steps through.
 enum TokenArray : int {
   kAngle,  // positions, rows, or cos
-  kSin,    // sin, where tables move along with the tokens
+  kSin,    // sin, where there are no rows
   kIn,     // in and out of operand i are kIn + 2 * i and kOut + 2 * i
   kOut,
   kTokenArrays = kIn + 4,
@@ -112,18 +112,18 @@ struct Launch {
   TableAngles table_angles;
 };
 
-// Whether a token has a cosine and a sine for each element, instead of one for each pair.
+// Whether a token has a cosine and a sine for each element, not for each pair.
 inline bool has_full_width(const Launch& launch) {
   return launch.uses_tables && launch.table_angles.full_width;
 }
 
-// Where sums over the rows of a launch go, instead of rotated elements: to tables like those of the
-// launch, in the type that is computed with. See NOTE [ Sums ] in cuda/sum_kernel.h.
+// The output of a sum over the heads of a launch: tables shaped like the launch's own, in the
+// opmath type. See NOTE [ Sums ] in cuda/sum_kernel.h.
 struct Sums {
-  void* cos;  // null: not asked for
+  void* cos;  // null: not wanted
   void* sin;
-  std::int64_t group_stride;  // from the tables of one group of rows to the next one's, in elements
-  const double* factors = nullptr;  // null, or for each pair a factor of its sums, on the device
+  std::int64_t group_stride;        // between the tables of two groups of rows, in elements
+  const double* factors = nullptr;  // device memory, one for each pair; null: none
 };
 
 }  // namespace rope

@@ -28,7 +28,7 @@ struct Loop {
 template <int kArrays>
 using LoopList = c10::SmallVector<Loop<kArrays>, 5>;
 
-// Whether the two loops are one for every array.
+// Whether the two loops coalesce: for every array, the outer one continues the inner one.
 template <int kArrays>
 bool continues(const Loop<kArrays>& outer, const Loop<kArrays>& inner) {
   for (const auto array : c10::irange(kArrays)) {
@@ -81,7 +81,7 @@ const double* wavelength_frequencies(double max_wavelength, std::int64_t rotary_
   return frequencies.data();
 }
 
-// Builds a launch for one tensor of the call, or for both.
+// Builds the launch for one tensor of the call, or for both.
 class LaunchBuilder {
  public:
   LaunchBuilder(const Call& call, std::int64_t rotary_dim) : call_(call) {
@@ -108,8 +108,7 @@ class LaunchBuilder {
     operand.in_axis_stride = in.stride(axis);
     operand.out_axis_stride = out.stride(axis);
 
-    // Dimensions are counted from the right, without the embedding axis, as broadcasting counts
-    // them.
+    // As in broadcasting, dimensions count from the right, without the embedding axis.
     std::int64_t from_right = 0;
     for (std::int64_t d = in.dim() - 1; d >= 0; --d) {
       if (d == axis) {
@@ -182,8 +181,8 @@ class LaunchBuilder {
     }
   }
 
-  // Dimensions [begin, end) of angle (and of sin, which has the same sizes) over which the angle
-  // differs are token dimensions; over the others the angle is shared.
+  // Of the dimensions [begin, end) of `angle` and of `sin`, which has the same sizes, those over
+  // which the angle differs are token dimensions. The others become heads.
   void add_token_dims(const at::Tensor& angle, std::int64_t begin, std::int64_t end,
                       const at::Tensor& sin) {
     for (std::int64_t d = end - 1; d >= begin; --d) {
@@ -196,7 +195,7 @@ class LaunchBuilder {
     }
   }
 
-  // The token loop of a dimension counted from the right; -1 where the angle is shared.
+  // The token loop of a dimension counted from the right; -1 if it belongs to the heads.
   int token_of_dim(std::int64_t from_right) const {
     return from_right < std::ssize(token_of_dim_) ? token_of_dim_[from_right] : -1;
   }
@@ -208,8 +207,8 @@ class LaunchBuilder {
   c10::SmallVector<int, 5> token_of_dim_;
 };
 
-// Launches on copies of x, and of what its angles come from, expanded to all of its rows: their
-// dimensions coalesce to two.
+// Launches on a contiguous copy of x, and of its positions or tables expanded to all rows of x,
+// whose dimensions coalesce to at most two loops.
 void launch_on_copies(const Call& call, const at::Tensor& out,
                       c10::function_ref<void(const Launch&)> launch) {
   Call copies = on(call, call.q.contiguous());

@@ -1,4 +1,4 @@
-// What all refusals have in common. Every message reads
+// The form of all error messages:
 //   rope::apply(): expected <argument> to <rule>, but got <value>
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace rope {
 
-// How it begins, of a function's name without the namespace.
+// The beginning of a message. The function's name is without its namespace.
 inline std::string expected(std::string_view function, std::string_view argument) {
   return c10::str("rope::", function, "(): expected ", argument, " to ");
 }
@@ -20,7 +20,7 @@ inline std::string name_of(c10::ScalarType dtype) {
   return std::string(c10::getDtypeNames(dtype).first);
 }
 
-// True, and remembered as a fact, for sizes that are symbols.
+// Evaluates a condition. On symbolic sizes it is assumed to be true, and guarded at run time.
 inline bool holds(const c10::SymBool& condition) {
   return condition.expect_true(__FILE__, __LINE__);
 }

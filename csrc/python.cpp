@@ -1,5 +1,5 @@
-// The module torch_rope._C: the operators, called through a typed handle (torch.ops would do the
-// same, but its parsing of arguments costs microseconds), and the frequencies.
+// The module torch_rope._C: the operators, called through typed handles (torch.ops spends
+// microseconds on parsing arguments), and the frequencies.
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -24,7 +24,7 @@ namespace {
 template <typename>
 using FromPython = py::handle;
 
-// What an argument is expected to be, for messages.
+// The rule that a message states for an argument's type.
 template <typename Value>
 constexpr const char* kRule = nullptr;
 template <>
@@ -40,7 +40,7 @@ constexpr const char* kRule<double> = "be a number";
 template <>
 constexpr const char* kRule<bool> = "be a bool";
 
-// What the commonest slips should have been.
+// Suggests the fix for common mistakes.
 std::string hint(std::string_view argument, py::handle value) {
   if (argument == "positions") {
     return value.is_none() ? " (for example torch.arange(seq_len).unsqueeze(-1))"
@@ -64,17 +64,17 @@ std::string kind_of(py::handle value) {
                          : Py_TYPE(value.ptr())->tp_name;
 }
 
-// pybind11's own message would hold the values of all arguments, those of tensors too, for which it
-// would wait for a device.
-[[noreturn, gnu::noinline, gnu::cold]] void refuse(const std::string& function,
-                                                   std::string_view argument, const char* rule,
-                                                   py::handle value) {
+// pybind11's own message prints all arguments, including the values of tensors, for which it waits
+// for the device.
+[[noreturn, gnu::noinline, gnu::cold]] void throw_type_error(const std::string& function,
+                                                             std::string_view argument,
+                                                             const char* rule, py::handle value) {
   TORCH_CHECK_TYPE(false, "rope::", function, "(): expected ", argument, " to ",
                    argument == "x" ? "be a tensor or a (q, k) tuple" : rule, ", but got ",
                    kind_of(value), hint(argument, value));
 }
 
-// Whether Python decides what operators do with a tensor, as for DTensor.
+// Whether the tensor is a subclass with __torch_dispatch__, such as DTensor.
 bool is_subclass(const at::Tensor& tensor) {
   return tensor.defined() && tensor.key_set().has(c10::DispatchKey::Python);
 }
@@ -88,21 +88,21 @@ bool is_subclass(const Value&) {
   return false;
 }
 
-// One argument, read.
+// An argument, converted.
 template <typename Value>
 struct ReadArgument {
   py::detail::make_caster<Value> caster;
 
   ReadArgument(const std::string& function, const char* name, py::handle value) {
     if (!load(value)) [[unlikely]] {
-      refuse(function, name, kRule<Value>, value);
+      throw_type_error(function, name, kRule<Value>, value);
     }
   }
 
  private:
   bool load(py::handle value) {
     if constexpr (std::is_same_v<Value, bool>) {
-      // The caster takes whatever has a truth, None and a tensor on a device among them.
+      // The caster accepts anything with a truth value, including None and tensors.
       if (!PyBool_Check(value.ptr()) && (value.is_none() || THPVariable_Check(value.ptr()))) {
         return false;
       }
@@ -138,8 +138,7 @@ void define_all(py::module_& module, rope::OperatorList<Operators...>) {
   (define_one(Operators(), static_cast<typename Operators::Signature*>(nullptr)), ...);
 }
 
-// Sets a member of FrequencyOptions to what a dictionary has under its name; None is as good as
-// nothing.
+// Sets a member of FrequencyOptions from a dictionary. None is the same as a missing key.
 template <typename Member>
 void read(const py::dict& rope_parameters, const char* name, Member& member) {
   if (!rope_parameters.contains(name) || rope_parameters[name].is_none()) {
@@ -153,7 +152,7 @@ void read(const py::dict& rope_parameters, const char* name, Member& member) {
     constexpr bool kIsFlag = std::is_same_v<Member, std::optional<bool>>;
     constexpr bool kIsInteger = std::is_same_v<Member, std::optional<std::int64_t>>;
     constexpr bool kIsList = std::is_same_v<Member, std::optional<std::vector<double>>>;
-    // Of other things the type, since a tensor's values may be many and on another device.
+    // Other values are named by type: a tensor may be large, or on another device.
     const bool is_short =
         py::isinstance<py::str>(value) || PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr());
     const py::object got =
@@ -221,8 +220,8 @@ at::Tensor mixed_frequencies(std::int64_t rotary_dim, std::int64_t num_heads, do
 
 }  // namespace
 
-// Free-threaded Python needs no lock here: whatever the library keeps between calls is constant, or
-// belongs to one thread.
+// No lock for free-threaded Python: what the library keeps between calls is constant or
+// thread-local.
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.doc() = "The operators of torch-rope. Use them through the functions of torch_rope.";
   module.attr("has_cuda") = rope::cuda::has_kernels();

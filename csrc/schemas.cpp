@@ -1,66 +1,57 @@
-// The schemas, and nothing else.
+// The operators that exist, and what their arguments mean.
 //
-// - x: the tensor to rotate; q and k: two tensors, rotated by the same angles. Any shape with at
-//   least one dimension, any strides; float64, float32, float16 or bfloat16. The forms that end in
-//   _ work in place.
-// - positions: broadcast with the shape of x without embedding_axis. int32, int64, float32 or
-//   float64; with a (A, N) inv_freq, a leading dimension of size A comes first. For tables: int32
-//   or int64 rows of (P, N) tables.
-// - inv_freq: (N) or (A, N), float32 or float64: radians per unit of position.
-// - cos, sin: tables of shape (..., N) that broadcast with x without embedding_axis, or (P, N) with
-//   positions; with full_width of 2 N columns.
-// - embedding_axis: the dimension of x that is rotated; negative counts from the end.
-// - rotary_dim: how many elements are rotated: even; by default 2 N, or all from rotary_offset on.
-// For
-//   tables it follows from their width, and is only compared with it.
-// - rotary_offset: the first element that is rotated; those outside come out unchanged.
-// - max_wavelength: the base of the frequencies where no inv_freq is given; positive.
-// - scale_factor: divides the angle where no inv_freq is given; positive.
-// - attention_factor: multiplies the rotated elements.
-// - interleaved: pairs are (2n, 2n + 1) instead of (n, n + N).
-// - conjugate: turns by the negative angle: the transpose of the same call without it.
-// - full_width: tables have a column for each element of the rotated slice, in the slice's order,
-//   instead of one for each pair.
+// apply, apply_cos_sin and their siblings, whose schemas follow from rotate_operators.h and
+// options.h:
 //
-// The forms in place return nothing: schemas that return a mutated argument are not supported by
-// torch.compile.
+// - x: the tensor to rotate; q and k: two tensors, rotated by the same angles. Any shape of at
+// least
+//   one dimension, any strides; float64, float32, float16 or bfloat16. Operators whose name ends in
+//   _ work in place and return nothing: torch.compile does not support schemas that return a
+//   mutated argument.
+// - positions: int32, int64, float32 or float64; broadcast with the shape of x without
+// embedding_axis,
+//   after a leading dimension of size A where inv_freq is (A, N). For tables: int32 or int64, rows
+//   of the (P, N) tables.
+// - inv_freq: (N) or (A, N), float32 or float64, radians per unit of position.
+// - cos, sin: tables of shape (..., N), where (...) broadcasts with the shape of x without
+//   embedding_axis; (P, N) with positions; 2 N columns with full_width.
+// - the options: see ApplyOptions and CosSinOptions in rope/rope.h.
 //
-// The others begin with _ and are not public. Scripted and compiled programs reach the functions of
-// rope/frequencies.h, positions.h and weights.h through most of them.
+// _angle_gradient and _cos_sin_gradient, the sums that gradients need (gradient_sums.h):
 //
-// Two of them are the heavy part of gradients, and no more than that: csrc/gradients.h.
+// - grads, xs, ys: gradients of the outputs of one or two rotations, with their inputs xs or
+// outputs
+//   ys. The sums of two are added.
+// - sizes: of the sums, (tokens..., N), or (tokens..., 2 N) with full_width.
+// - factors, dim: the result is (sums * factors).sum(dim); dim counts from the end.
+// - rows, num_rows: each token's sum is added to the row of a (num_rows, N) result that it names,
+//   int32 or int64.
+// - dtype: of the result; default: the opmath type of xs.
+// - output_mask: which of the two results are computed; the other is undefined.
 //
-// - grads: the gradients of what came out of rotations of xs, or of ys, which came out: of one
-//   tensor or of two, whose sums are added.
-// - sizes: those of the sums, (tokens..., N), or (tokens..., 2 N) with full_width: as tables
-// without
-//   positions have them.
-// - embedding_axis, rotary_offset, interleaved, conjugate, full_width: as above.
-// - factors, dim: the result is (sums * factors).sum(dim), where dim counts from the end.
-// - rows, num_rows: the sums of each token are added to the row that it names, int32 or int64, of a
-//   result of shape (num_rows, N), or (num_rows, 2 N).
-// - dtype: of the result; by default that in which x is computed with.
-// - output_mask: which of the two are wanted; the other is undefined.
+// The others, which scripted and compiled programs reach through rope/frequencies.h, positions.h
+// and weights.h:
 //
-// - seq_len: the length that frequencies are for, a tensor of no dimension; or the number of tokens
-//   that ranks share.
-// - rope_theta, factor, max_position_embeddings: as Hugging Face's configurations have them.
+// - seq_len: the length to form frequencies for, a 0-d tensor; or the number of tokens that all
+// ranks
+//   share.
+// - rope_theta, factor, max_position_embeddings: as in Hugging Face's configurations.
 // - dtype: of the frequencies, float32 or float64.
-// - cu_seqlens: where packed sequences begin and the last one ends, int32 or int64 (B + 1).
-// - total_length: the number of tokens, those of padding at the end too.
-// - attention_mask: bool or integer (..., S), not 0 where there is a token.
-// - packed: attention_mask numbers samples, each of which has positions of its own.
-// - rank, world_size: which of how many processes.
-// - zigzag: a rank holds a chunk from the front and one from the back.
-// - sizes: of a grid along each axis.
-// - device: that of the result.
-// - weight: the weight or bias of a projection, (num_heads * head_dim, ...).
-// - head_dim: the number of elements of a head.
+// - cu_seqlens: (B + 1), int32 or int64, where packed sequences begin and the last one ends.
+// - total_length: the number of tokens, padding included.
+// - attention_mask: (..., S), bool or integer, nonzero for tokens.
+// - packed: attention_mask numbers the samples of a row, each with its own positions.
+// - rank, world_size: this process, and how many there are.
+// - zigzag: each rank has one chunk from the front and one from the back.
+// - sizes: of the grid along each axis.
+// - device: of the result.
+// - weight: weight or bias of a projection, (num_heads * head_dim, ...).
+// - head_dim: elements of a head.
 #include <torch/library.h>
 
 #include <string>
 
-#include "gradients.h"
+#include "gradient_sums.h"
 #include "rotate_operators.h"
 
 namespace {

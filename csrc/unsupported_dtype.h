@@ -1,5 +1,5 @@
-// How a switch over dtypes ends, for one that it does not name: the checks refuse such a dtype, or
-// should.
+// The default case of every switch over dtypes. The checks reject dtypes that a switch does not
+// name.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -7,11 +7,11 @@
 
 namespace rope {
 
-// Throws an internal error. Out of line: the CPU kernel may use no inline function of others, as
-// TORCH_INTERNAL_ASSERT does (cmake/CheckKernelSymbols.cmake).
+// Throws an internal error. Out of line because TORCH_INTERNAL_ASSERT uses inline functions, which
+// the CPU kernel must not (cmake/CheckKernelSymbols.cmake).
 [[noreturn]] void throw_unsupported_dtype(c10::ScalarType dtype);
 
-// The same on host and device, where it stops the kernel.
+// For host and device code. On the device it traps.
 C10_HOST_DEVICE inline void fail_for_dtype([[maybe_unused]] c10::ScalarType dtype) {
 #ifdef __CUDA_ARCH__
   __trap();

@@ -18,7 +18,8 @@ bool is_batched(const at::Tensor& tensor) {
   return tensor.defined() && at::isBatchedTensor(tensor);
 }
 
-// The older vmap. A backward pass maps what is rotated, and nothing else.
+// The older vmap. In a backward pass only the rotated tensors are batched. Without a rule, PyTorch
+// loops over the batch and warns.
 Outputs rotate_batched(const Call& call) {
   check(call);
   if (is_batched(call.positions) || is_batched(call.options.inv_freq.value_or(at::Tensor())) ||
@@ -28,7 +29,7 @@ Outputs rotate_batched(const Call& call) {
   if (call.is_pair && call.q.dim() != call.k.dim()) {
     return {dispatch(on(call, call.q)).q, dispatch(on(call, call.k)).q};
   }
-  // The views have the batch in front: the axis is the same from the end.
+  // Physical views have the batch dimensions first, so the axis is counted from the end.
   Call physical = call;
   if (physical.options.embedding_axis >= 0) {
     physical.options.embedding_axis -= call.q.dim();
@@ -48,6 +49,7 @@ Outputs rotate_batched(const Call& call) {
 
 }  // namespace rope
 
+// The decomposition: functorch's headers for C++ batching rules may change between releases.
 TORCH_LIBRARY_IMPL(rope, FuncTorchBatchedDecomposition, library) {
   rope::FunctionalOperators::implement<rope::rotate_decomposed>(library);
 }

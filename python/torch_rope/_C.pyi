@@ -1,4 +1,4 @@
-"""The operators, by the quick way, and the frequencies; their arguments are those of torch_rope."""
+"""The operators, called through typed handles, and the frequencies."""
 
 from typing import Any
 
@@ -6,118 +6,19 @@ from torch import Generator, Tensor, device, dtype
 
 has_cuda: bool  # whether this build has the CUDA kernels
 
-def apply(
-    x: Tensor,
-    positions: Tensor,
-    inv_freq: Tensor | None,
-    embedding_axis: int,
-    rotary_dim: int | None,
-    rotary_offset: int,
-    max_wavelength: float,
-    scale_factor: float,
-    attention_factor: float,
-    interleaved: bool,
-    conjugate: bool,
-    /,
-) -> Tensor: ...
+# The operators take the arguments of their schemas, all of them, by position.
+def apply(x: Tensor, /, *arguments: Tensor | float | None) -> Tensor: ...
 def apply_qk(
-    q: Tensor,
-    k: Tensor,
-    positions: Tensor,
-    inv_freq: Tensor | None,
-    embedding_axis: int,
-    rotary_dim: int | None,
-    rotary_offset: int,
-    max_wavelength: float,
-    scale_factor: float,
-    attention_factor: float,
-    interleaved: bool,
-    conjugate: bool,
-    /,
+    q: Tensor, k: Tensor, /, *arguments: Tensor | float | None
 ) -> tuple[Tensor, Tensor]: ...
-def apply_(
-    x: Tensor,
-    positions: Tensor,
-    inv_freq: Tensor | None,
-    embedding_axis: int,
-    rotary_dim: int | None,
-    rotary_offset: int,
-    max_wavelength: float,
-    scale_factor: float,
-    attention_factor: float,
-    interleaved: bool,
-    conjugate: bool,
-    /,
-) -> None: ...
-def apply_qk_(
-    q: Tensor,
-    k: Tensor,
-    positions: Tensor,
-    inv_freq: Tensor | None,
-    embedding_axis: int,
-    rotary_dim: int | None,
-    rotary_offset: int,
-    max_wavelength: float,
-    scale_factor: float,
-    attention_factor: float,
-    interleaved: bool,
-    conjugate: bool,
-    /,
-) -> None: ...
-def apply_cos_sin(
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    embedding_axis: int,
-    rotary_dim: int | None,
-    rotary_offset: int,
-    interleaved: bool,
-    conjugate: bool,
-    full_width: bool,
-    /,
-) -> Tensor: ...
+def apply_(x: Tensor, /, *arguments: Tensor | float | None) -> None: ...
+def apply_qk_(q: Tensor, k: Tensor, /, *arguments: Tensor | float | None) -> None: ...
+def apply_cos_sin(x: Tensor, /, *arguments: Tensor | float | None) -> Tensor: ...
 def apply_cos_sin_qk(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    embedding_axis: int,
-    rotary_dim: int | None,
-    rotary_offset: int,
-    interleaved: bool,
-    conjugate: bool,
-    full_width: bool,
-    /,
+    q: Tensor, k: Tensor, /, *arguments: Tensor | float | None
 ) -> tuple[Tensor, Tensor]: ...
-def apply_cos_sin_(
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    embedding_axis: int,
-    rotary_dim: int | None,
-    rotary_offset: int,
-    interleaved: bool,
-    conjugate: bool,
-    full_width: bool,
-    /,
-) -> None: ...
-def apply_cos_sin_qk_(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    embedding_axis: int,
-    rotary_dim: int | None,
-    rotary_offset: int,
-    interleaved: bool,
-    conjugate: bool,
-    full_width: bool,
-    /,
-) -> None: ...
+def apply_cos_sin_(x: Tensor, /, *arguments: Tensor | float | None) -> None: ...
+def apply_cos_sin_qk_(q: Tensor, k: Tensor, /, *arguments: Tensor | float | None) -> None: ...
 def frequencies(
     rope_parameters: dict[str, Any],
     rotary_dim: int,
