@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 
+#include "angle.h"
 #include "checks.h"
 #include "rotate_operators.h"
 
@@ -14,20 +15,14 @@ Rotation<at::Tensor> rotations_from_positions(const Call& call, at::ScalarType r
   const ApplyOptions& options = call.options;
   const at::Tensor frequency = frequencies(call);
   const at::Tensor position = call.positions.to(frequency.scalar_type()).unsqueeze(-1);
-  at::Tensor angle;
-  if (frequency.dim() == 1) {
-    angle = position * frequency;
-  } else {
-    // From left to right, as the kernels add.
-    for (std::int64_t axis = 0; axis < frequency.size(0); ++axis) {
-      const at::Tensor term = position.select(0, axis) * frequency.select(0, axis);
-      angle = axis == 0 ? term : angle + term;
-    }
-  }
-  if (options.scale_factor != 1.0) {
-    angle = angle / options.scale_factor;
-  }
-  angle = angle.to(at::kDouble);
+  const bool has_axes = frequency.dim() == 2;
+  const int num_axes = has_axes ? static_cast<int>(frequency.size(0)) : 1;
+  const auto along_axes = [=](const at::Tensor& x) {
+    return [=, &x](int axis) { return has_axes ? x.select(0, axis) : x; };
+  };
+  const at::Tensor angle = form_angle<at::Tensor>(num_axes, along_axes(position),
+                                                  along_axes(frequency), options.scale_factor)
+                               .to(at::kDouble);
   return {(angle.cos() * options.attention_factor).to(real),
           (angle.sin() * options.attention_factor).to(real)};
 }

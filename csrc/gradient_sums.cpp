@@ -119,15 +119,15 @@ Rotation<at::Tensor> sum_groups_on_cuda(const SumCall& call, const at::Tensor& f
   const at::TensorOptions options = x.options().dtype(at::toOpMathType(x.scalar_type()));
   Rotation<at::Tensor> sums;
   for_each_sum_launch(call, at::empty(sizes, options.device(at::kMeta)), [&](const Launch& launch) {
-    at::DimVector sizes_of_all = {cuda::sum_groups(launch)};
-    sizes_of_all.append(sizes.begin(), sizes.end());
-    const auto make = [&] { return at::empty(sizes_of_all, options); };
-    sums = {call.uses_tables ? make() : at::Tensor(), make()};
-    cuda::sum(launch,
-              {call.uses_tables ? sums.cos.mutable_data_ptr() : nullptr,
-               sums.sin.mutable_data_ptr(), c10::multiply_integers(sizes),
-               factors.defined() ? factors.const_data_ptr<double>() : nullptr},
-              x.get_device());
+    cuda::sum(launch, x.get_device(), [&](std::int64_t num_groups) -> Sums {
+      at::DimVector sizes_of_all = {num_groups};
+      sizes_of_all.append(sizes.begin(), sizes.end());
+      const auto make = [&] { return at::empty(sizes_of_all, options); };
+      sums = {call.uses_tables ? make() : at::Tensor(), make()};
+      return {call.uses_tables ? sums.cos.mutable_data_ptr() : nullptr, sums.sin.mutable_data_ptr(),
+              c10::multiply_integers(sizes),
+              factors.defined() ? factors.const_data_ptr<double>() : nullptr};
+    });
   });
   return sums;
 }

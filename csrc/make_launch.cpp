@@ -8,10 +8,10 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <utility>
 #include <vector>
 
+#include "angle.h"
 #include "checks.h"
 #include "last_results.h"
 
@@ -73,8 +73,7 @@ const double* wavelength_frequencies(double max_wavelength, std::int64_t rotary_
   const auto& frequencies = last.find({max_wavelength, rotary_dim}, [&] {
     std::vector<double> powers(rotary_dim / 2);
     for (const auto n : c10::irange(rotary_dim / 2)) {
-      powers[n] =
-          std::pow(max_wavelength, -2.0 * static_cast<double>(n) / static_cast<double>(rotary_dim));
+      powers[n] = wavelength_frequency<double>(max_wavelength, n, rotary_dim / 2);
     }
     return powers;
   });

@@ -20,4 +20,12 @@ C10_HOST_DEVICE inline void fail_for_dtype([[maybe_unused]] c10::ScalarType dtyp
 #endif
 }
 
+// The same on the host only, for device code with rows in flight, where a trap would take
+// registers: the host checks the dtype before it launches the kernel.
+C10_HOST_DEVICE inline void fail_for_dtype_on_host([[maybe_unused]] c10::ScalarType dtype) {
+#ifndef __CUDA_ARCH__
+  throw_unsupported_dtype(dtype);
+#endif
+}
+
 }  // namespace rope

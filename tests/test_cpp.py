@@ -131,11 +131,16 @@ def test_no_switch_over_dtypes_takes_one_for_another() -> None:
     }
     assert {name for name, _ in statements} == {
         "angle.h",
-        "plan.h",
-        "rotate.cpp",
-        "rotate_kernel.h",
+        "angles.h",
+        "dispatch.h",
+        "rotate_kernel.cpp",
+        "scatter_kernel.h",
     }
-    assert {what for _, what in statements} == {"fail_for_dtype", "throw_unsupported_dtype"}
+    assert {what for _, what in statements} == {
+        "fail_for_dtype",
+        "fail_for_dtype_on_host",
+        "throw_unsupported_dtype",
+    }
 
 
 def libraries_of(file: Path) -> list[str]:

@@ -1,6 +1,6 @@
-// Keeps the frequencies of max_wavelength in device memory, one table for each set of them and
-// device. Plain host code: what a table needs of a device is a parameter (the real one is in
-// cuda/upload.cu), so the tests can run it on a fake.
+// Keeps frequencies of max_wavelength in device memory: one table per device and set of
+// frequencies. Plain host code: the device is a template parameter (the real one is in
+// cuda/upload.cu), so that tests can use a fake.
 #pragma once
 
 #include <atomic>
@@ -22,33 +22,35 @@ struct FrequencyKey {
 };
 
 // Device has
-//   struct Upload { const void* words; ... };
-//   // Allocates device memory and starts to fill it. words is null if there is no room. Not called
-//   // by two threads at once.
+//   struct Upload { const void* values; ... };
+//   // Allocates device memory and starts to fill it. values is null if memory is exhausted. Not
+//   // called by two threads at once.
 //   Upload start_upload(int device, const std::uint64_t* values, std::int64_t count);
-//   // Whether the memory is filled. Called by any number of threads at once.
+//   // Whether the memory is filled. May be called by any number of threads at once.
 //   bool is_complete(const Upload& upload);
 //
-// Nothing waits: not for the upload, since the host could then not run ahead of the device, and a
-// stream that is being captured cannot be waited for; nor for another thread. A caller that gets
-// no table uploads the frequencies with its launch instead.
+// Nothing blocks: neither on the upload, since the host should run ahead of the device and a stream
+// under capture cannot be waited for, nor on another thread. A caller that gets no table uploads
+// the frequencies with its launch instead.
 template <typename Device>
 class FrequencyTables {
  public:
-  // Of one device. Captured graphs may hold the addresses of tables, so none is ever freed, and a
-  // program that changes max_wavelength from call to call must not fill the memory.
+  // On each device. Tables are never freed, since captured graphs may hold their addresses; the
+  // limit keeps a program that changes max_wavelength in every call from filling the memory.
   static constexpr int kMaxTables = 64;
 
   explicit FrequencyTables(Device device = {}) : device_(std::move(device)) {}
 
-  // Returns device memory that holds the num_pairs frequencies, complete for every launch from now
-  // on; null if there is no such table, or not yet. Reads values (host memory) only to make one.
-  const void* find(int device, const FrequencyKey& key, const std::uint64_t* values) {
+  // Returns device memory with the num_pairs frequencies, complete for every launch from now on;
+  // null if there is no table, or not yet. Calls make_values, which returns the frequencies in host
+  // memory, only to make a table.
+  template <typename MakeValues>
+  const void* find(int device, const FrequencyKey& key, const MakeValues& make_values) {
     Table* table = find_table(device, key);
     if (table == nullptr) {
-      table = make_table(device, key, values);
+      table = make_table(device, key, make_values);
     }
-    return table != nullptr && is_complete(*table) ? table->upload.words : nullptr;
+    return table != nullptr && is_complete(*table) ? table->upload.values : nullptr;
   }
 
  private:
@@ -60,8 +62,8 @@ class FrequencyTables {
     Table* older;
   };
 
-  // Usually a program has one or two tables: comparing keys is all that a call costs, without a
-  // lock. All but is_complete is constant once newest_ leads to the table.
+  // Without a lock: most programs have one or two tables, so a call costs one or two comparisons.
+  // Once a table is reachable from newest_, only its is_complete changes.
   Table* find_table(int device, const FrequencyKey& key) const {
     Table* table = newest_.load(std::memory_order_acquire);
     while (table != nullptr && !(table->device == device && table->key == key)) {
@@ -70,13 +72,14 @@ class FrequencyTables {
     return table;
   }
 
-  Table* make_table(int device, const FrequencyKey& key, const std::uint64_t* values) {
+  template <typename MakeValues>
+  Table* make_table(int device, const FrequencyKey& key, const MakeValues& make_values) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock.owns_lock()) {
       return nullptr;
     }
-    if (Table* made_meanwhile = find_table(device, key)) {
-      return made_meanwhile;
+    if (Table* made_by_another = find_table(device, key)) {
+      return made_by_another;
     }
     int count = 0;
     for (const Table& table : tables_) {
@@ -85,9 +88,9 @@ class FrequencyTables {
     if (count == kMaxTables) {
       return nullptr;
     }
-    // A table that found no room stays, without words: an allocation that fails is slow, and is not
-    // repeated.
-    const auto upload = device_.start_upload(device, values, key.num_pairs);
+    // A table whose allocation failed stays, without values: failed allocations are slow and must
+    // not be repeated.
+    const auto upload = device_.start_upload(device, make_values(), key.num_pairs);
     Table& table = tables_.emplace_back();
     table.device = device;
     table.key = key;
@@ -101,7 +104,7 @@ class FrequencyTables {
     if (table.is_complete.load(std::memory_order_acquire)) {
       return true;
     }
-    if (table.upload.words == nullptr || !device_.is_complete(table.upload)) {
+    if (table.upload.values == nullptr || !device_.is_complete(table.upload)) {
       return false;
     }
     table.is_complete.store(true, std::memory_order_release);
@@ -110,7 +113,7 @@ class FrequencyTables {
 
   Device device_;
   std::mutex mutex_;          // Guards start_upload and tables_
-  std::deque<Table> tables_;  // Owns them; growing it does not move them.
+  std::deque<Table> tables_;  // A deque does not move its elements.
   std::atomic<Table*> newest_{nullptr};
 };
 

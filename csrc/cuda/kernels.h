@@ -1,6 +1,8 @@
-// Runs launches on a CUDA device: csrc/cuda/rotate.cu, sum.cu and scatter.cu, or
-// csrc/cuda/absent.cpp in a build without CUDA.
+// Runs launches on a CUDA device: cuda/rotate.cu, sum.cu and scatter.cu, or cuda/absent.cpp in a
+// build without CUDA.
 #pragma once
+
+#include <c10/util/FunctionRef.h>
 
 #include <cstdint>
 
@@ -15,15 +17,17 @@ ROPE_API bool has_kernels();
 // Enqueues the launch on the current stream of the device.
 void rotate(const Launch& launch, int device);
 
-// Likewise sums over the rows of the launch, of which each of sum_groups has tables of its own.
-void sum(const Launch& launch, const Sums& sums, int device);
-std::int64_t sum_groups(const Launch& launch);
+// Allocates the tables of sums, one for each of so many groups of rows.
+using MakeSums = c10::function_ref<Sums(std::int64_t num_groups)>;
 
-// Sums that are to become gradients of one table or of two of the same sizes, of cosines and sines.
-// Every array is contiguous, and none is empty.
+// Likewise enqueues sums over the rows of the launch, into what make_sums allocates.
+void sum(const Launch& launch, int device, MakeSums make_sums);
+
+// Sums to be turned into gradients of one table, or of two tables of the same sizes (cosines and
+// sines). Every array is contiguous, and none is empty.
 struct TableSums {
   struct Table {
-    const void* sums;  // (groups, tokens, columns), as sum() leaves them
+    const void* sums;  // (groups, tokens, columns), from sum()
     void* partial;     // like gradient, in sums_dtype; gradient itself where it has that dtype
     void* gradient;    // (num_rows, columns); without rows (tokens, columns)
   };
@@ -35,12 +39,12 @@ struct TableSums {
   std::int64_t group_stride;  // in elements
   std::int64_t num_tokens;
   std::int64_t num_columns;
-  const void* rows;  // null, or for each token its row of the tables: int32 or int64
+  const void* rows;  // null, or the row index of each token: int32 or int64
   c10::ScalarType rows_dtype;
   std::int64_t num_rows;
 };
 
-// Adds up the groups of each token, and the tokens of each row, always in the same order.
+// Enqueues the sum over the groups of each token and the tokens of each row, in a fixed order.
 void scatter_rows(const TableSums& sums, int device);
 
 }  // namespace rope::cuda

@@ -1,7 +1,8 @@
-// The CUDA kernels that rotate: shells around the phases of a thread (cuda/rotate_kernel.h).
+// The CUDA kernels that rotate: thin wrappers around the phases of a thread (cuda/rotate_kernel.h).
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include "cuda/dispatch.h"
 #include "cuda/kernels.h"
 #include "cuda/plan.h"
 #include "cuda/rotate_kernel.h"
@@ -14,40 +15,45 @@ namespace rope::cuda {
 namespace {
 
 template <typename Thread>
-__global__ void __launch_bounds__(kMaxThreads, Thread::kBlocksPerProcessor)
+__global__ void __launch_bounds__(kMaxThreads, Thread::kBlocksPerSm)
     rotate_kernel(const __grid_constant__ typename Thread::Params params) {
   extern __shared__ __align__(16) unsigned char memory[];
   auto* const shared = reinterpret_cast<typename Thread::Real*>(memory);
   Thread thread(params, this_thread());
   thread.read_frequencies();
-  let_next_kernel_start();
-  wait_for_kernels_in_front();
+  launch_dependents();
+  wait_for_previous_kernels();
   thread.find_rotations(shared);
   __syncthreads();
   thread.rotate_rows(shared);
 }
 
 template <typename Thread>
-__global__ void __launch_bounds__(kFewRowsThreads, kFewRowsBlocksPerProcessor)
+__global__ void __launch_bounds__(kFewRowsThreads, kFewRowsBlocksPerSm)
     rotate_few_rows_kernel(const __grid_constant__ typename Thread::Params params) {
   Thread thread(params, this_thread());
   thread.read_frequencies();
-  let_next_kernel_start();
-  wait_for_kernels_in_front();
+  launch_dependents();
+  wait_for_previous_kernels();
   thread.rotate_rows();
 }
 
-// The frequencies of max_wavelength, for launches that have them.
+// The frequencies of max_wavelength in device memory, if the launch needs them.
 DeviceFrequencies find_frequencies(const Launch& launch, c10::cuda::CUDAStream stream) {
   const PositionAngles& source = launch.position_angles;
   if (launch.uses_tables || source.wavelength_frequencies == nullptr || launch.num_pairs == 0) {
     return {};
   }
-  const bool in_turns = has_turns(launch);
+  const bool in_turns = uses_turns(launch);
   const FrequencyKey key{source.max_wavelength, in_turns ? source.scale_factor : 1.0,
                          launch.num_pairs, in_turns};
-  const auto* radians = reinterpret_cast<const std::uint64_t*>(source.wavelength_frequencies);
-  return frequencies_on_device(key, in_turns ? turns_of_wavelength(launch) : radians, stream);
+  return frequencies_on_device(
+      key,
+      [&] {
+        return in_turns ? frequencies_in_turns(launch)
+                        : reinterpret_cast<const std::uint64_t*>(source.wavelength_frequencies);
+      },
+      stream);
 }
 
 }  // namespace
@@ -62,20 +68,21 @@ void rotate(const Launch& launch, int device) {
     return;
   }
   const DeviceFrequencies frequencies = find_frequencies(launch, stream);
-  const auto start_kernel = [&](auto kernel, std::size_t shared_bytes, auto index) {
-    start(kernel, plan, shared_bytes, stream,
-          /*dependent=*/!frequencies.is_new,
-          rotate_params<decltype(index)>(launch, plan, frequencies.words));
+  const auto launch_rotation = [&](auto kernel, std::size_t shared_bytes, auto index) {
+    launch_kernel(kernel, plan, shared_bytes, stream,
+                  /*dependent=*/!frequencies.is_new,
+                  rotate_params<decltype(index)>(launch, plan, frequencies.values));
   };
   if (plan.has_few_rows) {
-    return with_few_rows_thread(launch, [&](auto type) {
+    return dispatch_few_rows_thread(launch, [&](auto type) {
       using Thread = typename decltype(type)::type;
-      start_kernel(rotate_few_rows_kernel<Thread>, 0, std::int32_t{});
+      launch_rotation(rotate_few_rows_kernel<Thread>, 0, std::int32_t{});
     });
   }
-  with_thread<RotateThread>(launch, plan, [&](auto type) {
+  dispatch_thread<RotateThread>(launch, plan, [&](auto type) {
     using Thread = typename decltype(type)::type;
-    start_kernel(rotate_kernel<Thread>, shared_bytes<Thread>(plan), typename Thread::IndexType{});
+    launch_rotation(rotate_kernel<Thread>, shared_bytes<Thread>(plan),
+                    typename Thread::IndexType{});
   });
 }
 

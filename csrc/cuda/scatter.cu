@@ -1,4 +1,4 @@
-// The CUDA kernels that turn sums into gradients of tables: thin shells around what a thread does
+// The CUDA kernels that add sums up to gradients of tables: thin wrappers around what a thread does
 // (cuda/scatter_kernel.h).
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>

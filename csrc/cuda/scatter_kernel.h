@@ -1,8 +1,8 @@
-// What a block of the CUDA kernel does that adds sums of gradients (cuda/sum_kernel.h) up to the
-// gradients of cosine and sine tables: a thread's part of each phase, for the device and for tests
-// that run every block on the host.
+// The CUDA kernels that add sums (cuda/sum_kernel.h) up to the gradients of cosine and sine tables:
+// what one thread of a block does, on the device and in tests on the host.
 #pragma once
 
+#include <ATen/ceil_div.h>
 #include <c10/core/ScalarType.h>
 #include <c10/macros/Macros.h>
 #include <c10/util/BFloat16.h>
@@ -20,34 +20,26 @@ namespace rope::cuda {
 
 // NOTE [ Tables by row index ]
 //
-// Each token names a row of the tables, and adds its sums to that row's gradient. A block owns
-// every blocks-th row, and no other block writes these: there are no atomic additions, and a row
-// adds up its tokens in their order whatever the device does. Each block reads the rows of all
-// tokens, a piece of them at a time, in phases with a barrier behind each:
+// Each token has the index of a row of the tables, to whose gradient its sums are added. A block
+// owns every blocks-th row, and no other block writes it: there are no atomics, and each row adds
+// its tokens in order, however blocks are scheduled. Each block reads the row indices of all
+// tokens, one tile of tokens at a time, in phases that each end in a barrier (run_phases):
 //
-//   mark  each token of the piece that names one of the block's rows sets its bit in shared memory
+//   mark  threads set a bit in shared memory for each token whose row the block owns
 //   list  these tokens are listed, in order
-//   link  each is linked to the one before it that names the same row
-//   add   teams of threads, with a column of the tables each, take the first token of each row and
-//         follow the links
+//   link  each is linked to the previous token of the same row
+//   add   teams of threads, each thread with its columns of the tables, start at the first token of
+//         each row and follow the links
 //
-// Reading the rows costs blocks * tokens * 8 bytes from the L2: 8 MiB for 4,096 tokens, 32 MiB for
-// 16,384. It grows with the tokens as the sums do, of which a token has 512 bytes (64 pairs,
-// float32).
+// Reading the row indices takes blocks * tokens * 8 bytes from L2: 8 MiB for 4,096 tokens, 32 MiB
+// for 16,384. It grows with the tokens just as the sums do, which are 512 bytes per token (64
+// pairs, float32).
 
 inline constexpr int kScatterThreads = 512;
-inline constexpr int kTokensOfPiece = 4096;
-// Two for each SM of the largest devices, and a power of two: ownership is a mask. A constant, so
-// that a launch asks the device nothing.
+inline constexpr int kTileTokens = 4096;
+// About two per SM of the largest devices, and a power of two, so that a mask finds the owner. A
+// constant: no device query per launch.
 inline constexpr std::int64_t kMaxScatterBlocks = 256;
-
-// Threads of a block where tokens have rows of their own.
-inline constexpr int kGroupThreads = 256;
-
-inline std::int64_t group_blocks(const TableSums& sums) {
-  const std::int64_t elements = sums.num_tables * sums.num_tokens * sums.num_columns;
-  return (elements + kGroupThreads - 1) / kGroupThreads;
-}
 
 struct ScatterPlan {
   std::int64_t blocks;
@@ -60,6 +52,7 @@ inline ScatterPlan make_scatter_plan(const TableSums& sums) {
     return static_cast<std::int64_t>(
         std::bit_ceil(static_cast<std::uint64_t>(std::clamp<std::int64_t>(count, 1, most))));
   };
+  check_position_dtype(sums.rows_dtype);
   ScatterPlan plan{};
   plan.blocks = power_of_two(sums.num_rows, kMaxScatterBlocks);
   plan.block_bits = std::countr_zero(static_cast<std::uint64_t>(plan.blocks));
@@ -68,66 +61,45 @@ inline ScatterPlan make_scatter_plan(const TableSums& sums) {
   return plan;
 }
 
-// What the threads of a block share.
+// ---- Tables by row index ----
+
+// Shared memory of a block.
 struct ScatterShared {
   static constexpr int kBits = 64;
 
-  unsigned long long marks[kTokensOfPiece / kBits];  // a bit for each token of the piece
-  int count;                                         // of what is listed
-  std::uint32_t rows[kTokensOfPiece];                // of the listed tokens, among the block's own
-  std::uint16_t tokens[kTokensOfPiece];              // in the piece
-  std::uint16_t next[kTokensOfPiece];  // in the list, with the same row; kTokensOfPiece: none
-  bool is_first[kTokensOfPiece];       // of its row
+  unsigned long long marks[kTileTokens / kBits];  // a bit for each token of the tile
+  int count;                                      // of listed tokens
+  std::uint32_t rows[kTileTokens];                // of the listed tokens, among the block's own
+  std::uint16_t tokens[kTileTokens];              // in the tile
+  std::uint16_t next[kTileTokens];                // of the same row, in the list; or kTileTokens
+  bool is_first[kTileTokens];                     // of its row
 };
 
-// The sum over the groups of rows, of one element of a table. For tables without row indices.
 template <typename Real>
-C10_HOST_DEVICE Real sum_of_groups(const TableSums& sums, const Real* element) {
-  Real total = *element;
-#pragma unroll 4
-  for (std::int64_t group = 1; group < sums.num_groups; ++group) {
-    total += element[group * sums.group_stride];
+class ScatterThread;
+
+// All phases of a block. run(phase) runs one phase of all threads, and a barrier.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
+template <typename Real, typename Run>
+C10_HOST_DEVICE void run_phases(const TableSums& sums, const Run& run) {
+  using Thread = ScatterThread<Real>;
+  run([](Thread& thread) { thread.clear(); });
+  for (std::int64_t first = 0; first < sums.num_tokens; first += kTileTokens) {
+    run([=](Thread& thread) { thread.mark(first); });
+    run([=](Thread& thread) { thread.list(first); });
+    run([](Thread& thread) { thread.link(); });
+    run([=](Thread& thread) { thread.add(first); });
   }
-  return total;
+  run([](Thread& thread) { thread.convert(); });
 }
 
 template <typename Real>
 C10_HOST_DEVICE void store_element(void* table, c10::ScalarType dtype, std::int64_t index,
-                                   Real value) {
-  switch (dtype) {
-    case c10::ScalarType::Double:
-      static_cast<double*>(table)[index] = value;
-      return;
-    case c10::ScalarType::Float:
-      static_cast<float*>(table)[index] = static_cast<float>(value);
-      return;
-    case c10::ScalarType::Half:
-      static_cast<c10::Half*>(table)[index] = static_cast<c10::Half>(static_cast<float>(value));
-      return;
-    case c10::ScalarType::BFloat16:
-      static_cast<c10::BFloat16*>(table)[index] =
-          static_cast<c10::BFloat16>(static_cast<float>(value));
-      return;
-    default:
-      fail_for_dtype(dtype);
-  }
-}
+                                   Real value);
 
-// One element of the tables, where token t has row t.
-template <typename Real>
-C10_HOST_DEVICE void add_groups(const TableSums& sums, std::int64_t index) {
-  const std::int64_t numel = sums.num_tokens * sums.num_columns;
-  if (index >= sums.num_tables * numel) {
-    return;
-  }
-  const bool is_second = index >= numel;
-  const TableSums::Table table = is_second ? sums.tables[1] : sums.tables[0];
-  const std::int64_t element = is_second ? index - numel : index;
-  store_element(table.gradient, sums.dtype, element,
-                sum_of_groups(sums, static_cast<const Real*>(table.sums) + element));
-}
-
-// One thread of one block, where tokens name their rows.
+// One thread of a block.
 template <typename Real>
 class ScatterThread {
  public:
@@ -142,7 +114,7 @@ class ScatterThread {
         team_(thread >> plan.team_bits),
         teams_(kScatterThreads >> plan.team_bits) {}
 
-  // Zeros in the block's rows, and no marks.
+  // Zeros the block's rows and the marks.
   C10_HOST_DEVICE void clear() {
     for_each_element([&](const TableSums::Table& table, std::int64_t index) {
       static_cast<Real*>(table.partial)[index] = 0;
@@ -153,7 +125,7 @@ class ScatterThread {
   C10_HOST_DEVICE void mark(std::int64_t first_token) {
     bool all_exist = true;
 #pragma unroll
-    for (int i = 0; i < kTokensOfPiece / kScatterThreads; ++i) {
+    for (int i = 0; i < kTileTokens / kScatterThreads; ++i) {
       const int token = i * kScatterThreads + thread_;
       if (first_token + token < sums_.num_tokens) {
         const std::int64_t row = row_of(first_token + token);
@@ -168,25 +140,25 @@ class ScatterThread {
   }
 
   C10_HOST_DEVICE void list(std::int64_t first_token) {
-    if (thread_ >= kWords) {
+    if (thread_ >= kMarks) {
       return;
     }
     unsigned long long marks = shared_.marks[thread_];
-    if (marks == 0 && thread_ != kWords - 1) {
+    if (marks == 0 && thread_ != kMarks - 1) {
       return;
     }
     int k = 0;
-    for (int word = 0; word < thread_; ++word) {
-      k += count_ones(shared_.marks[word]);
+    for (int i = 0; i < thread_; ++i) {
+      k += count_ones(shared_.marks[i]);
     }
     for (; marks != 0; marks &= marks - 1) {
       const int token = thread_ * ScatterShared::kBits + count_trailing_zeros(marks);
       shared_.rows[k] = static_cast<std::uint32_t>(row_of(first_token + token) >> plan_.block_bits);
       shared_.tokens[k] = static_cast<std::uint16_t>(token);
-      shared_.next[k] = kTokensOfPiece;
+      shared_.next[k] = kTileTokens;
       ++k;
     }
-    if (thread_ == kWords - 1) {
+    if (thread_ == kMarks - 1) {
       shared_.count = k;
     }
   }
@@ -216,7 +188,7 @@ class ScatterThread {
     }
   }
 
-  // From the type that is computed with to that of the tables.
+  // From the opmath type to the dtype of the tables.
   C10_HOST_DEVICE void convert() const {
     for_each_element([&](const TableSums::Table& table, std::int64_t index) {
       if (table.partial != table.gradient) {
@@ -227,8 +199,8 @@ class ScatterThread {
   }
 
  private:
-  static constexpr int kWords = kTokensOfPiece / ScatterShared::kBits;
-  // Sums that are loaded before the first is added, so that their latencies overlap.
+  static constexpr int kMarks = kTileTokens / ScatterShared::kBits;
+  // Sums loaded before the first is added, to overlap their latencies.
   static constexpr int kInFlight = 32 / sizeof(Real);
 
   C10_HOST_DEVICE std::int64_t row_of(std::int64_t token) const {
@@ -261,18 +233,18 @@ class ScatterThread {
   }
 
   C10_HOST_DEVICE void clear_marks() {
-    if (thread_ < kWords) {
+    if (thread_ < kMarks) {
       shared_.marks[thread_] = 0;
     }
   }
 
   C10_HOST_DEVICE void set_mark(int token) {
-    unsigned long long& word = shared_.marks[token / ScatterShared::kBits];
+    unsigned long long& marks = shared_.marks[token / ScatterShared::kBits];
     const unsigned long long bit = 1ull << (token % ScatterShared::kBits);
 #ifdef __CUDA_ARCH__
-    atomicOr(&word, bit);
+    atomicOr(&marks, bit);
 #else
-    word |= bit;
+    marks |= bit;
 #endif
   }
 
@@ -292,8 +264,8 @@ class ScatterThread {
 #endif
   }
 
-  // Adds to a row what its tokens in the list have for the column, from the k-th on: token by
-  // token, of each group by group.
+  // Adds one column of a row's tokens, from the k-th listed token on: token by token, and for each
+  // token group by group.
   C10_HOST_DEVICE void add_tokens(const TableSums::Table& table, std::int64_t column, int k,
                                   std::int64_t first_token) const {
     const std::int64_t row = block_ + (std::int64_t{shared_.rows[k]} << plan_.block_bits);
@@ -301,12 +273,12 @@ class ScatterThread {
     Real& element = static_cast<Real*>(table.partial)[row * sums_.num_columns + column];
     Real total = element;
     std::int64_t group = 0;
-    while (k < kTokensOfPiece) {
+    while (k < kTileTokens) {
       Real values[kInFlight];
       int loaded = 0;
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
-        if (k < kTokensOfPiece) {
+        if (k < kTileTokens) {
           values[i] = elements[group * sums_.group_stride +
                                (first_token + shared_.tokens[k]) * sums_.num_columns];
           loaded = i + 1;
@@ -337,21 +309,60 @@ class ScatterThread {
   int teams_;
 };
 
-// All phases of a block: run(phase) runs one for all of its threads.
-#ifdef __CUDACC__
-#pragma nv_exec_check_disable
-#endif
-template <typename Real, typename Run>
-C10_HOST_DEVICE void run_phases(const TableSums& sums, const Run& run) {
-  using Thread = ScatterThread<Real>;
-  run([](Thread& thread) { thread.clear(); });
-  for (std::int64_t first = 0; first < sums.num_tokens; first += kTokensOfPiece) {
-    run([=](Thread& thread) { thread.mark(first); });
-    run([=](Thread& thread) { thread.list(first); });
-    run([](Thread& thread) { thread.link(); });
-    run([=](Thread& thread) { thread.add(first); });
+// ---- Tables without row indices ----
+
+inline constexpr int kGroupThreads = 256;  // of a block
+
+inline std::int64_t group_blocks(const TableSums& sums) {
+  const std::int64_t elements = sums.num_tables * sums.num_tokens * sums.num_columns;
+  return at::ceil_div<std::int64_t>(elements, kGroupThreads);
+}
+
+// One element of a table, summed over the groups.
+template <typename Real>
+C10_HOST_DEVICE Real sum_of_groups(const TableSums& sums, const Real* element) {
+  Real total = *element;
+#pragma unroll 4
+  for (std::int64_t group = 1; group < sums.num_groups; ++group) {
+    total += element[group * sums.group_stride];
   }
-  run([](Thread& thread) { thread.convert(); });
+  return total;
+}
+
+// One element of the tables. Token t has row t.
+template <typename Real>
+C10_HOST_DEVICE void add_groups(const TableSums& sums, std::int64_t index) {
+  const std::int64_t numel = sums.num_tokens * sums.num_columns;
+  if (index >= sums.num_tables * numel) {
+    return;
+  }
+  const bool is_second = index >= numel;
+  const TableSums::Table table = is_second ? sums.tables[1] : sums.tables[0];
+  const std::int64_t element = is_second ? index - numel : index;
+  store_element(table.gradient, sums.dtype, element,
+                sum_of_groups(sums, static_cast<const Real*>(table.sums) + element));
+}
+
+template <typename Real>
+C10_HOST_DEVICE void store_element(void* table, c10::ScalarType dtype, std::int64_t index,
+                                   Real value) {
+  switch (dtype) {
+    case c10::ScalarType::Double:
+      static_cast<double*>(table)[index] = value;
+      return;
+    case c10::ScalarType::Float:
+      static_cast<float*>(table)[index] = static_cast<float>(value);
+      return;
+    case c10::ScalarType::Half:
+      static_cast<c10::Half*>(table)[index] = static_cast<c10::Half>(static_cast<float>(value));
+      return;
+    case c10::ScalarType::BFloat16:
+      static_cast<c10::BFloat16*>(table)[index] =
+          static_cast<c10::BFloat16>(static_cast<float>(value));
+      return;
+    default:
+      fail_for_dtype(dtype);
+  }
 }
 
 }  // namespace rope::cuda

@@ -1,6 +1,6 @@
-// Cosine and sine of any angle on a CUDA device, without a call and without an array: the CUDA
-// library's own, which has both for large angles, would take local memory and registers from the
-// kernel around it. Host code too, so that tests see the same.
+// Cosine and sine of any float64 angle on a CUDA device. The CUDA library's functions contain a
+// call and an array for large angles, which would cost the kernel local memory and registers; these
+// do not. Also host code, for tests.
 #pragma once
 
 #include <c10/macros/Macros.h>
@@ -13,7 +13,7 @@
 
 namespace rope::cuda {
 
-// The highest 64 bits of a * b.
+// The high 64 bits of a * b.
 C10_HOST_DEVICE inline std::uint64_t multiply_high(std::uint64_t a, std::uint64_t b) {
 #ifdef __CUDA_ARCH__
   return __umul64hi(a, b);
@@ -25,16 +25,16 @@ C10_HOST_DEVICE inline std::uint64_t multiply_high(std::uint64_t a, std::uint64_
 
 // NOTE [ Angles of any size ]
 //
-// An angle t beyond kReducible is m * 2^e with an integer m < 2^53. In turns that is
-// m * (2^e / (2 pi)), and of the second factor only the fraction counts, since m times an integer
-// is whole turns. (Payne and Hanek, Radian Reduction for Trigonometric Functions, 1983.) The
-// fraction is cut from the binary expansion of 1 / (2 pi), to 128 bits; its product with m wraps
-// exactly as turns do, and is right to some 2^-63 of a turn.
+// An angle t beyond kReducible is m * 2^e with an integer m < 2^53, which is m * (2^e / (2 pi))
+// turns. Only the fraction of the second factor matters: m times an integer is whole turns (Payne
+// and Hanek, Radian Reduction for Trigonometric Functions, 1983). 128 bits of the fraction are
+// taken from the binary expansion of 1 / (2 pi); in their product with m whole turns overflow, and
+// the rest is accurate to 2^-63 turns.
 
-// An angle between -pi and pi with the cosine and the sine of t, where |t| >= kReducible; NaN where
-// t is not finite.
+// Returns an angle in [-pi, pi] with the cosine and sine of t; NaN if t is not finite. Requires |t|
+// >= kReducible.
 C10_HOST_DEVICE inline double fold(double t) {
-  // One word of zeros, then the bits of 1 / (2 pi) after the point: enough for the largest float64.
+  // 64 zeros, then the binary expansion of 1 / (2 pi): enough for the largest float64.
   static constexpr std::uint64_t kTurnsPerRadian[] = {
       0x0000000000000000, 0x28be60db9391054a, 0x7f09d5f47d4d3770, 0x36d8a5664f10e410,
       0x7f9458eaf7aef158, 0x6dc91b8e909374b8, 0x01924bba82746487, 0x3f877ac72c4a69cf,
@@ -52,18 +52,18 @@ C10_HOST_DEVICE inline double fold(double t) {
   constexpr std::uint64_t kOne = std::uint64_t{1} << 52;
   const std::uint64_t m = (bits & (kOne - 1)) | kOne;
   const int first_bit = exponent - 1023 - 52 + 64;  // At least 40 - 52 + 64.
-  const std::uint64_t* words = kTurnsPerRadian + first_bit / 64;
+  const std::uint64_t* bits_of_turns = kTurnsPerRadian + first_bit / 64;
   const int shift = first_bit % 64;
-  // In two steps, since a shift by 64 is not defined.
-  const std::uint64_t high = words[0] << shift | words[1] >> 1 >> (63 - shift);
-  const std::uint64_t low = words[1] << shift | words[2] >> 1 >> (63 - shift);
+  // Two shifts: shifting by 64 is undefined.
+  const std::uint64_t high = bits_of_turns[0] << shift | bits_of_turns[1] >> 1 >> (63 - shift);
+  const std::uint64_t low = bits_of_turns[1] << shift | bits_of_turns[2] >> 1 >> (63 - shift);
   const std::uint64_t turns = m * high + multiply_high(m, low);  // times 2^64
   const double radians = static_cast<double>(static_cast<std::int64_t>(turns)) * kRadiansPerUnit;
   return t < 0 ? -radians : radians;
 }
 
-// Cosine and sine of t where |t| < kReducible, by the reduction of NOTE [ Cosine and sine of any
-// angle ] and the series of Taylor, whose first term left out is below 3e-18 here.
+// Cosine and sine of t by the reduction of NOTE [ Cosine and sine of any angle ] and Taylor series,
+// whose first omitted terms are below 3e-18. Requires |t| < kReducible.
 C10_HOST_DEVICE inline Rotation<double> reduced_rotation_of_double(double t) {
   constexpr double kTwoOverPi = 0x1.45f306dc9c883p-1;
   constexpr double kHalfPi = 0x1.921fb54442d18p+0;
@@ -102,7 +102,7 @@ C10_HOST_DEVICE inline Rotation<double> reduced_rotation_of_double(double t) {
   return {((quarter + 1) & 2) ? -cos_t : cos_t, (quarter & 2) ? -sin_t : sin_t};
 }
 
-// Cosines and sines of several angles, each divided by the scale factor first.
+// Cosines and sines of several angles, each divided by scale_factor first.
 template <typename Real, int kCount>
 C10_HOST_DEVICE inline void find_rotations(double (&angles)[kCount], double scale_factor,
                                            Rotation<Real> (&rotations)[kCount]) {
@@ -112,20 +112,20 @@ C10_HOST_DEVICE inline void find_rotations(double (&angles)[kCount], double scal
     irreducible |= irreducible_bit(angles[i]);
   }
   if (scale_factor != 1.0 || irreducible >> 63 != 0) {
-    // Rare and long: the code stands here once for all angles. They are in registers, which have no
-    // index.
+    // Rare, and long code, so not unrolled. The angles are in registers, which cannot be indexed:
+    // select each by comparing.
 #pragma unroll 1
-    for (int turn = 0; turn < kCount; ++turn) {
+    for (int selected = 0; selected < kCount; ++selected) {
       double t = 0;
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        t = i == turn ? angles[i] : t;
+        t = i == selected ? angles[i] : t;
       }
       t = t / scale_factor;
       t = irreducible_bit(t) >> 63 == 0 ? t : fold(t);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        angles[i] = i == turn ? t : angles[i];
+        angles[i] = i == selected ? t : angles[i];
       }
     }
   }

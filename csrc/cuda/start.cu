@@ -16,15 +16,15 @@ namespace {
 // Compiled for the same architectures as all other kernels.
 __global__ void representative() {}
 
-// The capability of the device does not tell: code that the driver compiles from PTX of an older
-// architecture has no instructions to wait with, and must not start early.
+// The compute capability of the device is not enough: code that the driver compiles from PTX of an
+// older architecture has no griddepcontrol.wait, and must not start early.
 bool code_can_wait(int device) {
   const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
-  // The query may load the code, which is legal whatever is being captured only in this mode.
+  // The query may load the module. During a capture that is legal in this mode only.
   const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
   cudaFuncAttributes attributes{};
   C10_CUDA_CHECK(cudaFuncGetAttributes(&attributes, representative));
-  // The first driver that captures such launches into graphs.
+  // The first driver that can capture such launches into graphs.
   constexpr int kFirstDriver = 12030;
   int driver = 0;
   C10_CUDA_CHECK(cudaDriverGetVersion(&driver));

@@ -1,4 +1,4 @@
-// Starts kernels, with programmatic dependent launch where the device has it. For .cu files.
+// Launches kernels, with programmatic dependent launch where the device supports it. For .cu files.
 #pragma once
 
 #include <c10/cuda/CUDAException.h>
@@ -18,42 +18,43 @@ __device__ inline ThreadIndex this_thread() {
 }
 
 // NOTE [ Programmatic dependent launch ]
-// On compute capability 9.0 and later a kernel that is launched with an attribute may start before
-// the kernel in front of it on the stream has ended: as soon as each of its blocks has ended or has
-// called let_next_kernel_start(). It then prepares, and calls wait_for_kernels_in_front(), which
-// returns when all kernels in front have ended and what they wrote is visible.
 //
-// Every thread of a kernel calls wait_for_kernels_in_front(), whether it has work or not, before it
-// touches memory that another kernel may read or write. Only what was complete before the launch
-// may be read earlier, such as tables of frequencies. This also keeps kernels ending in order: if
-// one ended without waiting, the one after it could start while the one in front still ran.
+// On compute capability 9.0 and later, a kernel launched with this attribute may start before the
+// previous kernel on the stream has ended, as soon as every block of that kernel has exited or
+// called launch_dependents(). It runs its prologue and calls wait_for_previous_kernels(), which
+// returns when all previous kernels have ended and their writes are visible.
 //
-// let_next_kernel_start() can be called at any time: the next kernel waits for the end of this one,
-// not for the call.
+// Every thread, whether it has work or not, calls wait_for_previous_kernels() before it accesses
+// memory that another kernel may read or write. Only data that was complete before the launch, such
+// as tables of frequencies, may be read earlier. This also makes kernels end in order: if one ended
+// without waiting, the next could start while the previous one is still running.
+//
+// launch_dependents() may be called at any time: dependents wait for the end of this kernel, not
+// for the call.
 
-__device__ inline void let_next_kernel_start() {
+__device__ inline void launch_dependents() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-__device__ inline void wait_for_kernels_in_front() {
+__device__ inline void wait_for_previous_kernels() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// Whether kernels are launched with the attribute on the device: if their code has the instructions
-// above, and the environment variable ROPE_PDL is not 0. Cheap after the first call.
+// Whether kernels on the device are launched with the attribute: if their code has the instructions
+// above and the environment variable ROPE_PDL is not 0. Cached after the first call.
 bool uses_dependent_launch(int device);
 
-// Enqueues a kernel on a stream of the current device, with the grid and the blocks of the plan. If
-// `dependent`, it may start before the kernels in front have ended: see NOTE [ Programmatic
+// Enqueues a kernel on a stream of the current device, with the grid and blocks of the plan. If
+// `dependent`, it may start before the previous kernels have ended: see NOTE [ Programmatic
 // dependent launch ].
 template <typename... Parameters>
-void start(void (*kernel)(Parameters...), const Plan& plan, std::size_t shared_bytes,
-           c10::cuda::CUDAStream stream, bool dependent,
-           const std::type_identity_t<Parameters>&... parameters) {
+void launch_kernel(void (*kernel)(Parameters...), const Plan& plan, std::size_t shared_bytes,
+                   c10::cuda::CUDAStream stream, bool dependent,
+                   const std::type_identity_t<Parameters>&... parameters) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;

@@ -1,7 +1,9 @@
-// The CUDA kernel of gradients: a shell around the phases of a thread (cuda/sum_kernel.h).
+// The CUDA kernels that sum for gradients: a thin wrapper around the phases of a thread
+// (cuda/sum_kernel.h).
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include "cuda/dispatch.h"
 #include "cuda/kernels.h"
 #include "cuda/plan.h"
 #include "cuda/start.h"
@@ -17,8 +19,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   extern __shared__ __align__(16) unsigned char memory[];
   auto* const shared = reinterpret_cast<typename Thread::Real*>(memory);
   Thread thread(params, this_thread());
-  let_next_kernel_start();
-  wait_for_kernels_in_front();
+  launch_dependents();
+  wait_for_previous_kernels();
   thread.sum_rows(shared);
   __syncthreads();
   thread.store_sums(shared);
@@ -26,16 +28,15 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
 
 }  // namespace
 
-std::int64_t sum_groups(const Launch& launch) { return make_sum_plan(launch).grid_y; }
-
-void sum(const Launch& launch, const Sums& sums, int device) {
+void sum(const Launch& launch, int device, MakeSums make_sums) {
   const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const Plan plan = make_sum_plan(launch);
-  with_thread<SumThread>(launch, plan, [&](auto type) {
+  const Sums sums = make_sums(plan.grid_y);
+  dispatch_thread<SumThread>(launch, plan, [&](auto type) {
     using Thread = typename decltype(type)::type;
-    start(sum_kernel<Thread>, plan, shared_bytes<Thread>(plan), stream,
-          /*dependent=*/true, sum_params<typename Thread::IndexType>(launch, plan, sums));
+    launch_kernel(sum_kernel<Thread>, plan, shared_bytes<Thread>(plan), stream,
+                  /*dependent=*/true, sum_params<typename Thread::IndexType>(launch, plan, sums));
   });
 }
 

@@ -13,29 +13,28 @@ namespace rope::cuda {
 
 namespace {
 
-struct Words {
+struct Values {
   static constexpr int kCapacity = 256;
-  std::uint64_t values[kCapacity];
+  std::uint64_t array[kCapacity];
 };
 
-// Parameters of a kernel may take 4 KiB on every device.
-static_assert(sizeof(Words) + 16 <= 4096);
+// Every device accepts 4 KiB of kernel parameters.
+static_assert(sizeof(Values) + 16 <= 4096);
 
-__global__ void store_words(const __grid_constant__ Words words, int count, std::uint64_t* to) {
+__global__ void store_values(const __grid_constant__ Values values, int count, std::uint64_t* to) {
   const int n = threadIdx.x;
   if (n < count) {
-    to[n] = words.values[n];
+    to[n] = values.array[n];
   }
 }
 
-// Makes tables on a stream of its own, so that no captured stream has a part in it. In relaxed mode
-// a thread may allocate memory and query events whatever is being captured, by itself or by others:
-// neither becomes part of a graph, nor needs to, since a table is complete before a launch reads
-// it.
+// Fills tables on a stream of its own, so that no capture is affected. In relaxed mode a thread may
+// allocate memory and query events during any capture. Neither becomes part of a graph, and need
+// not: a table is complete before a launch reads it.
 class CudaDevice {
  public:
   struct Upload {
-    const void* words;
+    const void* values;
     cudaEvent_t done;
   };
 
@@ -44,19 +43,19 @@ class CudaDevice {
     const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
     cudaStream_t& stream = streams_.at(device);
     cudaEvent_t done = nullptr;
-    void* words = nullptr;
+    void* to = nullptr;
     const bool has_room =
         (stream != nullptr ||
          cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess) &&
         cudaEventCreateWithFlags(&done, cudaEventDisableTiming) == cudaSuccess &&
-        cudaMalloc(&words, count * sizeof(std::uint64_t)) == cudaSuccess;
+        cudaMalloc(&to, count * sizeof(std::uint64_t)) == cudaSuccess;
     if (!has_room) {
       C10_CUDA_CLEAR_ERROR();
       return {nullptr, nullptr};
     }
-    upload(values, count, words, stream);
+    upload(values, count, to, stream);
     C10_CUDA_CHECK(cudaEventRecord(done, stream));
-    return {words, done};
+    return {to, done};
   }
 
   bool is_complete(const Upload& upload) const {
@@ -76,27 +75,28 @@ class CudaDevice {
 
 }  // namespace
 
-DeviceFrequencies frequencies_on_device(const FrequencyKey& key, const std::uint64_t* values,
+DeviceFrequencies frequencies_on_device(const FrequencyKey& key,
+                                        c10::function_ref<const std::uint64_t*()> make_values,
                                         c10::cuda::CUDAStream stream) {
-  // Never destroyed: other threads and static destructors may still launch kernels at exit, when
-  // CUDA may be shut down already. Memory, streams and events go with the process.
+  // Never destroyed: at exit, other threads and static destructors may still launch kernels, and
+  // CUDA may already be shut down. Memory, streams and events end with the process.
   static auto& tables = *new FrequencyTables<CudaDevice>;
-  if (const void* words = tables.find(stream.device_index(), key, values)) {
-    return {words, false, {}};
+  if (const void* values = tables.find(stream.device_index(), key, make_values)) {
+    return {values, false, {}};
   }
   c10::DataPtr buffer =
       c10::cuda::CUDACachingAllocator::get()->allocate(key.num_pairs * sizeof(std::uint64_t));
-  upload(values, key.num_pairs, buffer.get(), stream);
+  upload(make_values(), key.num_pairs, buffer.get(), stream);
   return {buffer.get(), true, std::move(buffer)};
 }
 
 void upload(const std::uint64_t* values, std::int64_t count, void* to, cudaStream_t stream) {
-  Words words{};
-  for (std::int64_t first = 0; first < count; first += Words::kCapacity) {
-    const auto length = static_cast<int>(std::min<std::int64_t>(count - first, Words::kCapacity));
-    std::copy_n(values + first, length, words.values);
-    store_words<<<1, Words::kCapacity, 0, stream>>>(words, length,
-                                                    static_cast<std::uint64_t*>(to) + first);
+  Values part{};
+  for (std::int64_t first = 0; first < count; first += Values::kCapacity) {
+    const auto length = static_cast<int>(std::min<std::int64_t>(count - first, Values::kCapacity));
+    std::copy_n(values + first, length, part.array);
+    store_values<<<1, Values::kCapacity, 0, stream>>>(part, length,
+                                                      static_cast<std::uint64_t*>(to) + first);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 }

@@ -1,8 +1,9 @@
-// Frequencies of max_wavelength in device memory, for the next launch on a stream.
+// Puts frequencies of max_wavelength into device memory.
 #pragma once
 
 #include <c10/core/Allocator.h>
 #include <c10/cuda/CUDAStream.h>
+#include <c10/util/FunctionRef.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -12,22 +13,23 @@
 namespace rope::cuda {
 
 struct DeviceFrequencies {
-  const void* words;  // num_pairs of 64 bits each, aligned to 256 bytes
-  // A kernel before the next one on this stream writes them. That one must then be launched without
-  // the programmatic attribute (cuda/start.h), since it reads frequencies before it waits.
+  const void* values;  // num_pairs of 64 bits each, aligned to 256 bytes
+  // The previous kernel on the stream writes them. The next one must then be launched without the
+  // programmatic attribute (cuda/start.h): it reads frequencies before it waits.
   bool is_new;
-  c10::DataPtr owner;  // of words that are new: keep it until the kernel is launched
+  c10::DataPtr owner;  // of new values: keep it until the kernel is launched
 };
 
-// Returns the frequencies of the key, of which values (host memory) are read during the call only,
-// for the next launch on the stream, which is the current one of the current device. Legal while
-// any stream is being captured; synchronizes nothing.
-DeviceFrequencies frequencies_on_device(const FrequencyKey& key, const std::uint64_t* values,
+// Returns the frequencies of the key for the next launch on the stream, the current stream of the
+// current device. Calls make_values, which returns them in host memory, only if they have to be
+// uploaded. Legal while any stream is being captured; never synchronizes.
+DeviceFrequencies frequencies_on_device(const FrequencyKey& key,
+                                        c10::function_ref<const std::uint64_t*()> make_values,
                                         c10::cuda::CUDAStream stream);
 
-// Enqueues stores of 64-bit words to device memory. They travel as kernel parameters: host memory
-// that is not pinned would be copied synchronously, and a captured graph would read it again when
-// it is replayed.
+// Enqueues stores of 64-bit values to device memory. They are passed as kernel parameters: a copy
+// from pageable host memory synchronizes, and a captured graph reads the host memory again at every
+// replay.
 void upload(const std::uint64_t* values, std::int64_t count, void* to, cudaStream_t stream);
 
 }  // namespace rope::cuda

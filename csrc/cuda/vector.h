@@ -1,4 +1,4 @@
-// Elements that are loaded and stored as one.
+// Vectors of elements: how they are loaded, converted and stored.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -17,10 +17,9 @@
 
 namespace rope::cuda {
 
-// kSize elements: 16 bytes, or a single element. They are kept as bits, in units of a register
-// where they are that large. A compiler that sees elements of 16 or 64 bits takes them out of the
-// registers, or moves them, where a vector is loaded, and so waits for each before it asks for the
-// next.
+// kSize elements: 16 bytes, or a single element. They are held as bits in 32-bit units, the size of
+// a register. Given elements of 16 or 64 bits, the compiler unpacks or moves them right after the
+// load, which waits for each load before issuing the next.
 template <typename scalar_t, int kSize>
 struct alignas(sizeof(scalar_t) * kSize) Vector {
   using Real = at::opmath_type<scalar_t>;
@@ -35,13 +34,13 @@ struct alignas(sizeof(scalar_t) * kSize) Vector {
     if constexpr (sizeof(scalar_t) == 8) {
       return units[2 * i] | static_cast<Bits>(units[2 * i + 1]) << 32;
     } else {
-      return static_cast<Bits>(units[i / kInUnit] >> (i % kInUnit * 16));
+      return static_cast<Bits>(units[i / kElementsPerUnit] >> (i % kElementsPerUnit * 16));
     }
   }
 
   C10_HOST_DEVICE Real get(int i) const {
-    if constexpr (std::is_same_v<scalar_t, c10::BFloat16> && kInUnit == 2) {
-      // The high half of a float32, by one instruction.
+    if constexpr (std::is_same_v<scalar_t, c10::BFloat16> && kElementsPerUnit == 2) {
+      // bfloat16 is the high half of a float32: one instruction.
       const std::uint32_t unit = units[i / 2];
       const std::uint32_t float_bits = i % 2 == 0 ? unit << 16 : unit & 0xffff0000;
       float element;
@@ -57,8 +56,8 @@ struct alignas(sizeof(scalar_t) * kSize) Vector {
   C10_HOST_DEVICE static Vector round(const Real (&values)[kSize]) {
     Vector result;
 #pragma unroll
-    for (int i = 0; i < kSize; i += kInUnit) {
-      if constexpr (kInUnit == 2) {
+    for (int i = 0; i < kSize; i += kElementsPerUnit) {
+      if constexpr (kElementsPerUnit == 2) {
         result.units[i / 2] = round_two(values[i], values[i + 1]);
       } else {
         const auto element = static_cast<scalar_t>(values[i]);
@@ -69,10 +68,9 @@ struct alignas(sizeof(scalar_t) * kSize) Vector {
   }
 
  private:
-  // Elements in a unit.
-  static constexpr int kInUnit = sizeof(scalar_t) < sizeof(Unit) ? 2 : 1;
+  static constexpr int kElementsPerUnit = sizeof(scalar_t) < sizeof(Unit) ? 2 : 1;
 
-  // One instruction on a device.
+  // Rounds two elements to one unit: one instruction on a device.
   C10_HOST_DEVICE static std::uint32_t round_two(float low, float high) {
 #ifdef __CUDA_ARCH__
     std::uint32_t bits;
@@ -94,7 +92,7 @@ struct alignas(sizeof(scalar_t) * kSize) Vector {
 };
 
 #ifdef __CUDACC__
-// What a vector is while it is loaded or stored, by one instruction.
+// The type that loads or stores a vector by one instruction.
 template <typename V>
 using Transfer = std::conditional_t<
     sizeof(V) == 16, uint4,
@@ -102,8 +100,8 @@ using Transfer = std::conditional_t<
                        std::conditional_t<sizeof(V) == 4, std::uint32_t, std::uint16_t>>>;
 #endif
 
-// Tensors are read once and written once: they leave the caches first, so that what is used again
-// stays (ld.global.cs, st.global.cs).
+// Each element is read once and written once, so loads and stores are streaming (ld.global.cs,
+// st.global.cs): evicted first, they leave the caches to data that is used again.
 template <typename V>
 C10_HOST_DEVICE inline V load_streaming(const void* from) {
 #ifdef __CUDA_ARCH__

@@ -94,12 +94,12 @@ inline Shapes random_shapes(Draw& draw) {
   for (std::int64_t d = dims - token_dims; d < dims; ++d) {
     shapes.tokens.push_back(draw.one_in(2) ? shapes.q[d] : 1);
   }
-  // k differs where angles are shared, and may lack leading dimensions of that kind.
+  // k differs where positions broadcast, and may lack leading dimensions of that kind.
   const std::int64_t lacking = draw.one_in(4) ? dims - token_dims : 0;
   for (std::int64_t d = lacking; d < dims; ++d) {
     const std::int64_t token = d - (dims - token_dims);
-    const bool is_shared = token < 0 || shapes.tokens[token] == 1;
-    shapes.k.push_back(is_shared ? draw.between(1, 5) : shapes.q[d]);
+    const bool broadcasts = token < 0 || shapes.tokens[token] == 1;
+    shapes.k.push_back(broadcasts ? draw.between(1, 5) : shapes.q[d]);
   }
   return shapes;
 }

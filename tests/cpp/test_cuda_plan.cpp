@@ -3,6 +3,7 @@
 #include <cmath>
 #include <numbers>
 
+#include "cuda/dispatch.h"
 #include "host_launch.h"
 #include "reference.h"
 
@@ -70,7 +71,7 @@ TEST(CudaPlan, IsOneLaunchForAPairOfDifferentHeads) {
   EXPECT_FALSE(one.index_is_64bit);
   EXPECT_EQ(one.blocks.rows, 40);
   EXPECT_EQ(one.blocks.q_rows, 32);
-  EXPECT_EQ(one.blocks.columns, 8);  // 8 pairs of bfloat16 are two vectors of 16 bytes.
+  EXPECT_EQ(one.blocks.columns, 8);  // 8 pairs of bfloat16 are two 16-byte vectors.
 }
 
 // The shapes that were measured on an H200 (benchmarks/results/2026-11-27-nvidia-h200.md).
@@ -92,24 +93,24 @@ TEST(CudaPlan, HasTheBlocksThatWereMeasured) {
 
 TEST(CudaPlan, UsesVectorsWhereEveryRowIsAligned) {
   for (const at::ScalarType dtype : reference::kFloatDtypes) {
-    const std::int64_t word = rope::cuda::vector_elements(dtype);
+    const std::int64_t vector = rope::cuda::vector_elements(dtype);
     for (const bool interleaved : {false, true}) {
       SCOPED_TRACE(c10::str("dtype = ", dtype, ", interleaved = ", interleaved));
       const Call call = by_tokens(5, {.interleaved = interleaved});
-      EXPECT_TRUE(plan(call.on(fake({2, 5, 3, 8 * word}, dtype))).uses_vectors);
-      const Call part =
-          by_tokens(5, {.rotary_dim = 4 * word, .rotary_offset = word, .interleaved = interleaved});
-      EXPECT_TRUE(plan(part.on(fake({2, 5, 3, 8 * word}, dtype))).uses_vectors);
-      EXPECT_TRUE(plan(call.on(fake({5, 3, 8 * word}, dtype, kInput + 16))).uses_vectors);
-      const std::vector<std::int64_t> gaps = {30 * word, 9 * word, 1};
-      EXPECT_TRUE(plan(call.on(fake({5, 3, 8 * word}, dtype, kInput, gaps))).uses_vectors);
+      EXPECT_TRUE(plan(call.on(fake({2, 5, 3, 8 * vector}, dtype))).uses_vectors);
+      const Call part = by_tokens(
+          5, {.rotary_dim = 4 * vector, .rotary_offset = vector, .interleaved = interleaved});
+      EXPECT_TRUE(plan(part.on(fake({2, 5, 3, 8 * vector}, dtype))).uses_vectors);
+      EXPECT_TRUE(plan(call.on(fake({5, 3, 8 * vector}, dtype, kInput + 16))).uses_vectors);
+      const std::vector<std::int64_t> gaps = {30 * vector, 9 * vector, 1};
+      EXPECT_TRUE(plan(call.on(fake({5, 3, 8 * vector}, dtype, kInput, gaps))).uses_vectors);
     }
   }
 }
 
 TEST(CudaPlan, UsesSingleElementsWhereSomeRowIsNotAligned) {
   for (const at::ScalarType dtype : reference::kFloatDtypes) {
-    const std::int64_t word = rope::cuda::vector_elements(dtype);
+    const std::int64_t vector = rope::cuda::vector_elements(dtype);
     const auto bytes = static_cast<std::int64_t>(c10::elementSize(dtype));
     for (const bool interleaved : {false, true}) {
       SCOPED_TRACE(c10::str("dtype = ", dtype, ", interleaved = ", interleaved));
@@ -118,23 +119,25 @@ TEST(CudaPlan, UsesSingleElementsWhereSomeRowIsNotAligned) {
         all.interleaved = interleaved;
         return plan(by_tokens(5, all).on(x)).uses_vectors;
       };
-      const std::vector<std::int64_t> sizes = {5, 3, 8 * word};
+      const std::vector<std::int64_t> sizes = {5, 3, 8 * vector};
       EXPECT_FALSE(uses_vectors({}, fake(sizes, dtype, kInput + bytes)));
-      EXPECT_FALSE(uses_vectors({}, fake(sizes, dtype, kInput, {{24 * word, 8 * word + 1, 1}})));
-      EXPECT_FALSE(uses_vectors({}, fake(sizes, dtype, kInput, {{24 * word + 1, 8 * word, 1}})));
-      EXPECT_FALSE(uses_vectors({}, fake(sizes, dtype, kInput, {{48 * word, 16 * word, 2}})));
-      EXPECT_FALSE(uses_vectors({}, fake({5, 3, 7 * word}, dtype)));
-      EXPECT_FALSE(uses_vectors({.rotary_dim = 2 * word, .rotary_offset = 1}, fake(sizes, dtype)));
-      EXPECT_FALSE(uses_vectors({.rotary_dim = 2 * word + 2}, fake(sizes, dtype)));
-      EXPECT_FALSE(uses_vectors({.rotary_dim = 2 * word}, fake({5, 3, 2 * word + 1}, dtype)));
-      // Elements around the slice that are no whole vectors have to be copied; in place they do
-      // not.
+      EXPECT_FALSE(
+          uses_vectors({}, fake(sizes, dtype, kInput, {{24 * vector, 8 * vector + 1, 1}})));
+      EXPECT_FALSE(
+          uses_vectors({}, fake(sizes, dtype, kInput, {{24 * vector + 1, 8 * vector, 1}})));
+      EXPECT_FALSE(uses_vectors({}, fake(sizes, dtype, kInput, {{48 * vector, 16 * vector, 2}})));
+      EXPECT_FALSE(uses_vectors({}, fake({5, 3, 7 * vector}, dtype)));
+      EXPECT_FALSE(
+          uses_vectors({.rotary_dim = 2 * vector, .rotary_offset = 1}, fake(sizes, dtype)));
+      EXPECT_FALSE(uses_vectors({.rotary_dim = 2 * vector + 2}, fake(sizes, dtype)));
+      EXPECT_FALSE(uses_vectors({.rotary_dim = 2 * vector}, fake({5, 3, 2 * vector + 1}, dtype)));
+      // Elements outside the slice that do not fill whole vectors are copied, except in place.
       const at::Tensor ragged =
-          fake({5, 3, 2 * word + 1}, dtype, kInput, {{12 * word, 4 * word, 1}});
-      EXPECT_FALSE(uses_vectors({.rotary_dim = 2 * word}, ragged));
+          fake({5, 3, 2 * vector + 1}, dtype, kInput, {{12 * vector, 4 * vector, 1}});
+      EXPECT_FALSE(uses_vectors({.rotary_dim = 2 * vector}, ragged));
       EXPECT_TRUE(
           plan(host::in_place(
-                   by_tokens(5, {.rotary_dim = 2 * word, .interleaved = interleaved}).on(ragged)))
+                   by_tokens(5, {.rotary_dim = 2 * vector, .interleaved = interleaved}).on(ragged)))
               .uses_vectors);
     }
   }
@@ -224,7 +227,7 @@ TEST(CudaPlan, KeepsTheFrequenciesOfSeveralWavelengths) {
         for (const int n : {0, 1, 31}) {
           const double frequency = std::pow(wavelength, -n / 32.0);
           const double turns = std::ldexp(frequency / scale_factor / (2 * std::numbers::pi), 64);
-          EXPECT_NEAR(static_cast<double>(rope::cuda::turns_of_wavelength(launch)[n]), turns,
+          EXPECT_NEAR(static_cast<double>(rope::cuda::frequencies_in_turns(launch)[n]), turns,
                       1e-14 * turns + 1);
           EXPECT_NEAR(launch.position_angles.wavelength_frequencies[n], frequency,
                       1e-15 * frequency);
@@ -279,8 +282,8 @@ TEST(CudaPlan, StaysWithinTheGridUpTo2To33Elements) {
             const at::Tensor x = fake({tokens, heads, size}, dtype, kInput + offset);
             expect_complete(plan(by_tokens(tokens).on(x)), tokens, heads);
             // One token, and so many rows.
-            const Call shared = host::apply(fake({}, at::kLong, kPositions));
-            expect_complete(plan(shared.on(x)), 1, tokens * heads);
+            const Call one_token = host::apply(fake({}, at::kLong, kPositions));
+            expect_complete(plan(one_token.on(x)), 1, tokens * heads);
             // Threads along tokens, and along heads.
             const at::Tensor by_tokens_last = fake({size, heads, tokens}, dtype, kInput + offset);
             const at::Tensor by_heads_last = fake({tokens, size, heads}, dtype, kInput + offset);
@@ -431,10 +434,10 @@ TEST(CudaPlan, HasSharedMemoryWithoutAsking) {
                 };
               };
               const Plan rotation = rope::cuda::make_rotate_plan(launch);
-              rope::cuda::with_thread<rope::cuda::RotateThread>(launch, rotation,
-                                                                expect_fits(rotation));
+              rope::cuda::dispatch_thread<rope::cuda::RotateThread>(launch, rotation,
+                                                                    expect_fits(rotation));
               const Plan sums = rope::cuda::make_sum_plan(launch);
-              rope::cuda::with_thread<rope::cuda::SumThread>(launch, sums, expect_fits(sums));
+              rope::cuda::dispatch_thread<rope::cuda::SumThread>(launch, sums, expect_fits(sums));
             });
           }
         }
@@ -477,20 +480,21 @@ TEST(CudaSumPlan, CutsRowsIntoGroupsOnlyWhereTokensAreFew) {
 
 TEST(CudaSumPlan, UsesVectorsWhereXAndItsGradientAreAligned) {
   for (const at::ScalarType dtype : reference::kFloatDtypes) {
-    const std::int64_t word = rope::cuda::vector_elements(dtype);
+    const std::int64_t vector = rope::cuda::vector_elements(dtype);
     const auto bytes = static_cast<std::int64_t>(c10::elementSize(dtype));
-    const std::vector<std::int64_t> sizes = {5, 3, 8 * word};
+    const std::vector<std::int64_t> sizes = {5, 3, 8 * vector};
     const at::Tensor x = fake(sizes, dtype);
     const at::Tensor grad = fake(sizes, dtype, kOutput);
-    EXPECT_TRUE(sum_plan(grad, x, {5, 1, 4 * word}).uses_vectors);
+    EXPECT_TRUE(sum_plan(grad, x, {5, 1, 4 * vector}).uses_vectors);
     EXPECT_TRUE(
-        sum_plan(fake(sizes, dtype, kOutput, {{0, 0, 1}}), x, {5, 1, 4 * word}).uses_vectors);
-    EXPECT_TRUE(sum_plan(grad, x, {5, 1, word}, {.rotary_offset = word}).uses_vectors);
-    EXPECT_FALSE(sum_plan(grad, x, {5, 1, word}, {.rotary_offset = 1}).uses_vectors);
-    EXPECT_FALSE(sum_plan(grad, x, {5, 1, word + 1}).uses_vectors);
-    EXPECT_FALSE(sum_plan(fake(sizes, dtype, kOutput, {{0, 0, 0}}), x, {5, 1, word}).uses_vectors);
-    EXPECT_FALSE(sum_plan(fake(sizes, dtype, kOutput + bytes), x, {5, 1, word}).uses_vectors);
-    EXPECT_FALSE(sum_plan(grad, fake(sizes, dtype, kInput + bytes), {5, 1, word}).uses_vectors);
+        sum_plan(fake(sizes, dtype, kOutput, {{0, 0, 1}}), x, {5, 1, 4 * vector}).uses_vectors);
+    EXPECT_TRUE(sum_plan(grad, x, {5, 1, vector}, {.rotary_offset = vector}).uses_vectors);
+    EXPECT_FALSE(sum_plan(grad, x, {5, 1, vector}, {.rotary_offset = 1}).uses_vectors);
+    EXPECT_FALSE(sum_plan(grad, x, {5, 1, vector + 1}).uses_vectors);
+    EXPECT_FALSE(
+        sum_plan(fake(sizes, dtype, kOutput, {{0, 0, 0}}), x, {5, 1, vector}).uses_vectors);
+    EXPECT_FALSE(sum_plan(fake(sizes, dtype, kOutput + bytes), x, {5, 1, vector}).uses_vectors);
+    EXPECT_FALSE(sum_plan(grad, fake(sizes, dtype, kInput + bytes), {5, 1, vector}).uses_vectors);
   }
 }
 

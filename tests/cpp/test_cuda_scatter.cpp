@@ -234,7 +234,7 @@ TEST(CudaScatter, TakesAnyNumberOfRowsTokensAndColumns) {
 }
 
 TEST(CudaScatter, AddsAllTokensOfOneRowAndOfRowsThatOneBlockOwns) {
-  const std::int64_t tokens = 2 * rope::cuda::kTokensOfPiece + 100;
+  const std::int64_t tokens = 2 * rope::cuda::kTileTokens + 100;
   const at::Tensor token = at::arange(tokens);
   expect_in_order({sums_of(1, tokens, 2), at::full({tokens}, 7, at::kLong), 300});
   const std::int64_t far = 300 * rope::cuda::kMaxScatterBlocks;

@@ -7,7 +7,9 @@
 #include <limits>
 #include <tuple>
 
+#include "cuda/dispatch.h"
 #include "cuda/kernels.h"
+#include "cuda/plan.h"
 #include "host_launch.h"
 #include "host_threads.h"
 #include "random_calls.h"
@@ -34,7 +36,7 @@ void run_sums(const Launch& launch, const Sums& sums, const Running& running = {
   Plan plan = rope::cuda::make_sum_plan(launch);
   last_plan = plan;
   plan.index_is_64bit = plan.index_is_64bit || running.index_is_64bit;
-  rope::cuda::with_thread<rope::cuda::SumThread>(launch, plan, [&](auto type) {
+  rope::cuda::dispatch_thread<rope::cuda::SumThread>(launch, plan, [&](auto type) {
     using Thread = typename decltype(type)::type;
     const host::SharedMemory<Thread> shared(plan);
     host::run_blocks<Thread>(
@@ -52,9 +54,9 @@ namespace rope::cuda {
 
 bool has_kernels() { return true; }
 
-std::int64_t sum_groups(const Launch& launch) { return make_sum_plan(launch).grid_y; }
-
-void sum(const Launch& launch, const Sums& sums, int) { run_sums(launch, sums); }
+void sum(const Launch& launch, int, MakeSums make_sums) {
+  run_sums(launch, make_sums(make_sum_plan(launch).grid_y));
+}
 
 }  // namespace rope::cuda
 
@@ -142,7 +144,7 @@ Result run_guarded(const Arguments& arguments, const Running& running) {
   int launches = 0;
   for_each_launch(arguments, [&](const Launch& launch) {
     launches += 1;
-    const std::int64_t groups = rope::cuda::sum_groups(launch);
+    const std::int64_t groups = rope::cuda::make_sum_plan(launch).grid_y;
     const auto poisoned = [&] {
       return at::full({groups * numel + 2 * kGuard}, std::numeric_limits<double>::quiet_NaN(),
                       at::dtype(real));

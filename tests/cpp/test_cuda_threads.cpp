@@ -11,6 +11,7 @@
 #include <random>
 #include <string>
 
+#include "cuda/dispatch.h"
 #include "cuda/plan.h"
 #include "host_launch.h"
 #include "host_threads.h"
@@ -42,8 +43,8 @@ const void* frequencies(const Launch& launch) {
   if (launch.uses_tables || launch.position_angles.wavelength_frequencies == nullptr) {
     return nullptr;
   }
-  return rope::cuda::has_turns(launch)
-             ? static_cast<const void*>(rope::cuda::turns_of_wavelength(launch))
+  return rope::cuda::uses_turns(launch)
+             ? static_cast<const void*>(rope::cuda::frequencies_in_turns(launch))
              : launch.position_angles.wavelength_frequencies;
 }
 
@@ -56,14 +57,14 @@ void run_threads(const Launch& launch, const Plan& plan, std::int64_t first_bloc
     host::run_blocks<Thread>(params, plan, first_block, last_block, running, begin_and_phases...);
   };
   if (plan.has_few_rows) {
-    rope::cuda::with_few_rows_thread(launch, [&](auto type) {
+    rope::cuda::dispatch_few_rows_thread(launch, [&](auto type) {
       run(
           type, [] {}, [](auto& thread) { thread.read_frequencies(); },
           [](auto& thread) { thread.rotate_rows(); });
     });
     return;
   }
-  rope::cuda::with_thread<rope::cuda::RotateThread>(launch, plan, [&](auto type) {
+  rope::cuda::dispatch_thread<rope::cuda::RotateThread>(launch, plan, [&](auto type) {
     host::SharedMemory<typename decltype(type)::type> shared(plan);
     run(
         type, [&] { shared.clear(); }, [](auto& thread) { thread.read_frequencies(); },
@@ -128,7 +129,7 @@ reference::Expected expected(const Call& call, const at::Tensor& x) {
                                    .full_width = call.options.full_width});
 }
 
-// Running::few_rows for a thread's own rotations wherever that is possible.
+// Running::few_rows for rotations in registers wherever that is possible.
 constexpr std::int64_t kAllRows = std::numeric_limits<std::int64_t>::max();
 
 Outputs rotated(const Call& call, const Running& running = {}) {
@@ -203,8 +204,8 @@ void expect_right(const Call& call) {
   expect_same_bits(rotated(call, {.last_thread_first = true}), outputs, "the last thread first");
   expect_same_bits(rotated(call, {.index_is_64bit = true, .few_rows = 0}), outputs,
                    "with 64-bit indices");
-  expect_same_bits(rotated(call, {.few_rows = 0}), outputs, "with shared rotations");
-  expect_same_bits(rotated(call, {.few_rows = kAllRows}), outputs, "with a thread's own rotations");
+  expect_same_bits(rotated(call, {.few_rows = 0}), outputs, "with rotations in shared memory");
+  expect_same_bits(rotated(call, {.few_rows = kAllRows}), outputs, "with rotations in registers");
   const at::Tensor q = call.q.contiguous();
   if (!call.is_pair) {
     expect_same_bits(rotated(call.on(q)), outputs, "contiguous");
@@ -349,8 +350,8 @@ TEST(CudaThreads, FormExactAnglesOfIntegerPositions) {
     launch.position_angles.wavelength_frequencies = &unused;
     launch.position_angles.max_wavelength = max_wavelength;
     launch.position_angles.scale_factor = scale_factor;
-    const std::uint64_t* turns = rope::cuda::turns_of_wavelength(launch);
-    ASSERT_NE(turns, nullptr);
+    const std::uint64_t* frequencies = rope::cuda::frequencies_in_turns(launch);
+    ASSERT_NE(frequencies, nullptr);
     for (std::int64_t n = 0; n < 64; ++n) {
       const long double frequency =
           std::pow(static_cast<long double>(max_wavelength), -static_cast<long double>(n) / 64) /
@@ -362,7 +363,7 @@ TEST(CudaThreads, FormExactAnglesOfIntegerPositions) {
                       : static_cast<std::int64_t>(random() % (2 * kFar + 1)) - kFar;
         const long double angle = frequency * static_cast<long double>(position);
         const rope::Rotation<float> rotation =
-            rope::rotation_of_turns(static_cast<std::uint64_t>(position) * turns[n]);
+            rope::rotation_of_turns(static_cast<std::uint64_t>(position) * frequencies[n]);
         ASSERT_NEAR(rotation.cos, static_cast<double>(std::cos(angle)), 2.5e-7) << position;
         ASSERT_NEAR(rotation.sin, static_cast<double>(std::sin(angle)), 2.5e-7) << position;
       }
@@ -858,7 +859,7 @@ at::Tensor sparse_memory(at::IntArrayRef sizes, at::ScalarType dtype) {
 at::Tensor before_a_forbidden_page(const at::Tensor& x) {
   const std::int64_t bytes = x.numel() * static_cast<std::int64_t>(x.element_size());
   const std::int64_t page = sysconf(_SC_PAGESIZE);
-  const std::int64_t size = rope::cuda::ceil_div(bytes, page) * page;
+  const std::int64_t size = at::ceil_div(bytes, page) * page;
   auto* const memory = static_cast<char*>(
       mmap(nullptr, size + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   TORCH_CHECK(memory != MAP_FAILED && mprotect(memory + size, page, PROT_NONE) == 0);
@@ -872,7 +873,7 @@ TEST(CudaThreads, ReadAndWriteNothingBeyondTheLastElement) {
     return before_a_forbidden_page(random_values(sizes, dtype, seed));
   };
   for_each_dtype([&](at::ScalarType dtype) {
-    // Vectors and single elements, shared rotations and those in registers, along the rows, the
+    // Vectors and single elements, rotations in shared memory and in registers, along the rows, the
     // tokens and the heads; the last block has fewer tokens and rows than the others.
     for (const std::int64_t tokens : {1, 37}) {
       const at::Tensor positions =
@@ -908,7 +909,7 @@ TEST(CudaThreads, ReachTheEndsOfTensorsOf2To33Elements) {
   constexpr std::int64_t kSize = 128;
   const at::Tensor positions = at::arange(kTokens);
   for (const bool in_place : {false, true}) {
-    for (const std::int64_t rotary_dim : {kSize, kSize - 2}) {  // words, and single elements
+    for (const std::int64_t rotary_dim : {kSize, kSize - 2}) {  // vectors, and single elements
       SCOPED_TRACE(c10::str("in_place = ", in_place, ", rotary_dim = ", rotary_dim));
       const at::Tensor x = sparse_memory({kBatch, kTokens, kSize}, at::kBFloat16);
       const at::Tensor y = in_place ? x : sparse_memory(x.sizes(), at::kBFloat16);

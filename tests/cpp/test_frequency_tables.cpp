@@ -17,12 +17,12 @@
 namespace {
 
 using rope::cuda::FrequencyKey;
-using Words = std::vector<std::uint64_t>;
+using Values = std::vector<std::uint64_t>;
 
 struct FakeUpload {
   int device;
-  Words values;
-  Words memory;  // zeros until the upload completes
+  Values values;
+  Values memory;  // zeros until the upload completes
   std::atomic<int> queries_left;
   std::atomic<bool> is_complete{false};
 
@@ -34,7 +34,7 @@ struct FakeUpload {
 
 struct FakeDevice {
   struct Upload {
-    const void* words;
+    const void* values;
     FakeUpload* upload;
   };
 
@@ -61,7 +61,7 @@ struct FakeDevice {
       upload.upload->values.assign(values, values + count);
       upload.upload->memory.resize(count);
       upload.upload->queries_left = state->queries_until_complete;
-      upload.words = upload.upload->memory.data();
+      upload.values = upload.upload->memory.data();
     }
     state->is_starting = false;
     return upload;
@@ -81,29 +81,33 @@ struct FakeDevice {
 struct Tables {
   FakeDevice::State device;
   rope::cuda::FrequencyTables<FakeDevice> tables{FakeDevice{&device}};
+  std::atomic<int> made{0};  // calls of make_values
 
-  const void* find(int index, const FrequencyKey& key, const Words& values) {
-    return tables.find(index, key, values.data());
+  const void* find(int index, const FrequencyKey& key, const Values& values) {
+    return tables.find(index, key, [&] {
+      ++made;
+      return values.data();
+    });
   }
 
   // Finds a table that may be made and is complete at once.
-  const void* make(int index, const FrequencyKey& key, const Words& values) {
+  const void* make(int index, const FrequencyKey& key, const Values& values) {
     device.queries_until_complete = 1;
     return find(index, key, values);
   }
 };
 
 constexpr FrequencyKey kKey = {1e4, 1, 3, true};
-const Words kValues = {11, 22, 33};
+const Values kValues = {11, 22, 33};
 
 FrequencyKey key_of(int number) { return {1e4 + number, 1, 3, true}; }
 
-Words values_of(int device, int number) {
+Values values_of(int device, int number) {
   const auto first = static_cast<std::uint64_t>(1000 * device + number + 1);
   return {first, 2 * first, 3 * first};
 }
 
-Words words_at(const void* table) {
+Values values_at(const void* table) {
   const auto* first = static_cast<const std::uint64_t*>(table);
   return {first, first + 3};
 }
@@ -120,7 +124,7 @@ TEST(FrequencyTables, AreHandedOutOnlyOnceTheirUploadIsComplete) {
   tables.device.uploads[0].complete();
   const void* table = tables.find(0, kKey, kValues);
   ASSERT_NE(table, nullptr);
-  EXPECT_EQ(words_at(table), kValues);
+  EXPECT_EQ(values_at(table), kValues);
 }
 
 TEST(FrequencyTables, UploadTheValuesOfTheFirstCallOnce) {
@@ -131,8 +135,21 @@ TEST(FrequencyTables, UploadTheValuesOfTheFirstCallOnce) {
   const void* table = tables.find(0, kKey, {7, 8, 9});
   ASSERT_NE(table, nullptr);
   EXPECT_EQ(tables.find(0, kKey, {7, 8, 9}), table);
-  EXPECT_EQ(words_at(table), kValues);
+  EXPECT_EQ(values_at(table), kValues);
   EXPECT_EQ(tables.device.started, 1);
+}
+
+TEST(FrequencyTables, ComputeValuesOnlyToBeUploaded) {
+  Tables tables;
+  for (int call = 0; call < 3; ++call) {
+    tables.find(0, kKey, kValues);
+  }
+  EXPECT_EQ(tables.made, 1);
+  tables.device.uploads[0].complete();
+  EXPECT_NE(tables.find(0, kKey, kValues), nullptr);
+  EXPECT_EQ(tables.made, 1);
+  tables.find(0, key_of(1), kValues);
+  EXPECT_EQ(tables.made, 2);
 }
 
 TEST(FrequencyTables, AskTheDeviceNothingOnceTheyAreComplete) {
@@ -149,7 +166,7 @@ TEST(FrequencyTables, AreApartForKeysThatDifferInAnyField) {
       kKey, {1e5, 1, 3, true}, {1e4, 2, 3, true}, {1e4, 1, 4, true}, {1e4, 1, 3, false}};
   std::vector<const void*> found;
   for (const FrequencyKey& key : keys) {
-    const Words values(key.num_pairs, found.size() + 1);
+    const Values values(key.num_pairs, found.size() + 1);
     found.push_back(tables.make(0, key, values));
     ASSERT_NE(found.back(), nullptr);
     EXPECT_EQ(tables.device.uploads.back().memory, values);
@@ -165,7 +182,7 @@ TEST(FrequencyTables, AreApartForDevices) {
   for (const int device : {0, 1}) {
     const void* table = tables.make(device, kKey, values_of(device, 0));
     ASSERT_NE(table, nullptr);
-    EXPECT_EQ(words_at(table), values_of(device, 0));
+    EXPECT_EQ(values_at(table), values_of(device, 0));
     EXPECT_EQ(tables.device.uploads.back().device, device);
   }
 }
@@ -191,7 +208,7 @@ TEST(FrequencyTables, AreLimitedInNumberOnEachDevice) {
   EXPECT_NE(tables.make(1, key_of(kMaxTables), kValues), nullptr);
   for (int number = 0; number < kMaxTables; ++number) {
     ASSERT_EQ(tables.find(0, key_of(number), kValues), found[number]);
-    ASSERT_EQ(words_at(found[number]), values_of(0, number));
+    ASSERT_EQ(values_at(found[number]), values_of(0, number));
   }
 }
 
@@ -238,9 +255,9 @@ TEST(FrequencyTables, AreRightAndMadeOnceForManyThreads) {
       for (int device = 0; device < kDevices; ++device) {
         for (int call = 0; call < 4 * kKeys; ++call) {
           const int number = call % kKeys;
-          const Words values = values_of(device, number);
+          const Values values = values_of(device, number);
           if (const void* table = tables.find(device, key_of(number), values)) {
-            ASSERT_EQ(words_at(table), values);
+            ASSERT_EQ(values_at(table), values);
             ++found;
           }
         }

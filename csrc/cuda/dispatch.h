@@ -1,0 +1,173 @@
+// From a launch and its plan to the type of a kernel's threads and to its parameters. Plain host
+// code, for cuda/*.cu and for tests that run the threads on the host.
+#pragma once
+
+#include <c10/core/ScalarType.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Exception.h>
+#include <c10/util/Half.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "angle.h"
+#include "cuda/plan.h"
+#include "cuda/rotate_kernel.h"
+#include "cuda/sum_kernel.h"
+#include "launch.h"
+#include "unsupported_dtype.h"
+
+namespace rope::cuda {
+
+// ---- The type of a thread ----
+
+template <typename Run>
+void dispatch_dtype(c10::ScalarType dtype, const Run& run) {
+  switch (dtype) {
+    case c10::ScalarType::Double:
+      return run(double{});
+    case c10::ScalarType::Float:
+      return run(float{});
+    case c10::ScalarType::Half:
+      return run(c10::Half{});
+    case c10::ScalarType::BFloat16:
+      return run(c10::BFloat16{});
+    default:
+      throw_unsupported_dtype(dtype);
+  }
+}
+
+template <typename Run>
+void dispatch_bool(bool value, const Run& run) {
+  value ? run(std::true_type{}) : run(std::false_type{});
+}
+
+// Calls run with the std::type_identity of a RotateThread or SumThread.
+template <template <typename, int, bool, typename, bool> typename Thread, typename Run>
+void dispatch_thread(const Launch& launch, const Plan& plan, const Run& run) {
+  dispatch_dtype(launch.dtype, [&](auto scalar) {
+    using scalar_t = decltype(scalar);
+    constexpr int kPairs = 16 / sizeof(scalar_t);
+    dispatch_bool(plan.index_is_64bit, [&](auto is_64bit) {
+      using Index = std::conditional_t<is_64bit, std::int64_t, std::int32_t>;
+      dispatch_bool(has_full_width(launch), [&](auto full_width) {
+        if (!plan.uses_vectors) {
+          return run(std::type_identity<Thread<scalar_t, 1, false, Index, full_width>>{});
+        }
+        dispatch_bool(launch.interleaved, [&](auto interleaved) {
+          run(std::type_identity<Thread<scalar_t, kPairs, interleaved, Index, full_width>>{});
+        });
+      });
+    });
+  });
+}
+
+// Likewise of a RotateFewRowsThread.
+template <typename Run>
+void dispatch_few_rows_thread(const Launch& launch, const Run& run) {
+  dispatch_dtype(launch.dtype, [&](auto scalar) {
+    using scalar_t = decltype(scalar);
+    if constexpr (std::is_same_v<scalar_t, double>) {
+      TORCH_INTERNAL_ASSERT(false, "float64 has no such kernel");
+    } else {
+      dispatch_bool(launch.interleaved, [&](auto interleaved) {
+        run(std::type_identity<
+            RotateFewRowsThread<scalar_t, 16 / sizeof(scalar_t), interleaved, std::int32_t>>{});
+      });
+    }
+  });
+}
+
+// Shared memory of a block.
+template <typename Thread>
+std::size_t shared_bytes(const Plan& plan) {
+  return Thread::shared_elements(plan.blocks) * sizeof(typename Thread::Real);
+}
+
+// ---- Parameters ----
+
+template <typename Index>
+Blocks<Index> device_blocks(const Blocks<std::int64_t>& from) {
+  const auto narrow = [](std::int64_t number) { return static_cast<Index>(number); };
+  return {.tokens = narrow(from.tokens),
+          .rows = narrow(from.rows),
+          .q_rows = narrow(from.q_rows),
+          .rows_per_block = narrow(from.rows_per_block),
+          .columns = narrow(from.columns),
+          .rotated_columns = narrow(from.rotated_columns),
+          .block_columns = from.block_columns,
+          .row_lanes = from.row_lanes,
+          .block_tokens = from.block_tokens,
+          .lanes = from.lanes,
+          .column_groups = from.column_groups};
+}
+
+template <typename Index, int kArrays>
+DeviceLoops<Index, kArrays> device_loops(const Loops<kArrays>& from) {
+  TORCH_INTERNAL_ASSERT(from.num_dims <= kLoopDims<Index>);
+  DeviceLoops<Index, kArrays> loops{};
+  loops.num_dims = from.num_dims;
+  for (int d = 0; d < from.num_dims; ++d) {
+    loops.sizes[d] = static_cast<std::make_unsigned_t<Index>>(from.sizes[d]);
+    for (int array = 0; array < kArrays; ++array) {
+      loops.strides[array][d] = static_cast<Index>(from.strides[array][d]);
+    }
+  }
+  return loops;
+}
+
+template <typename Index>
+Operands<Index> device_operands(const Launch& launch) {
+  Operands<Index> operands{};
+  for (int i = 0; i < launch.num_operands; ++i) {
+    const Operand& x = launch.operands[i];
+    // In place, rows end with the rotated slice: nothing outside it is copied.
+    const std::int64_t size =
+        copies_others(x) ? x.axis_size : launch.rotary_offset + 2 * launch.num_pairs;
+    operands.x[i] = {x.in,
+                     x.out,
+                     static_cast<Index>(size),
+                     static_cast<Index>(x.in_axis_stride),
+                     static_cast<Index>(x.out_axis_stride),
+                     device_loops<Index>(x.heads)};
+  }
+  operands.tokens = device_loops<Index>(launch.tokens);
+  operands.num_pairs = static_cast<Index>(launch.num_pairs);
+  operands.rotary_offset = static_cast<Index>(launch.rotary_offset);
+  operands.interleaved = launch.interleaved;
+  return operands;
+}
+
+// frequencies: those of max_wavelength in device memory, if the launch needs them; in turns if the
+// source is kTurns.
+template <typename Index>
+RotateParams<Index> rotate_params(const Launch& launch, const Plan& plan, const void* frequencies) {
+  RotateParams<Index> params{};
+  params.blocks = device_blocks<Index>(plan.blocks);
+  params.operands = device_operands<Index>(launch);
+  params.angles.source = angle_source(launch);
+  params.angles.conjugate = launch.conjugate;
+  if (launch.uses_tables) {
+    params.angles.table_angles = launch.table_angles;
+    if (launch.table_angles.rows != nullptr) {
+      check_position_dtype(launch.table_angles.rows_dtype);
+    }
+  } else {
+    params.angles.position_angles = launch.position_angles;
+    check_position_dtype(launch.position_angles.positions_dtype);
+    if (launch.position_angles.inv_freq == nullptr) {
+      params.angles.position_angles.inv_freq = frequencies;
+      params.angles.position_angles.inv_freq_stride = 1;
+    }
+  }
+  return params;
+}
+
+template <typename Index>
+SumParams<Index> sum_params(const Launch& launch, const Plan& plan, const Sums& sums) {
+  return {device_blocks<Index>(plan.blocks), device_operands<Index>(launch), launch.conjugate,
+          sums};
+}
+
+}  // namespace rope::cuda
