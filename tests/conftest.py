@@ -15,23 +15,46 @@ settings.register_profile("explore", deadline=None, max_examples=5000, database=
 settings.load_profile("repeatable")
 
 
-@pytest.fixture(scope="session", params=["cpu", "cuda"])
+def why_without_cuda() -> str | None:
+    """Returns why no case for CUDA can run here, or None where they can."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if not torch_rope._C.has_cuda:
+        return "torch-rope was built without CUDA kernels"
+    return None
+
+
+WHY_WITHOUT_CUDA = why_without_cuda()
+DEVICES = ["cpu", "cuda"] if WHY_WITHOUT_CUDA is None else ["cpu"]
+
+
+@pytest.fixture(scope="session", params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
-    """The device that a test runs on."""
+    """The device that a test runs on: every test for the CPU runs on CUDA too."""
     name: str = request.param
-    if name == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device here")
-    if name == "cuda" and not torch_rope._C.has_cuda:
-        pytest.skip("torch-rope was built without its CUDA kernels")
     return name
 
 
-@pytest.fixture
-def cuda(device: str) -> str:
+@pytest.fixture(scope="session")
+def cuda() -> str:
     """The CUDA device, for tests of what the CPU does not have."""
-    if device != "cuda":
-        pytest.skip("only for CUDA")
-    return device
+    return "cuda"
+
+
+def pytest_report_header() -> str:
+    """Says whether the cases for CUDA are collected."""
+    if WHY_WITHOUT_CUDA is None:
+        return f"CUDA cases: collected, for {torch.cuda.get_device_name()}"
+    return f"CUDA cases: not collected ({WHY_WITHOUT_CUDA})"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselects the tests that only CUDA can run: as skips they would hide the others."""
+    if WHY_WITHOUT_CUDA is None:
+        return
+    only_cuda = [item for item in items if "cuda" in getattr(item, "fixturenames", ())]
+    items[:] = [item for item in items if item not in only_cuda]
+    config.hook.pytest_deselected(items=only_cuda)
 
 
 @pytest.fixture

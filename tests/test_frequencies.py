@@ -513,10 +513,8 @@ def test_a_device_that_is_none_is_named(form: Any) -> None:
         form(device="cpuu")
 
 
-def test_a_generator_of_another_device_is_refused() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device here")
-    generator = torch.Generator("cuda")
+def test_a_generator_of_another_device_is_refused(cuda: str) -> None:
+    generator = torch.Generator(cuda)
     with pytest.raises(TypeError, match="expected generator to be on the CPU, but got one on cuda"):
         torch_rope.mixed_frequencies(64, generator=generator)
 

@@ -425,13 +425,11 @@ def of_rows_of_tables(device: str) -> tuple[dict[str, Tensor], str]:
     ],
 )
 def test_gradients_take_three_kernels_at_most(
-    device: str, gradient: Callable[[str], tuple[dict[str, Tensor], str]], tensors: int, batch: int
+    cuda: str, gradient: Callable[[str], tuple[dict[str, Tensor], str]], tensors: int, batch: int
 ) -> None:
-    if device == "cpu":
-        pytest.skip("only for CUDA")
-    angles, names = gradient(device)
+    angles, names = gradient(cuda)
     leaves = [angles[name].requires_grad_() for name in names.split()]
-    x = tuple(random_values((batch, 33, heads, 64), torch.bfloat16, device) for heads in (8, 2))
+    x = tuple(random_values((batch, 33, heads, 64), torch.bfloat16, cuda) for heads in (8, 2))
     options = {"full_width": True} if gradient is of_full_width_tables else {}
     rotate = torch_rope.apply_cos_sin if "cos" in angles else torch_rope.apply
     outputs = as_tuple(rotate(x if tensors == 2 else x[0], **angles, **options))

@@ -121,14 +121,15 @@ pathlib.Path.read_text = read_text
 """
 
 
-@pytest.mark.parametrize("cuda", ["None", "'12.8'"])
-def test_another_cuda_than_the_kernels_were_built_for_is_named(cuda: str) -> None:
+@pytest.mark.parametrize("toolkit", ["None", "'12.8'"])
+def test_another_cuda_than_the_kernels_were_built_for_is_named(toolkit: str) -> None:
     minor = ".".join(torch.__version__.split(".")[:2])
     statement = f"return 'torch {minor}.0\\ncuda 13\\n'"
-    completed = import_with(f"torch.version.cuda = {cuda}\n{BUILT_FOR.format(statement=statement)}")
+    program = f"torch.version.cuda = {toolkit}\n{BUILT_FOR.format(statement=statement)}"
+    completed = import_with(program)
     error = completed.stderr.splitlines()[-1]
     assert f"built for torch {minor}.0 with CUDA 13, but torch {torch.__version__}" in error
-    assert (" with CUDA 12.8 is installed" in error) == (cuda != "None")
+    assert (" with CUDA 12.8 is installed" in error) == (toolkit != "None")
 
 
 @pytest.mark.parametrize(
