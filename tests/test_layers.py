@@ -38,6 +38,15 @@ LONGROPE = {
 FOLLOWING_LENGTH = [pytest.param(DYNAMIC, id="dynamic"), pytest.param(LONGROPE, id="longrope")]
 
 
+needs_transformers = pytest.mark.usefixtures("transformers")
+
+
+@pytest.fixture
+def transformers() -> Any:
+    """The package, for tests that compare with its models; without it they are skipped."""
+    return pytest.importorskip("transformers")
+
+
 def inputs(device: str, *, first: int = 0, tokens: int = 9) -> tuple[Tensor, Tensor, Tensor]:
     """Returns q (B, S, H, D), k and positions (S, 1)."""
     q = random_values((2, tokens, 4, 32), device=device)
@@ -990,6 +999,7 @@ FROM_CONFIG: list[tuple[str, str, str, dict[str, Any], str | None]] = [
 ]
 
 
+@needs_transformers
 @pytest.mark.parametrize(("name", "config", "model", "options", "layer_type"), FROM_CONFIG)
 @pytest.mark.parametrize("form", ["object", "dictionary"])
 def test_a_configuration_gives_the_frequencies_of_its_model(
@@ -1112,6 +1122,7 @@ OF_IMAGES_AND_SOUND = (
 )
 
 
+@needs_transformers
 @pytest.mark.filterwarnings("ignore")
 def test_pairs_are_neighbours_where_those_of_the_model_are() -> None:
     found = families()
@@ -1128,6 +1139,7 @@ def test_pairs_are_neighbours_where_those_of_the_model_are() -> None:
     assert tried >= INTERLEAVED_MODEL_TYPES - {"roformer", "sarvam_mla"}
 
 
+@needs_transformers
 def test_roformer_pairs_neighbours() -> None:
     from transformers.models.roformer.modeling_roformer import RoFormerSelfAttention
 
@@ -1167,6 +1179,7 @@ def test_a_configuration_tells_how_elements_pair_up(
     assert not RotaryEmbedding.from_config(config, interleaved=False).interleaved
 
 
+@needs_transformers
 @pytest.mark.parametrize(
     ("name", "config", "model", "function"),
     [
@@ -1193,6 +1206,7 @@ def test_scores_are_those_of_models_that_pair_neighbours(
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
 
 
+@needs_transformers
 @pytest.mark.filterwarnings("ignore")
 def test_every_configuration_of_text_in_transformers_is_read_or_refused_with_a_reason() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -1232,6 +1246,7 @@ def test_every_configuration_of_text_in_transformers_is_read_or_refused_with_a_r
 HUNYUAN = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "beta_slow": 1}
 
 
+@needs_transformers
 def test_a_base_that_hunyuan_stretches_is_read() -> None:
     from transformers.models.hunyuan_v1_dense import configuration_hunyuan_v1_dense as of_configs
     from transformers.models.hunyuan_v1_dense import modeling_hunyuan_v1_dense as of_models
@@ -1357,6 +1372,7 @@ def test_sections_that_take_turns_may_be_called_interleaved() -> None:
     assert_same_bits(rotary.inv_freq, expected.inv_freq)
 
 
+@needs_transformers
 def test_it_turns_as_the_model_does() -> None:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
