@@ -433,6 +433,25 @@ def test_generated_code_finds_views_whose_place_depends_on_sizes(
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
+def test_generated_code_finds_slices_and_clones_of_an_argument_with_an_offset(
+    device: str, dynamic: bool
+) -> None:
+    def rotate(x: Tensor, other: Tensor, positions: Tensor) -> Tensor:
+        clone = x.clone()
+        torch_rope.apply_(clone, positions)
+        torch_rope.apply_((other[:, :, :1], other[:, :, 1:]), positions)
+        return clone + x
+
+    compiled = compile_whole(rotate, dynamic=dynamic, backend="inductor")
+    packed = random_values((3, 2, 9, 4, 8), device=device)
+    expected = packed.clone()
+    positions = random_positions((9, 1), device=device)
+    actual = compiled(packed[1], packed[2], positions)
+    assert_all_close(actual, rotate(expected[1], expected[2], positions))
+    assert_same_bits(packed, expected)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_arguments_can_be_changed(device: str, backend: str, dynamic: bool) -> None:
     def rotate(q: Tensor, k: Tensor, positions: Tensor) -> None:

@@ -87,28 +87,27 @@ def apply(
       ``positions[a] * inv_freq[a, n]``, formed in the dtype of ``inv_freq`` (several axes, such as
       time, height and width: M-RoPE, 2-D and 3-D RoPE).
 
-    Cosine and sine of that angle are exact to 2.5e-7 (1e-12 for float64 ``x``) at any position.
-    Computation is in float32 (float64 for float64 ``x``), and each element of the result is rounded
-    once.
+    The cosine and sine of that angle are exact to 2.5e-7 (1e-12 for float64 ``x``) at any position.
+    The opmath type is float32 (float64 for float64 ``x``), and each element of the result is
+    rounded once.
 
     Args:
         x: Tensor of float64, float32, float16 or bfloat16, with any shape of at least one dimension
-            and any strides; or a ``(q, k)`` tuple of them (a list works like a tuple), which are
-            rotated by the same angles in one launch and may differ in shape, strides and dtype.
-            Where neither ``rotary_dim`` nor ``inv_freq`` is given, their rotated slices must be of
-            one size.
+            and any strides; or a ``(q, k)`` tuple or list of them, which are rotated by the same
+            angles in one launch and may differ in shape, strides and dtype. If neither
+            ``rotary_dim`` nor ``inv_freq`` is given, their rotated slices must have the same size.
         positions: Token positions, int32, int64, float32 or float64, of any value, on the device of
             ``x``, broadcastable with the shape of ``x`` without ``embedding_axis``: ``(S, 1)`` or
             ``(B, S, 1)`` for ``x`` of shape ``(B, S, H, D)``, ``(S,)`` for ``(B, H, S, D)``. With
             ``inv_freq`` of shape ``(A, N)``, one more dimension of size ``A`` comes first. The
-            layout is never guessed: ``(S,)`` for ``(B, S, H, D)`` is an error, but where there are
-            as many heads as tokens it broadcasts, and rotates by head.
+            layout is never guessed: ``(S,)`` for ``(B, S, H, D)`` is an error, unless there are as
+            many heads as tokens: then it broadcasts, and rotates by head.
         inv_freq: Radians per unit of position, float32 or float64, of shape ``(N,)`` or ``(A, N)``.
-            These are frequencies and not angles: who has angles of shape ``(S, N)`` gives their
+            These are frequencies, not angles: if you have angles of shape ``(S, N)``, pass their
             cosines and sines to :func:`apply_cos_sin`.
         embedding_axis: The dimension of ``x`` that is rotated; negative counts from the end.
         rotary_dim: How many elements are rotated, even; by default ``2 * N`` of ``inv_freq``, or
-            all from ``rotary_offset`` on. Elements outside are copied unchanged; with 0 all are.
+            all from ``rotary_offset`` on. Elements outside are copied unchanged; 0 rotates none.
         rotary_offset: The first element that is rotated, at least 0.
         max_wavelength: The base of the frequencies, positive (``rope_theta`` of Hugging Face's
             configurations). Not together with ``inv_freq``.
@@ -117,16 +116,16 @@ def apply(
         attention_factor: Multiplies the rotated elements, finite (the attention scaling of YaRN).
         interleaved: Whether pairs are adjacent elements (GPT-J) instead of the two halves
             (GPT-NeoX, Llama).
-        conjugate: Whether to turn by the negative angle: the transpose, and the inverse where
+        conjugate: Whether to rotate by the negative angle: the transpose, and the inverse if
             ``attention_factor`` is 1.
 
     Returns:
-        A tensor with the shape, dtype and strides of ``torch.empty_like(x)``; of a tuple, a tuple.
+        A tensor with the shape, dtype and strides of ``torch.empty_like(x)``; for a tuple, a tuple.
 
     Raises:
-        ValueError: If sizes or values do not fit, such as positions that do not broadcast with
+        ValueError: If a size or value is not accepted, such as positions that do not broadcast with
             ``x``.
-        TypeError: If a dtype, a device or the type of an argument does not fit.
+        TypeError: If a dtype, a device or the type of an argument is not accepted.
         IndexError: If ``embedding_axis`` is out of range.
         NotImplementedError: If this build has no kernel for the device.
 
@@ -172,30 +171,35 @@ def apply_(
     interleaved: bool = False,
     conjugate: bool = False,
 ) -> Rotated:
-    """Does what :func:`apply` does, in place.
+    """Rotates like :func:`apply`, in place.
+
+    Under ``torch.compile`` use :func:`apply`: compiled graphs have no mutation, so this function
+    becomes :func:`apply` followed by a copy into ``x``. For one layer of Llama-3-8B (512 tokens,
+    bfloat16, one thread of a Xeon with AVX-512) the two take 0.27 ms (in place) and 0.48 ms in
+    eager mode, and 0.97 ms (in place) and 0.56 ms compiled.
 
     Args:
-        x: As for :func:`apply`; its elements must not overlap in memory, and those of ``q`` must
-            not be shared with ``k``. Views of one packed buffer are fine.
-        positions: As for :func:`apply`.
-        inv_freq: As for :func:`apply`.
-        embedding_axis: As for :func:`apply`.
-        rotary_dim: As for :func:`apply`.
-        rotary_offset: As for :func:`apply`.
-        max_wavelength: As for :func:`apply`.
-        scale_factor: As for :func:`apply`.
-        attention_factor: As for :func:`apply`.
-        interleaved: As for :func:`apply`.
-        conjugate: As for :func:`apply`.
+        x: The tensor, or the ``(q, k)`` tuple or list of tensors, to rotate. No two elements may
+            overlap in memory, within a tensor or between ``q`` and ``k``. Disjoint views of one
+            packed buffer are fine.
+        positions: Token positions. They and the options below have the shapes, dtypes, ranges and
+            defaults given in :func:`apply`.
+        inv_freq: Frequencies, in radians per unit of position.
+        embedding_axis: The dimension of ``x`` that is rotated.
+        rotary_dim: How many elements are rotated.
+        rotary_offset: The first element that is rotated.
+        max_wavelength: The base of the frequencies.
+        scale_factor: Divides the angle.
+        attention_factor: Multiplies the rotated elements.
+        interleaved: Whether pairs are adjacent elements.
+        conjugate: Whether to rotate by the negative angle.
 
     Returns:
-        What it was given, rotated.
+        ``x``, rotated.
 
     Raises:
-        ValueError: As for :func:`apply`, and where elements overlap.
-        TypeError: As for :func:`apply`.
-        IndexError: As for :func:`apply`.
-        NotImplementedError: As for :func:`apply`.
+        ValueError, TypeError, IndexError, NotImplementedError: In the cases listed for
+            :func:`apply`, and ValueError if elements overlap. ``x`` is unchanged after any error.
         RuntimeError: If a leaf that requires grad is given while gradients are recorded.
 
     Example:
@@ -261,43 +265,45 @@ def apply_cos_sin(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Rotates pairs of elements of ``x`` by the caller's tables of cosines and sines.
 
-    A pair ``(a, b)`` becomes ``(a cos - b sin, b cos + a sin)``. The tables are used as they are,
-    converted to the type of the computation: float32, or float64 for float64 ``x``.
+    A pair ``(a, b)`` becomes ``(a cos - b sin, b cos + a sin)``. The tables are used as given,
+    converted to the opmath type: float32, or float64 for float64 ``x``.
 
     With ``full_width`` the tables have a column for each element of the rotated slice instead of
-    one for each pair, in the slice's own order, as those of Hugging Face's models and of diffusers
-    have. A pair becomes ``(a cos_a - b sin_a, b cos_b + a sin_b)``.
+    one for each pair, in the order of the slice, like those of Hugging Face's models and of
+    diffusers. A pair becomes ``(a cos_a - b sin_a, b cos_b + a sin_b)``.
 
     Args:
-        x: As for :func:`apply`: a tensor, or a ``(q, k)`` tuple.
+        x: Tensor of float64, float32, float16 or bfloat16, with any shape of at least one dimension
+            and any strides; or a ``(q, k)`` tuple or list of them, which are rotated in one launch
+            and may differ in shape, strides and dtype.
         cos: Table of float64, float32, float16 or bfloat16, with any strides. Without ``positions``
             its shape is ``(..., N)`` with one column for each pair, where ``(...)`` broadcasts with
             the shape of ``x`` without ``embedding_axis``; with ``positions`` it is ``(P, N)``. With
-            ``full_width`` there are ``2 * N`` columns. Of a complex table (``freqs_cis``) this is
-            the real part and ``sin`` the imaginary one, for ``interleaved`` pairs.
+            ``full_width`` there are ``2 * N`` columns. For a complex table (``freqs_cis``) pass its
+            real part here, its imaginary part as ``sin``, and ``interleaved=True``.
         sin: Table of the shape, dtype and device of ``cos``.
         positions: Rows of the tables, int32 or int64 in ``[0, P)``, broadcastable with the shape of
             ``x`` without ``embedding_axis``.
         embedding_axis: The dimension of ``x`` that is rotated; negative counts from the end.
-        rotary_dim: How many elements are rotated. It follows from the width of the tables, which is
-            never guessed: where given, it must be ``2 * N``. Give it where the tables' width may
-            not be what you expect, as for models that rotate a part of each head.
+        rotary_dim: How many elements are rotated. It follows from the width of the tables: if
+            given, it must be ``2 * N``. Give it to check the width, for instance in a model that
+            rotates a part of each head.
         rotary_offset: The first of the ``2 * N`` elements that are rotated, at least 0. Elements
             outside are copied unchanged.
         interleaved: Whether pairs are adjacent elements (GPT-J) instead of the two halves
             (GPT-NeoX, Llama).
-        conjugate: Whether to turn by the negative angle: the transpose, with ``full_width``
+        conjugate: Whether to rotate by the negative angle: the transpose, with ``full_width``
             ``(a cos_a + b sin_b, b cos_b - a sin_a)``.
         full_width: Whether the tables have a column for each element instead of one for each pair.
 
     Returns:
-        A tensor with the shape, dtype and strides of ``torch.empty_like(x)``; of a tuple, a tuple.
+        A tensor with the shape, dtype and strides of ``torch.empty_like(x)``; for a tuple, a tuple.
 
     Raises:
-        ValueError: If sizes or values do not fit.
-        TypeError: If a dtype, a device or the type of an argument does not fit.
+        ValueError: If a size or value is not accepted.
+        TypeError: If a dtype, a device or the type of an argument is not accepted.
         IndexError: If ``embedding_axis`` is out of range, or on CPU an element of ``positions``. On
-            CUDA the latter is a device-side assertion.
+            CUDA the latter trips a device-side assertion.
         NotImplementedError: If this build has no kernel for the device.
 
     Example:
@@ -308,7 +314,7 @@ def apply_cos_sin(
         >>> y = torch_rope.apply_cos_sin(x, angles.cos(), angles.sin(), positions)
         >>> torch.allclose(y, torch_rope.apply(x, positions), atol=1e-5)
         True
-        >>> angles = torch.cat((angles, angles), dim=-1)  # as Hugging Face's models have them
+        >>> angles = torch.cat((angles, angles), dim=-1)  # as in Hugging Face's models
         >>> cos, sin = angles.cos()[:5, None], angles.sin()[:5, None]
         >>> torch.equal(torch_rope.apply_cos_sin(x, cos, sin, full_width=True), y)
         True
@@ -338,28 +344,32 @@ def apply_cos_sin_(
     conjugate: bool = False,
     full_width: bool = False,
 ) -> Rotated:
-    """Does what :func:`apply_cos_sin` does, in place.
+    """Rotates like :func:`apply_cos_sin`, in place.
+
+    Under ``torch.compile`` use :func:`apply_cos_sin`, for the reason given in :func:`apply_`.
 
     Args:
-        x: As for :func:`apply_`.
-        cos: As for :func:`apply_cos_sin`.
-        sin: As for :func:`apply_cos_sin`.
-        positions: As for :func:`apply_cos_sin`; where one is out of range, ``x`` is left as it was.
-        embedding_axis: As for :func:`apply_cos_sin`.
-        rotary_dim: As for :func:`apply_cos_sin`.
-        rotary_offset: As for :func:`apply_cos_sin`.
-        interleaved: As for :func:`apply_cos_sin`.
-        conjugate: As for :func:`apply_cos_sin`.
-        full_width: As for :func:`apply_cos_sin`.
+        x: The tensor, or the ``(q, k)`` tuple or list of tensors, to rotate. No two elements may
+            overlap in memory, within a tensor or between ``q`` and ``k``. Disjoint views of one
+            packed buffer are fine.
+        cos: Table of cosines. It and the options below have the shapes, dtypes, ranges and defaults
+            given in :func:`apply_cos_sin`.
+        sin: Table of sines.
+        positions: Rows of the tables.
+        embedding_axis: The dimension of ``x`` that is rotated.
+        rotary_dim: How many elements are rotated.
+        rotary_offset: The first element that is rotated.
+        interleaved: Whether pairs are adjacent elements.
+        conjugate: Whether to rotate by the negative angle.
+        full_width: Whether the tables have a column for each element instead of one for each pair.
 
     Returns:
-        What it was given, rotated.
+        ``x``, rotated.
 
     Raises:
-        ValueError: As for :func:`apply_cos_sin`, and where elements overlap.
-        TypeError: As for :func:`apply_cos_sin`.
-        IndexError: As for :func:`apply_cos_sin`.
-        NotImplementedError: As for :func:`apply_cos_sin`.
+        ValueError, TypeError, IndexError, NotImplementedError: In the cases listed for
+            :func:`apply_cos_sin`, and ValueError if elements overlap. ``x`` is unchanged after any
+            error, on CPU also if an element of ``positions`` is out of range.
         RuntimeError: If a leaf that requires grad is given while gradients are recorded.
 
     Example:
@@ -385,6 +395,6 @@ def _wrong_length(function: str, x: Sized) -> TypeError:
     )
 
 
-# torch.jit.script compiles a call of these functions, with one tensor, to the operator itself.
+# torch.jit.script compiles a call of these functions with one tensor to the operator itself.
 for _function in (apply, apply_, apply_cos_sin, apply_cos_sin_):
     _register_builtin(_function, f"rope::{_function.__name__}")
