@@ -1,4 +1,4 @@
-"""Measures torch-rope on the CPU, against copies of the same bytes and against its peers.
+"""Measures torch-rope on the CPU against copies of the same bytes and against its peers.
 
 python benchmarks/bench_apply.py --quick
 python benchmarks/bench_apply.py --threads 1 2 --json F.json --markdown F.md --chart F.png
@@ -28,7 +28,7 @@ COPIES = ("copy_", "memcpy")
 HALF_SPLIT = "half-split D 128"
 TWICE = "2 functional calls"
 
-# What is measured. "resident" alone runs in a process that keeps freed memory.
+# "resident" runs in a process that keeps freed memory; the others do not.
 FORMS = ("resident", "functional", "in place", "training")
 
 Calls = dict[str, Call]
@@ -39,30 +39,30 @@ class Settings:
     """How thoroughly to measure."""
 
     rounds: int
-    seconds: float  # of one call in one round
+    seconds: float  # per call and round
 
 
 @dataclass
 class Row:
-    """One case in one form: what every contestant took, and how ours compares."""
+    """One case in one form: the timings of all implementations, and how ours compares."""
 
     threads: int
     form: str
     case: str
     timings: dict[str, Timing]
-    ceiling: str  # what the target is a multiple of
+    ceiling: str  # the bound that the target is a multiple of
     multiple: float
     target: float | None
     excluded: dict[str, str]  # peers whose result was wrong, or that failed
 
     @property
     def copy(self) -> float:
-        """Seconds of the best copy."""
+        """Seconds of the fastest copy."""
         return min(self.timings[name].median for name in COPIES if name in self.timings)
 
     @property
     def multiples_of_copy(self) -> dict[str, float]:
-        """What each contestant but the copies took, over the best copy."""
+        """The time of each implementation, divided by that of the fastest copy."""
         timings = self.timings.items()
         return {name: t.median / self.copy for name, t in timings if name not in COPIES}
 
@@ -83,14 +83,14 @@ class Row:
 
 
 def copies(problem: Problem) -> Calls:
-    """Returns the ceilings: copies of q and k into memory that is already there."""
+    """Returns the bounds: copies of q and k into warm buffers."""
     sources = (problem.q.detach(), problem.k.detach())
     targets = tuple(torch.zeros_like(x) for x in sources)
     both = list(zip(sources, targets, strict=True))
     calls: Calls = {"copy_": lambda: [y.copy_(x) for x, y in both]}
     memcpy = ctypes.CDLL(None).memcpy
     memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-    addresses = [(y.data_ptr(), x.data_ptr(), x.nbytes) for x, y in both]  # copy_ keeps both.
+    addresses = [(y.data_ptr(), x.data_ptr(), x.nbytes) for x, y in both]  # copy_ keeps both alive.
     calls["memcpy"] = lambda: [memcpy(*copy) for copy in addresses]
     return calls
 
@@ -98,12 +98,12 @@ def copies(problem: Problem) -> Calls:
 def peer_calls(
     problem: Problem, prepare: Callable[[str, Call], Call], excluded: dict[str, str]
 ) -> Calls:
-    """Returns the peers that can be imported and serve the case.
+    """Returns the peers that can be imported and support the case.
 
     Args:
-        problem: What they rotate.
-        prepare: Checks a peer's call by its name, and returns the call to be timed.
-        excluded: Receives the peers that fail, and why.
+        problem: The tensors to rotate.
+        prepare: Checks a named peer's call, and returns the call to time.
+        excluded: Receives the peers that fail, with the reasons.
     """
     calls: Calls = {}
     for name, make in PEERS.items():
@@ -117,7 +117,7 @@ def peer_calls(
 
 
 def forward_calls(problem: Problem, form: str, excluded: dict[str, str]) -> Calls:
-    """Returns ours, the ceilings and the peers, each checked, for a call with a fresh result."""
+    """Returns ours, the bounds and the peers for an out-of-place call, all checked."""
     case, q, k = problem.case, problem.q, problem.k
 
     @functools.cache
@@ -126,7 +126,7 @@ def forward_calls(problem: Problem, form: str, excluded: dict[str, str]) -> Call
 
     def check(name: str, call: Call) -> Call:
         if name == "ONNX Runtime" and form == "functional":
-            raise Unsupported  # Its result is bound: it allocates nothing.
+            raise Unsupported  # Its output is bound: it allocates nothing.
         interleaved = case.interleaved or name in ALWAYS_INTERLEAVED
         problem.check(as_tensors(call()), exact(interleaved))
         return call
@@ -140,10 +140,10 @@ def forward_calls(problem: Problem, form: str, excluded: dict[str, str]) -> Call
 
 
 def in_place_calls(problem: Problem) -> Calls:
-    """Returns ours in place, and the quickest operator that reads, changes and writes each element.
+    """Returns ours in place, and the fastest operator that reads and writes each element.
 
-    That is neg_: it turns a bit. mul_ and add_ would convert bfloat16 to float32 and back, which
-    takes longer than to move it.
+    That is neg_, which flips a bit. mul_ and add_ would convert bfloat16 to float32 and back, which
+    takes longer than moving it.
     """
     q, k = problem.q.clone(), problem.k.clone()
     exact = problem.rotate_exactly((q, k), problem.case.interleaved)
@@ -153,7 +153,7 @@ def in_place_calls(problem: Problem) -> Calls:
 
 
 def training_calls(problem: Problem, excluded: dict[str, str]) -> Calls:
-    """Returns ours and the peers of PyTorch, forward and backward, and two functional calls."""
+    """Returns forward and backward of ours and of the PyTorch peers, and two functional calls."""
     case, inputs = problem.case, (problem.q, problem.k)
     gradients = (torch.randn_like(problem.q), torch.randn_like(problem.k))
     once = torch_rope_call(Problem(case, "cpu"))
@@ -174,11 +174,11 @@ def training_calls(problem: Problem, excluded: dict[str, str]) -> Calls:
     return calls | peer_calls(problem, train_and_check, excluded)
 
 
-# --- What is promised ----------------------------------------------------------------------------
+# --- Targets -------------------------------------------------------------------------------------
 
 
 def target(case: Case, form: str) -> tuple[str, float | None]:
-    """Returns the ceiling of a case and the multiple of it that ours may take."""
+    """Returns the bound of a case, and the multiple of it that ours may take."""
     sixteen_bits_in_cache = case.dtype != "float32" and case.in_cache
     if form == "training":
         return TWICE, 1.1
@@ -207,7 +207,7 @@ def measure(case: Case, form: str, threads: int, settings: Settings) -> Row:
     """Checks and times one case in one form."""
     excluded: dict[str, str] = {}
     if form != "resident":
-        memory.take_from_heap(128 * 1024)  # Preparations leave no holes that results could fill.
+        memory.take_from_heap(128 * 1024)  # Setup leaves no holes that results could fill.
     problem = Problem(case, "cpu", requires_grad=form == "training")
     if form == "training":
         calls = training_calls(problem, excluded)
@@ -219,7 +219,7 @@ def measure(case: Case, form: str, threads: int, settings: Settings) -> Row:
     if form == "resident":
         timings = time_in_turns(calls, settings.rounds, settings.seconds, "cpu")
     else:
-        # What large peers free leaves holes in the heap, so they take their turns afterwards.
+        # Memory freed by large peers leaves holes in the heap, so they run afterwards.
         memory.take_from_heap(32 * 1024 * 1024)  # As glibc does after a while.
         peers = {name: calls.pop(name) for name in PEERS if name in calls}
         timings = {}
@@ -237,14 +237,14 @@ def measure(case: Case, form: str, threads: int, settings: Settings) -> Row:
 
 
 def start_worker(threads: int, keep_memory: bool) -> None:
-    """Prepares a process that measures."""
+    """Initialises a measuring process."""
     torch.set_num_threads(threads)
     if keep_memory:
         memory.keep_freed_memory()
 
 
 def forms_of(case: Case) -> list[str]:
-    """Returns the forms in which a case is measured."""
+    """Returns the forms to measure a case in."""
     if case.is_variant:
         return ["resident"]
     left_out = set() if case == Case("bfloat16", tokens=4096) else {"training"}
@@ -252,9 +252,9 @@ def forms_of(case: Case) -> list[str]:
 
 
 def run(cases: list[Case], threads: list[int], settings: Settings) -> list[Row]:
-    """Measures in processes of their own: one for each number of threads and kind of memory.
+    """Measures in separate processes, one per number of threads and kind of memory.
 
-    A process may use as many CPUs as threads, which binds the libraries that count CPUs too.
+    Each is limited to as many CPUs as threads, which also limits libraries that count CPUs.
     """
     all_cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     spawn = multiprocessing.get_context("spawn")
@@ -283,7 +283,7 @@ def run(cases: list[Case], threads: list[int], settings: Settings) -> list[Row]:
 
 
 def target_table(rows: list[Row]) -> str:
-    """Returns ours against ceilings, targets and the quickest peer."""
+    """Returns a table of ours against bounds, targets and the fastest peer."""
     header = ["case", "ms", "spread", "ceiling", "x ceiling", "target", "", "x copy"]
     header += ["quickest peer", "x ours", "page faults, ours / ceiling"]
     lines = []
@@ -305,7 +305,7 @@ def target_table(rows: list[Row]) -> str:
 
 
 def peer_table(rows: list[Row]) -> str:
-    """Returns everything as multiples of copy."""
+    """Returns a table of all implementations as multiples of a copy."""
     names = dict.fromkeys(name for row in rows for name in row.multiples_of_copy)
     lines = []
     for row in rows:
@@ -316,7 +316,7 @@ def peer_table(rows: list[Row]) -> str:
 
 
 def thread_table(rows: list[Row]) -> str:
-    """Returns what two threads gain over one, ours and a copy."""
+    """Returns a table of the speed-ups of ours and of a copy with two threads."""
     one, two = ({(r.form, r.case): r for r in rows if r.threads == n} for n in (1, 2))
     lines = []
     for key in one.keys() & two.keys():
@@ -366,7 +366,7 @@ def report(rows: list[Row], environment: dict[str, str]) -> str:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Draws functional calls of the fewest threads as multiples of copy: up to four cases."""
+    """Draws up to four functional cases with the fewest threads, as multiples of a copy."""
     import matplotlib as mpl
 
     mpl.use("agg")

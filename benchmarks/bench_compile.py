@@ -1,4 +1,4 @@
-"""Measures attention blocks under torch.compile, with the kernel and with the composed form.
+"""Measures attention blocks under torch.compile, with the kernel and with the decomposition.
 
 python benchmarks/bench_compile.py
 python benchmarks/bench_compile.py --json F.json --markdown F.md
@@ -25,14 +25,14 @@ FORMS = ("no rotation", "kernel", "composed")
 
 @dataclass(frozen=True)
 class Case:
-    """A block that is compiled once for each form.
+    """A block, compiled once per form.
 
     Attributes:
         dtype: A key of ``DTYPES``; tables are float32 whatever it is.
-        batch: How many sequences.
-        tokens: Length of each.
-        angles: ``"positions"``, or ``"tables"`` of cosines and sines that were made before.
-        backward: Whether the pass back to the packed projection is timed too.
+        batch: The number of sequences.
+        tokens: The length of each.
+        angles: ``"positions"``, or precomputed ``"tables"`` of cosines and sines.
+        backward: Whether to time the backward pass to the packed projection too.
     """
 
     dtype: str
@@ -42,13 +42,13 @@ class Case:
     backward: bool
 
     def __str__(self) -> str:
-        """Returns the name of its line."""
+        """Returns the name of the table line."""
         passes = "forward + backward" if self.backward else "forward"
         return f"{self.dtype} {self.batch} x {self.tokens} {self.angles}, {passes}"
 
 
 def list_cases() -> list[Case]:
-    """Returns every case, in the order of the table."""
+    """Returns all cases, in the order of the table."""
     return [
         Case(dtype, batch, tokens, angles, backward)
         for dtype in ("float32", "bfloat16")
@@ -98,7 +98,7 @@ class Block:
         return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     def compiled(self, form: str) -> Callable[[], Tensor]:
-        """Returns a call of the block, compiled; with its pass back where the case has one."""
+        """Returns a call of the compiled block, with its backward pass if the case has one."""
         forward = torch.compile(lambda packed: self.forward(packed, form), fullgraph=True)
         if not self.case.backward:
             return lambda: forward(self.packed)
@@ -106,14 +106,14 @@ class Block:
 
 
 def check(actual: Tensor, expected: Tensor) -> None:
-    """Raises AssertionError where the dtype does not explain how far two results are apart."""
+    """Raises AssertionError if two results differ by more than their dtype explains."""
     error = (actual - expected).norm() / expected.norm()
     if not error <= 8 * torch.finfo(actual.dtype).eps:
         raise AssertionError(f"composed and kernel differ by {error:.1e} of the result's norm")
 
 
 def measure(case: Case, device: str, rounds: int, seconds: float) -> dict[str, Timing]:
-    """Times the block with each form, in turns."""
+    """Times the block with each form, in turn."""
     torch.compiler.reset()
     block = Block(case, device)
     calls = {form: block.compiled(form) for form in FORMS}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 OURS = "torch-rope"
 COPY, COPY_KERNEL = "copy_", "bitwise_not"
-NOT_CAPTURED = ("JAX",)  # It has streams of its own.
+NOT_CAPTURED = ("JAX",)  # It has its own streams.
 
 PLAIN = Case("bfloat16", tokens=4096)
 PARTIAL = replace(PLAIN, rotary_dim=64, variant="partial 64 of 128")
@@ -27,7 +27,7 @@ HEADS_OF_64 = replace(PLAIN, tokens=8192, head_dim=64)
 
 @dataclass(frozen=True)
 class Target:
-    """What is promised of a case.
+    """The target of a case.
 
     Attributes:
         case: The case.
@@ -45,7 +45,7 @@ class Target:
 
     @property
     def copied_share(self) -> float:
-        """The share of q and k that must be moved: in place only what is rotated."""
+        """The fraction of q and k that must be moved: in place only the rotated part."""
         return self.case.rotated / self.case.head_dim if self.form == "in place" else 1.0
 
 
@@ -86,7 +86,7 @@ TARGETS = (
 
 @dataclass
 class Row:
-    """A case and what every implementation took.
+    """A case and the timings of all implementations.
 
     Attributes:
         name: Of the target.
@@ -102,12 +102,12 @@ class Row:
 
     @property
     def copy(self) -> float:
-        """Seconds of the best copy."""
+        """Seconds of the fastest copy."""
         return min(self.timings[name].median for name in (COPY, COPY_KERNEL))
 
     @property
     def fractions(self) -> dict[str, float]:
-        """What ours and the peers reach of the speed of the best copy."""
+        """The speed of ours and the peers, as fractions of the fastest copy's."""
         timings = self.timings.items()
         return {
             name: self.copy / t.median for name, t in timings if name not in (COPY, COPY_KERNEL)
@@ -127,11 +127,11 @@ class Row:
 HEADER = ["case", "copy, us", "ours, us", "spread", "of the copy", "target", "", "best peer"]
 
 
-# --- What is timed, on each of several sets of buffers --------------------------------------------
+# --- What is timed, on several sets of buffers ----------------------------------------------------
 
 
 def copies(nbytes: int) -> dict[str, Call]:
-    """Returns copies of so many bytes: by cudaMemcpyAsync, and by a kernel that flips every bit."""
+    """Returns copies of this size: cudaMemcpyAsync, and a kernel that flips every bit."""
     source, target = torch.zeros(2, nbytes, dtype=torch.uint8, device="cuda")
     words, flipped = source.view(torch.int32), target.view(torch.int32)
     return {
@@ -141,7 +141,7 @@ def copies(nbytes: int) -> dict[str, Call]:
 
 
 def ours(problem: Problem, form: str) -> Call:
-    """Returns torch-rope's call, after its result was checked."""
+    """Returns torch-rope's call, after checking its result."""
     interleaved = problem.case.interleaved
     if form == "backward":
         rotated = tuple_of(torch_rope_call(problem)())
@@ -158,15 +158,15 @@ def ours(problem: Problem, form: str) -> Call:
 
 
 def tuple_of(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Returns a pair as it is, and a tensor alone in a tuple."""
+    """Returns a pair as it is, and wraps a single tensor in a tuple."""
     return (result,) if isinstance(result, Tensor) else result
 
 
 def peer_graphs(problems: Sequence[Problem], excluded: dict[str, str]) -> dict[str, Graph]:
-    """Captures the peers that can be imported and serve the case, after a check of each.
+    """Captures the peers that can be imported and support the case, after checking each.
 
     Args:
-        problems: What they rotate: one for each set of buffers.
+        problems: The tensors to rotate, one problem per set of buffers.
         excluded: Receives the peers that fail, and why.
     """
     graphs = {}
@@ -240,7 +240,7 @@ def report(rows: list[Row], environment: dict[str, str]) -> str:
 
 
 def main() -> None:
-    """Measures and reports; prints each case as soon as it is measured."""
+    """Measures and reports; prints each case immediately."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", default="", help="only cases whose name has this expression")
     parser.add_argument("--rounds", type=int, default=11, help="replays of every graph")

@@ -1,4 +1,4 @@
-"""Measures launches and the time of the host for the tokens of one decoding step.
+"""Measures launches and host time for the tokens of one decoding step.
 
 python benchmarks/bench_decode.py
 python benchmarks/bench_decode.py --batch 1 64 --json F.json --markdown F.md
@@ -20,14 +20,14 @@ from torch.profiler import ProfilerActivity, profile
 
 OURS = "torch-rope"
 OURS_IN_PLACE = "torch-rope, in place"
-NORM = "layer_norm of q"  # one kernel of PyTorch's: what its host side costs
-EMPTY = "two empty_like"  # what the results of a functional call cost beside
+NORM = "layer_norm of q"  # the host cost of one PyTorch kernel
+EMPTY = "two empty_like"  # the additional cost of a functional call's outputs
 COPY = "copy_ of q and k"
 
 
 @dataclass
 class Figures:
-    """Of one call; None where there is no GPU.
+    """The figures of one call; None without a GPU.
 
     Attributes:
         launches: Kernels and copies on the device.
@@ -41,10 +41,10 @@ class Figures:
 
 
 def list_calls(problem: Problem) -> dict[str, Call]:
-    """Returns ours, what it is compared with, and the peers that serve the case."""
+    """Returns ours, the references, and the peers that support the case."""
     q, k = problem.q, problem.k
     copies = [(x, torch.empty_like(x)) for x in (q, k)]
-    in_place = Problem(problem.case, q.device.type)  # Its tensors change.
+    in_place = Problem(problem.case, q.device.type)  # In place: needs its own tensors.
     calls: dict[str, Call] = {
         OURS: torch_rope_call(problem),
         OURS_IN_PLACE: torch_rope_call(in_place, in_place=True),
@@ -66,7 +66,7 @@ def list_calls(problem: Problem) -> dict[str, Call]:
 
 
 def profile_kernels(call: Callable[[], object], times: int = 100) -> tuple[float, float]:
-    """Returns launches of a call, and the median of the seconds that their kernels take."""
+    """Returns the launches per call, and the median of their total kernel seconds."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         for _ in range(times):
             call()
@@ -75,14 +75,14 @@ def profile_kernels(call: Callable[[], object], times: int = 100) -> tuple[float
     events.sort(key=lambda event: event.time_range.start)
     durations = [event.time_range.elapsed_us() / 1e6 for event in events]
     launches, rest = divmod(len(durations), times)
-    if rest != 0:  # Not every call does the same.
+    if rest != 0:  # Calls differ.
         return len(durations) / times, sum(durations) / times
     calls = [durations[i : i + launches] for i in range(0, len(durations), max(1, launches))]
     return launches, statistics.median(map(sum, calls)) if calls else 0.0
 
 
 def measure(batch: int, device: str, rounds: int) -> dict[str, Figures]:
-    """Measures every call for so many sequences."""
+    """Measures all calls for a batch size."""
     problem = Problem(Case("bfloat16", tokens=1, batch=batch, variant="decode"), device)
     calls = list_calls(problem)
     host = time_in_turns(calls, rounds, 0.005, "host" if device == "cuda" else device)
@@ -94,7 +94,7 @@ def measure(batch: int, device: str, rounds: int) -> dict[str, Figures]:
 
 
 def verdicts(name: str, figures: dict[str, Figures]) -> str:
-    """Says which targets ours meets."""
+    """Returns which targets ours meets."""
     if name not in (OURS, OURS_IN_PLACE):
         return ""
     ours, most = figures[name], figures[NORM].host

@@ -1,4 +1,4 @@
-"""Measures the gradients of what makes the angles: of positions, inv_freq and tables.
+"""Measures the gradients of positions, inv_freq and tables.
 
 python benchmarks/bench_gradients.py
 python benchmarks/bench_gradients.py --device cpu --json F.json --markdown F.md
@@ -15,14 +15,14 @@ from report import add_outputs, describe_environment, publish, table
 from timing import Timing, capture, count_buffers, l2_size, time_graphs, time_in_turns
 from torch import Tensor
 
-# Reads and writes q. A sum reads q and its gradient: as many bytes.
+# A copy reads and writes q; a gradient reads q and its gradient: the same number of bytes.
 COPY = "copy_ of q"
 
 SHAPES = [(1, 4096, 32, 128), (64, 128, 32, 128), (1, 4096, 1, 64)]
 
 
 def list_calls(shape: tuple[int, ...], device: str) -> dict[str, Callable[[], object]]:
-    """Returns backward passes that ask for these gradients alone."""
+    """Returns backward passes for these gradients only."""
     _, tokens, _, size = shape
     q, gradient = (torch.randn(shape, device=device).to(torch.bfloat16) for _ in range(2))
     positions = torch.arange(tokens, device=device, dtype=torch.float32).unsqueeze(-1)
@@ -48,7 +48,7 @@ def list_calls(shape: tuple[int, ...], device: str) -> dict[str, Callable[[], ob
 
 
 def measure(shape: tuple[int, ...], device: str, rounds: int) -> Mapping[str, Timing]:
-    """Times all calls: on CUDA each in a graph, over sets of buffers that exceed the L2."""
+    """Times all calls; on CUDA in graphs, over sets of buffers that exceed the L2."""
     if device == "cpu":
         return time_in_turns(list_calls(shape, device), rounds, 0.05, device)
     count = count_buffers(2 * 2 * math.prod(shape), l2_size())

@@ -1,4 +1,4 @@
-"""Measures what one call costs where there is next to nothing to compute.
+"""Measures call overhead on tiny tensors.
 
 python benchmarks/bench_overhead.py
 python benchmarks/bench_overhead.py --json F.json --markdown F.md
@@ -25,7 +25,7 @@ TARGETS = {"torch_rope.apply(x)": 2.0, "torch_rope.apply((q, k))": 3.0}
 
 
 def calls_without_grad(problem: Problem) -> dict[str, Call]:
-    """Returns ours, two operators of PyTorch and the peers, which rotate q and k."""
+    """Returns ours, two PyTorch operators, and the peers, which rotate q and k."""
     x, positions = problem.q, problem.positions
     written = (x.clone(), problem.k.clone())
     calls: dict[str, Call] = {
@@ -46,7 +46,7 @@ def calls_without_grad(problem: Problem) -> dict[str, Call]:
 
 
 def calls_with_grad(problem: Problem) -> dict[str, Call]:
-    """Returns calls that record a graph, and the same with the pass back through it."""
+    """Returns calls that record an autograd graph, with and without the backward pass."""
     q, k = problem.q, problem.k
     ones = (torch.ones_like(q), torch.ones_like(k))
     forward: dict[str, Callable[[], Tensor]] = {

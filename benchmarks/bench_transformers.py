@@ -1,4 +1,4 @@
-"""Measures a training and a decoding step of a small Llama, patched to use torch-rope and not.
+"""Measures a training and a decoding step of a small Llama, with and without torch-rope.
 
 python benchmarks/bench_transformers.py
 python benchmarks/bench_transformers.py --threads 1 --json F.json --markdown F.md
@@ -31,7 +31,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def training_step(model: LlamaForCausalLM, device: str) -> Callable[[], object]:
-    """Returns a step: forward, backward, update."""
+    """Returns a training step: forward, backward, update."""
     tokens = torch.randint(CONFIG.vocab_size, (BATCH, TOKENS), device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
@@ -44,7 +44,7 @@ def training_step(model: LlamaForCausalLM, device: str) -> Callable[[], object]:
 
 
 def decoding_step(model: LlamaForCausalLM, device: str) -> Callable[[], object]:
-    """Returns a step: one more token after those whose keys and values are cached."""
+    """Returns a decoding step: one token after those in the key-value cache."""
     tokens = torch.randint(CONFIG.vocab_size, (1, TOKENS), device=device)
     cache = DynamicCache(config=CONFIG)
     with torch.no_grad():
@@ -59,7 +59,7 @@ def decoding_step(model: LlamaForCausalLM, device: str) -> Callable[[], object]:
 
 
 def with_rotation(step: Callable[[], object], function: Any) -> Callable[[], object]:
-    """Returns the step with one of the two functions in the model's module."""
+    """Returns the step with one of the two functions installed in the model's module."""
 
     def call() -> None:
         modeling_llama.apply_rotary_pos_emb = function

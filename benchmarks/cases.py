@@ -1,4 +1,4 @@
-"""What is rotated: the cases of the benchmark, their tensors, and the exact result."""
+"""The cases of the benchmarks, their tensors, and the exact results."""
 
 import math
 from collections.abc import Callable
@@ -22,20 +22,20 @@ class Case:
     Attributes:
         dtype: A key of ``DTYPES``.
         layout: ``"BSHD"`` or ``"BHSD"``: the order of batch, sequence, heads and head_dim; or
-            ``"BDS"``, where the embedding axis is strided and there are no heads.
-        tokens: Length of the sequence.
-        batch: How many sequences; more than one is decoding, each sequence at its own position.
-        q_heads: Heads of the query.
-        k_heads: Heads of the key; without any there is no key.
-        head_dim: Size of one head.
-        rotary_dim: How many elements of it are rotated; by default all.
-        interleaved: Whether pairs are neighbours.
-        angles: Where torch-rope takes them from: ``"formula"``, ``"inv_freq"``, ``"axes"`` (three,
-            as M-RoPE has), ``"tables"``, ``"full tables"`` (of full width) or ``"rows"`` (of
-            tables, by position).
-        positions: Their dtype.
-        storage_offset: Elements before the first of q and of k, which unalign every row if odd.
-        variant: What sets it apart from the half-split rotation of 128 elements by the formula.
+            ``"BDS"``, with a strided embedding axis and no heads.
+        tokens: The sequence length.
+        batch: The number of sequences; more than one means decoding, each at its own position.
+        q_heads: The number of query heads.
+        k_heads: The number of key heads; with 0 there is no key.
+        head_dim: The size of a head.
+        rotary_dim: The number of rotated elements of a head; by default all.
+        interleaved: Whether pairs are neighbouring elements.
+        angles: The source of torch-rope's angles: ``"formula"``, ``"inv_freq"``, ``"axes"``
+            (three, as in M-RoPE), ``"tables"``, ``"full tables"`` (full width) or ``"rows"`` (table
+            rows selected by position).
+        positions: The dtype of the positions.
+        storage_offset: The storage offset of q and k; an odd one misaligns every row.
+        variant: The difference from the half-split rotation of 128 elements by the formula.
     """
 
     dtype: str
@@ -60,7 +60,7 @@ class Case:
 
     @property
     def in_cache(self) -> bool:
-        """Whether the targets count the data as in cache: up to 1,024 tokens."""
+        """Whether the targets assume that the data is in cache: up to 1,024 tokens."""
         return self.batch * self.tokens <= 1024
 
     @property
@@ -70,7 +70,7 @@ class Case:
 
     @property
     def rotated(self) -> int:
-        """How many elements of a head are rotated."""
+        """The number of rotated elements of a head."""
         return self.rotary_dim or self.head_dim
 
 
@@ -83,8 +83,8 @@ QUICK = (
     "bfloat16 BSHD 1024 interleaved",
 )
 
-# One head has the tokens of all 40, and other head_dims have more or fewer: every variant moves (to
-# a token) the bytes of 1,024 tokens of 128 elements and 40 heads, so that times compare directly.
+# The number of tokens varies with heads and head_dim, so that every variant moves (up to a token)
+# the bytes of 1,024 tokens with 40 heads of 128 elements, and times compare directly.
 VARIANTS = (
     Case("", interleaved=True, variant="interleaved"),
     Case("", rotary_dim=64, variant="partial 64 of 128"),
@@ -103,7 +103,7 @@ VARIANTS = (
 
 
 def list_cases(quick: bool) -> list[Case]:
-    """Returns every case of the CPU, or the few of a quick run, in the order of the tables."""
+    """Returns all CPU cases, or the few of a quick run, in the order of the tables."""
     sizes = [
         Case(dtype, layout, tokens)
         for dtype in DTYPES
@@ -120,7 +120,7 @@ def list_cases(quick: bool) -> list[Case]:
 
 
 class Problem:
-    """The tensors of a case, in torch's terms.
+    """The tensors of a case.
 
     Attributes:
         case: The case.
@@ -128,7 +128,7 @@ class Problem:
         k: The key.
         positions: Broadcastable with the shape of q and k without head_dim.
         inv_freq: float64 of shape ``(N,)``.
-        angles: float64 of shape ``(..., N)``, ``(...)`` being broadcastable like ``positions``.
+        angles: float64 of shape ``(..., N)``, with ``(...)`` broadcastable like ``positions``.
     """
 
     def __init__(self, case: Case, device: str, requires_grad: bool = False) -> None:
@@ -173,7 +173,7 @@ class Problem:
 
     @property
     def full_tables(self) -> Pair:
-        """The same with a column for each element."""
+        """Full-width tables: one column per element."""
         cos, sin = self.tables
         if self.case.interleaved:
             return cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
@@ -181,7 +181,7 @@ class Problem:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """q, and k where there is one."""
+        """q, and k if there is one."""
         return (self.q, self.k) if self.case.k_heads else (self.q,)
 
     @property
@@ -203,17 +203,17 @@ class Problem:
                 a, b = rotated.unflatten(-1, (-1, 2)).unbind(-1)
             else:
                 a, b = rotated.chunk(2, dim=-1)
-            turned = (a * cos - b * sin, b * cos + a * sin)
-            rotated = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+            pair = (a * cos - b * sin, b * cos + a * sin)
+            rotated = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
             return torch.cat((rotated, rest), dim=-1).movedim(-1, axis)
 
         return tuple(rotate(x) for x in tensors)
 
     def check(self, result: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> None:
-        """Raises AssertionError where the dtype does not explain how far a result is from exact.
+        """Raises AssertionError if a result is further from exact than its dtype explains.
 
-        Allowed are the roundings of tables, products and their sum to the dtype, and an angle that
-        was formed in float32, as most peers do.
+        The tolerance covers rounding tables, products and their sum to the dtype, and angles in
+        float32, which most peers use.
         """
         tolerance = 4 * torch.finfo(self.q.dtype).eps + self.angles.abs().max().item() * 2.0**-23
         for actual, expected in zip(result, exact, strict=True):
@@ -224,7 +224,7 @@ class Problem:
 
 
 def torch_rope_call(problem: Problem, in_place: bool = False) -> Callable[[], Any]:
-    """Returns torch-rope's call for a problem; of q alone where there is no key."""
+    """Returns torch-rope's call for a problem; for q alone if there is no key."""
     case = problem.case
     x: Any = (problem.q, problem.k) if case.k_heads else problem.q
     interleaved = case.interleaved

@@ -1,8 +1,8 @@
-"""The other ways to rotate a query and a key.
+"""Other implementations of the rotation of a query and a key.
 
-Each function takes a ``Problem``, does all that a model does once (tables, conversion of tensors, a
-session, a compilation), and returns the call that is timed. It raises ``ImportError`` where its
-library is missing, ``Unsupported`` where the library cannot serve the case.
+Each function takes a ``Problem``, does what a model does once (tables, tensor conversion, a
+session, a compilation), and returns the call to time. It raises ``ImportError`` if its library is
+missing, ``Unsupported`` if the library does not support the case.
 """
 
 import getpass
@@ -20,8 +20,8 @@ from torch import Tensor
 Call = Callable[[], Any]
 
 
-class Unsupported(Exception):  # noqa: N818  It reports no error.
-    """The library does not offer what a case asks for."""
+class Unsupported(Exception):  # noqa: N818  Not an error.
+    """The library does not support a case."""
 
 
 def require(condition: bool) -> None:
@@ -31,32 +31,32 @@ def require(condition: bool) -> None:
 
 
 def rotate_half(x: Tensor) -> Tensor:
-    """Turns each pair of halves by a right angle."""
+    """Rotates half-split pairs by 90 degrees."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((-b, a), dim=-1)
 
 
 def rotate_every_two(x: Tensor) -> Tensor:
-    """Turns each pair of neighbours by a right angle."""
+    """Rotates interleaved pairs by 90 degrees."""
     return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
 
 
 def rotate_eagerly(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Pair:
-    """Rotates as models of Hugging Face do, by tables that hold each value twice."""
-    turn = rotate_every_two if interleaved else rotate_half
+    """Rotates like Hugging Face models, with tables that hold each value twice."""
+    rotate_90 = rotate_every_two if interleaved else rotate_half
     rotary_dim = cos.shape[-1]
 
     def rotate(x: Tensor) -> Tensor:
         if rotary_dim == x.shape[-1]:
-            return x * cos + turn(x) * sin
+            return x * cos + rotate_90(x) * sin
         rotated, rest = x[..., :rotary_dim], x[..., rotary_dim:]
-        return torch.cat((rotated * cos + turn(rotated) * sin, rest), dim=-1)
+        return torch.cat((rotated * cos + rotate_90(rotated) * sin, rest), dim=-1)
 
     return rotate(q), rotate(k)
 
 
 def as_tensors(pair: Any) -> Pair:
-    """Returns a pair of any library's arrays as tensors."""
+    """Converts a pair of any library's arrays to tensors."""
     q, k = (x if isinstance(x, Tensor) else torch.from_dlpack(x) for x in pair)
     return q, k
 
@@ -71,8 +71,8 @@ def compiled(problem: Problem) -> Call:
     """The same, compiled for the shapes of the case."""
     cos, sin = problem.full_tables
     torch.compiler.reset()
-    # A cache for each ATEN_CPU_CAPABILITY: TorchInductor does not tell them apart, and code for
-    # another one writes past the end of its results.
+    # One cache per ATEN_CPU_CAPABILITY: TorchInductor does not distinguish them, and code for
+    # another one writes past the end of its outputs.
     capability = torch.backends.cpu.get_cpu_capability()
     folder = f"torch-rope-{getpass.getuser()}-{capability}"
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir(), folder))
@@ -81,13 +81,13 @@ def compiled(problem: Problem) -> Call:
 
 
 def torchtune(problem: Problem) -> Call:
-    """Torchtune's module, which pairs neighbours."""
+    """Torchtune's module, interleaved pairs only."""
     case = problem.case
     spec = importlib.util.find_spec("torchtune")
     if spec is None or not spec.submodule_search_locations:
         raise ImportError("torchtune")
     require(case.layout == "BSHD" and case.angles == "formula" and case.rotated == case.head_dim)
-    # Loaded alone: the package would import everything that trains a model.
+    # Load only this file: the package imports the whole training stack.
     path = Path(spec.submodule_search_locations[0], "modules", "position_embeddings.py")
     file_spec = importlib.util.spec_from_file_location("torchtune_position_embeddings", path)
     assert file_spec is not None
@@ -103,7 +103,7 @@ def torchtune(problem: Problem) -> Call:
 
 
 def lucidrains(problem: Problem) -> Call:
-    """The package rotary-embedding-torch, which pairs neighbours."""
+    """The package rotary-embedding-torch, interleaved pairs only."""
     from rotary_embedding_torch import RotaryEmbedding
 
     case = problem.case
@@ -119,7 +119,7 @@ def lucidrains(problem: Problem) -> Call:
 
 
 def jax(problem: Problem) -> Call:
-    """JAX, compiled by XLA, in float32 as its models do it."""
+    """JAX, compiled by XLA, in float32 like its models."""
     import jax
     import jax.numpy as jnp
 
@@ -134,11 +134,11 @@ def jax(problem: Problem) -> Call:
             a, b = rotated[..., ::2], rotated[..., 1::2]
         else:
             a, b = jnp.split(rotated, 2, axis=-1)
-        turned = (a * cos - b * sin, b * cos + a * sin)
+        pair = (a * cos - b * sin, b * cos + a * sin)
         if case.interleaved:
-            rotated = jnp.stack(turned, axis=-1).reshape(rotated.shape)
+            rotated = jnp.stack(pair, axis=-1).reshape(rotated.shape)
         else:
-            rotated = jnp.concatenate(turned, axis=-1)
+            rotated = jnp.concatenate(pair, axis=-1)
         return jnp.concatenate((rotated.astype(x.dtype), rest), axis=-1)
 
     both = jax.jit(lambda q, k, cos, sin: (rotate(q, cos, sin), rotate(k, cos, sin)))
@@ -155,7 +155,7 @@ def onnx_runtime(problem: Problem) -> Call:
     require(not problem.q.requires_grad and case.angles != "axes")
     element = TensorProto.FLOAT if case.dtype == "float32" else TensorProto.FLOAT16
 
-    # One row of the tables for each token, chosen by row number: any angles will do.
+    # One table row per token, selected by index: any angles will do.
     cos, sin = (table.reshape(-1, case.rotated // 2) for table in problem.tables)
     rows = torch.arange(case.batch * case.tokens).view(case.batch, case.tokens)
     inputs = {"rows": rows, "cos": cos, "sin": sin}
@@ -203,13 +203,13 @@ def onnx_runtime(problem: Problem) -> Call:
         q_rotated, k_rotated = outputs.values()
         return q_rotated.view_as(problem.q), k_rotated.view_as(problem.k)
 
-    # The binding holds addresses alone; the call holds the tensors.
+    # The binding holds only addresses; the call keeps the tensors alive.
     call.inputs = inputs  # type: ignore[attr-defined]
     return call
 
 
 def mlx(problem: Problem) -> Call:
-    """MLX, whose operator wants (B, H, S, D)."""
+    """MLX, whose operator requires (B, H, S, D)."""
     import mlx.core as mx
 
     case = problem.case
@@ -252,7 +252,7 @@ def flash_attn(problem: Problem) -> Call:
 
 
 def flashinfer(problem: Problem) -> Call:
-    """FlashInfer's kernel, which forms the angles itself."""
+    """FlashInfer's kernel, which computes the angles itself."""
     from flashinfer.rope import apply_rope_pos_ids
 
     case = problem.case
@@ -320,5 +320,5 @@ PEERS: dict[str, Callable[[Problem], Call]] = {
     "TransformerEngine": transformer_engine,
 }
 
-# These pair neighbours whatever the case says: the same work, checked against their own pairing.
+# These always use interleaved pairs: the same work, checked against their own convention.
 ALWAYS_INTERLEAVED = ("torchtune", "rotary-embedding-torch")

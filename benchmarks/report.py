@@ -1,4 +1,4 @@
-"""What the reports share: the machine, tables, and where a report goes."""
+"""Shared by the reports: the description of the machine, tables, output files."""
 
 import argparse
 import datetime
@@ -25,13 +25,13 @@ PACKAGES = (
 
 
 def offers_huge_pages() -> bool:
-    """Whether the system gives huge pages to who asks by madvise."""
+    """Returns whether the system provides huge pages through madvise."""
     switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return switch.exists() and "[never]" not in switch.read_text()
 
 
 def processor() -> str:
-    """Returns the processor's name and, since a virtual machine shortens it, family and model."""
+    """Returns the CPU's name, family and model (virtual machines shorten the name)."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     found = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
@@ -42,7 +42,7 @@ def processor() -> str:
 
 
 def describe_environment(device: str) -> dict[str, str]:
-    """Returns what the figures depend on."""
+    """Returns the machine and the versions of packages."""
     environment = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
@@ -62,7 +62,7 @@ def describe_environment(device: str) -> dict[str, str]:
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:
-    """Returns a Markdown table, in columns."""
+    """Returns an aligned Markdown table."""
     cells = [header, *lines]
     widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
     rule = ["-" * width for width in widths]
@@ -77,7 +77,7 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
 
 
 def publish(text: str, figures: dict[str, object], arguments: argparse.Namespace) -> None:
-    """Prints a report, and writes it and its figures where the arguments want them."""
+    """Prints a report, and writes it and its figures to the files in the arguments."""
     print(text)
     if arguments.markdown:
         arguments.markdown.write_text(text.rstrip("\n") + "\n")

@@ -1,4 +1,4 @@
-"""Times calls in turns, so that a slow moment of the machine falls on all of them."""
+"""Times calls in turn, so that a slow moment of the machine affects all of them."""
 
 import collections
 import functools
@@ -20,8 +20,8 @@ class Timing:
 
     Attributes:
         median: Over the rounds.
-        spread: Distance between the quartiles over the median.
-        page_faults: Of one call: pages of 4 KB (or huge ones) that the system had to hand out.
+        spread: The interquartile range divided by the median.
+        page_faults: Pages (of 4 KB, or huge) that the system had to map, per call.
     """
 
     median: float
@@ -39,16 +39,16 @@ def time_in_turns(
     """Times each call for about ``seconds`` in each round.
 
     Args:
-        calls: What is timed, by name. A turn starts with a half of it that is not counted.
-        rounds: How many times all of them are timed, in turn; at least 2.
-        seconds: How long one call is repeated in a round. Results are dropped at once, so that the
-            next call can have their memory.
-        device: ``"cpu"``; ``"cuda"``, for whole programs, where each call is timed by events of its
-            own and finds the L2 full of other data (``time_graphs`` is for a single operator); or
-            ``"host"``: what calls take of the CPU while a CUDA device works, or is idle.
-        give_memory_back: Whether glibc's heap gives its free memory to the system before each turn.
-            Otherwise what one call frees can serve another: a large result would by chance have
-            pages that are there already.
+        calls: The calls by name. Half a turn of warm-up precedes each turn.
+        rounds: How many times to time all of them in turn; at least 2.
+        seconds: How long to repeat each call in a round. Results are dropped at once, so the next
+            call can reuse their memory.
+        device: ``"cpu"``; ``"cuda"``, for whole programs: each call is timed with its own events
+            and finds the L2 full of other data (``time_graphs`` is for single operators); or
+            ``"host"``: the CPU time of calls while a CUDA device works or is idle.
+        give_memory_back: Whether glibc's heap returns its free memory to the system before each
+            turn. Otherwise memory freed by one call can be reused by another, and a large result
+            might by chance get warm pages.
     """
     time_calls = {"cpu": _time_on_cpu, "cuda": _time_on_cuda, "host": _time_on_host}[device]
     repeats = {}
@@ -63,7 +63,7 @@ def time_in_turns(
         for name, call in calls.items():
             if give_memory_back:
                 memory.give_back()
-            time_calls(call, max(1, repeats[name] // 2))  # Caches and the heap as they will be.
+            time_calls(call, max(1, repeats[name] // 2))  # Warms up caches and the heap.
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             samples[name].append(time_calls(call, repeats[name]))
             after = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -72,7 +72,7 @@ def time_in_turns(
     return {name: _summarize(samples[name], faults[name]) for name in calls}
 
 
-# These return the seconds of one call.
+# The functions below return the seconds of one call.
 
 
 def _time_on_cpu(call: Callable[[], object], repeats: int) -> float:
@@ -83,7 +83,7 @@ def _time_on_cpu(call: Callable[[], object], repeats: int) -> float:
 
 
 def _time_on_host(call: Callable[[], object], repeats: int) -> float:
-    torch.cuda.synchronize()  # A full queue of launches would let the CPU wait.
+    torch.cuda.synchronize()  # The CPU would block on a full launch queue.
     return _time_on_cpu(call, min(repeats, 500))
 
 
@@ -92,7 +92,7 @@ def _time_on_cuda(call: Callable[[], object], repeats: int) -> float:
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     torch.cuda.synchronize()
     for start, end in events:
-        other.sum()  # Read, not written: what is to be written back would slow the call.
+        other.sum()  # A read: dirty lines to write back would slow the call.
         start.record()
         call()
         end.record()
@@ -102,23 +102,23 @@ def _time_on_cuda(call: Callable[[], object], repeats: int) -> float:
 
 @functools.cache
 def _other_data() -> Tensor:
-    """Four times what the L2 holds; to read it also hides what the host does."""
+    """Four times the size of the L2; reading it also hides the host's work."""
     return torch.zeros(max(l2_size(), 2**25), dtype=torch.float32, device="cuda")
 
 
 # --- One operator on a GPU ------------------------------------------------------------------------
 
-# How often a graph uses each set of buffers.
+# How many times a graph uses each set of buffers.
 ROUNDS_OF_A_GRAPH = 6
 
 
 @dataclass
 class Graph:
-    """Back-to-back calls that were captured.
+    """Calls captured back to back.
 
     Attributes:
-        graph: All of them.
-        calls: How many.
+        graph: The CUDA graph.
+        calls: The number of calls.
     """
 
     graph: torch.cuda.CUDAGraph
@@ -132,26 +132,26 @@ def l2_size() -> int:
 
 
 def count_buffers(nbytes: int, cache: int) -> int:
-    """Returns how many sets of buffers are used in turn.
+    """Returns how many sets of buffers to cycle through.
 
-    Together they have eight times the size of the cache, so that a call finds nothing there. Tiny
-    ones stay in the cache all the same, as they do in a program: more than 16 are not worth it.
+    Together they are eight times the size of the cache, so a call finds nothing there. At most 16:
+    tiny buffers stay in the cache, as they do in a program.
 
     Args:
-        nbytes: Memory that one call uses: the buffers it reads and those it writes.
-        cache: Size of the L2.
+        nbytes: The bytes that one call reads and writes.
+        cache: The size of the L2.
     """
     return min(16, max(4, -(-8 * cache // max(1, nbytes))))
 
 
 def capture(calls: Sequence[Callable[[], object]]) -> Graph:
-    """Captures calls that differ in their buffers, one after the other, several times over.
+    """Captures several rounds of calls that differ in their buffers.
 
-    A result lives until its call comes again, so the memory of results is not reused sooner than
-    that of inputs. The current stream must not be the default one, which cannot be captured, and
-    what a backward pass goes back through must have been made on it.
+    A result lives until its call is repeated, so output buffers are not reused sooner than inputs.
+    The current stream must not be the default one, which cannot be captured, and autograd graphs to
+    run backward must have been recorded on it.
     """
-    for _ in range(2):  # Code is loaded and compiled, and tables are complete the second time.
+    for _ in range(2):  # Loads and compiles code; tables are complete after the second round.
         for call in calls:
             call()
         torch.cuda.synchronize()
@@ -170,14 +170,14 @@ def time_graphs(graphs: Mapping[str, Graph], rounds: int) -> dict[str, Timing]:
     for _ in range(1 + rounds):
         for name, graph in graphs.items():
             samples[name].append(_time_replay(graph))
-    # In the first round the clocks of the card rise.
+    # The GPU's clocks ramp up in the first round.
     return {name: _summarize(seconds[1:], [0.0]) for name, seconds in samples.items()}
 
 
 def _time_replay(graph: Graph) -> float:
     """Returns the seconds of one of the calls."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    graph.graph.replay()  # While it runs the host enqueues the replay that is timed.
+    graph.graph.replay()  # While it runs, the host enqueues the timed replay.
     start.record()
     graph.graph.replay()
     end.record()
