@@ -84,11 +84,11 @@ def test_positions_are_needed() -> None:
         ({"rotary_dim": 4.0}, TypeError, "rotary_dim to be an integer, but got float"),
         ({"interleaved": "neox"}, TypeError, "interleaved to be a bool, but got str"),
         ({"positions_tag": ["tokens"]}, TypeError, "positions_tag to be hashable, but got list"),
-        ({"names": NAMES}, ValueError, "names to be left out for an embedding_axis that is a"),
+        ({"names": NAMES}, ValueError, "names to be omitted for an integer embedding_axis"),
         (
             {"positions_names": ("batch",)},
             ValueError,
-            "positions_names to be left out for an embedding_axis that is a number",
+            "positions_names to be omitted for an integer embedding_axis",
         ),
         (
             {"embedding_axis": "d", "names": "abcd"},
@@ -103,7 +103,7 @@ def test_positions_are_needed() -> None:
         (
             {"embedding_axis": "d", "names": ("a", "d", "a")},
             ValueError,
-            "names to be different, but got 'a' twice",
+            "names to be distinct, but got 'a' twice",
         ),
     ],
 )
@@ -283,5 +283,5 @@ def test_names_of_another_number_than_dimensions_are_refused() -> None:
 
 @pytest.mark.skipif(hasattr(Tensor, "names"), reason="this PyTorch has named tensors")
 def test_names_are_asked_for_where_tensors_have_none() -> None:
-    with pytest.raises(ValueError, match="expected names to be given for an embedding_axis that"):
+    with pytest.raises(ValueError, match="expected names to be given for a named embedding_axis"):
         ApplyRoPE("head_dim")(*inputs())

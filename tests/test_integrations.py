@@ -293,12 +293,12 @@ REFUSED: dict[str, list[tuple[dict[str, Any], type[Exception], str]]] = {
         (
             {"seqlen_offsets": 1.0},
             TypeError,
-            "seqlen_offsets to be an integer or a tensor of them, but got float",
+            "seqlen_offsets to be an integer or a tensor of integers, but got float",
         ),
         (
             {"seqlen_offsets": None},
             TypeError,
-            "seqlen_offsets to be an integer or a tensor of them, but got None",
+            "seqlen_offsets to be an integer or a tensor of integers, but got None",
         ),
         (
             {"seqlen_offsets": torch.tensor([1.0, 2.0])},

@@ -179,7 +179,7 @@ def test_a_tuple_of_another_length_is_refused(number: int) -> None:
             (64, 500000.0),
             {},
             TypeError,
-            "rope_parameters to be a dictionary, but got float (the base is max_wavelength=)",
+            "rope_parameters to be a dictionary, but got float (for the base, use max_wavelength=)",
         ),
         ((64, "linear"), {}, TypeError, "rope_parameters to be a dictionary, but got str"),
         ((512 / 8,), {}, TypeError, "rotary_dim to be an integer, but got float"),
@@ -423,7 +423,7 @@ def test_a_module_that_leaves_the_meta_device_has_its_frequencies(
 ) -> None:
     options = {"max_position_embeddings": LENGTH, "learned": learned}
     if learned and scheme is not LINEAR:
-        pytest.skip("frequencies that follow the length are not learned")
+        pytest.skip("frequencies that depend on the length are not learned")
     with torch.device("meta"):
         rotary = RotaryEmbedding(32, scheme, **options)
         model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(rotary)) if nested else rotary
@@ -513,7 +513,7 @@ def emptied(*, learned: bool = False) -> RotaryEmbedding:
 
 
 OWN = torch.linspace(1, 0.1, 16)
-UNSET = "expected inv_freq to be set after it came from the meta device"
+UNSET = "expected inv_freq to be set after it leaves the meta device"
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -638,7 +638,7 @@ def test_a_checkpoint_brings_learned_frequencies() -> None:
 
 
 def test_given_frequencies_cannot_be_formed_anew() -> None:
-    with pytest.raises(RuntimeError, match="expected the frequencies to be of a scheme"):
+    with pytest.raises(RuntimeError, match="expected the frequencies to come from a scheme"):
         RotaryEmbedding(32, inv_freq=torch.ones(16)).reset_parameters()
 
 
@@ -881,7 +881,7 @@ def test_a_copy_rotates_alike(device: str, scheme: dict[str, Any], copy_of: Any)
 @pytest.mark.parametrize("learned", [False, True])
 def test_it_can_be_traced_symbolically(scheme: dict[str, Any], learned: bool) -> None:
     if learned and scheme is not LINEAR:
-        pytest.skip("frequencies that follow the length are not learned")
+        pytest.skip("frequencies that depend on the length are not learned")
     rotary = RotaryEmbedding(32, scheme, max_position_embeddings=LENGTH, learned=learned)
     of_rotary, of_model = (torch.fx.symbolic_trace(each) for each in (rotary, Attention(rotary)))
     for first in (0, 3 * LENGTH):
@@ -1090,7 +1090,7 @@ def test_a_configuration_with_sections_gives_frequencies_of_three_axes(interleav
         (
             {"head_dim": 32, "rope_theta": 1e4},
             {"layer_type": "full"},
-            "all layers are alike.*, but got 'full'",
+            "all layers use the same.*, but got 'full'",
         ),
         (
             {"head_dim": 32, "rope_scaling": {"type": "mrope", "mrope_section": [8, 4, 4]}},
@@ -1212,7 +1212,7 @@ def test_every_configuration_of_text_in_transformers_is_read_or_refused_with_a_r
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     reasons = (
-        "expected rope_type to be that of positions along one axis",  # towers of images
+        "expected rope_type to be for positions along one axis",  # towers of images
         "expected config to have head_dim",  # sizes with names of their own, in other parts
         "expected mrope_interleaved to be given",
         "expected rotary_dim to be positive and a multiple of 2",  # defaults that no model has
@@ -1298,14 +1298,14 @@ def test_keys_that_change_no_angle_are_passed_over(scheme: dict[str, Any]) -> No
                 "model_type": "hunyuan_vl_text",
                 "rope_parameters": {**HUNYUAN, "mrope_section": [4, 4, 4, 4]},
             },
-            "config to have sections that mrope_frequencies expresses, but got those of hunyuan_vl",
+            "config to have sections that mrope_frequencies supports, but got those of hunyuan_vl",
         ),
         (
             {"model_type": "ernie4_5_vl_moe", "rope_scaling": {"mrope_section": [6, 6, 4]}},
-            "config to have sections that mrope_frequencies expresses, but got those of ernie4_5",
+            "config to have sections that mrope_frequencies supports, but got those of ernie4_5",
         ),
-        ({"rope_ratio": 50}, "expected rope_ratio to be left out, .*, but got 50"),
-        ({"rope_parameters": {"rope_type": "axial"}}, "images: axial_frequencies"),
+        ({"rope_ratio": 50}, "expected rope_ratio to be absent, .*, but got 50"),
+        ({"rope_parameters": {"rope_type": "axial"}}, "for images, use axial_frequencies"),
     ],
 )
 def test_keys_that_may_change_angles_are_refused(config: dict[str, Any], message: str) -> None:
@@ -1317,18 +1317,18 @@ def test_keys_that_may_change_angles_are_refused(config: dict[str, Any], message
     ("config", "got"),
     [
         (None, "None"),
-        ("config.json", "str (a file is read by json.load)"),
-        (Path("config.json"), "PosixPath (a file is read by json.load)"),
-        (nn.Linear(2, 2), "Linear (its configuration is model.config)"),
-        (dict, "type dict (an instance is needed)"),
+        ("config.json", "str (read the file with json.load)"),
+        (Path("config.json"), "PosixPath (read the file with json.load)"),
+        (nn.Linear(2, 2), "Linear (pass its model.config)"),
+        (dict, "type dict (pass an instance)"),
         (128, "int"),
         ([1, 2], "list"),
     ],
 )
 def test_what_is_no_configuration_is_refused(config: Any, got: str) -> None:
     message = re.escape(
-        "torch_rope.RotaryEmbedding.from_config(): expected config to be a configuration of "
-        f"Hugging Face or its dictionary, but got {got}"
+        "torch_rope.RotaryEmbedding.from_config(): expected config to be a "
+        f"Hugging Face configuration or its dictionary, but got {got}"
     )
     with pytest.raises(TypeError, match=message):
         RotaryEmbedding.from_config(config)

@@ -458,7 +458,7 @@ def test_the_reason_names_what_a_function_takes() -> None:
         "its parameters are (xq, xk, freqs_cis): it takes freqs_cis, not cos and sin"
     )
     assert reason(other_shapes) == (
-        "it does not take the tensors that it is tried on (ValueError: expected six dimensions)"
+        "it rejects the trial tensors (ValueError: expected six dimensions)"
     )
     assert reason(mixed) == "it mixes the two values that its tables have for a pair"
 
@@ -561,7 +561,7 @@ def test_what_is_neither_a_model_nor_a_module_is_refused(
     function: Callable[..., Any], given: object, kind: str
 ) -> None:
     name = f"torch_rope.integrations.transformers.{function.__name__}"
-    rule = "expected model_or_module to be a model, a module of Python or None"
+    rule = "expected model_or_module to be a model, a Python module or None"
     with pytest.raises(TypeError, match=re.escape(f"{name}(): {rule}, but got {kind}")):
         function(given)
 

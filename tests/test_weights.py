@@ -121,7 +121,7 @@ def test_sizes_that_do_not_fit_are_refused(
             torch.nn.Linear(16, 32),
             8,
             {},
-            "weight to be a tensor (of a layer, its .weight), but got Linear",
+            "weight to be a tensor (for a layer, pass its .weight), but got Linear",
         ),
         ([[1.0]], 8, {}, "weight to be a tensor, but got list"),
         (torch.zeros(8), 8.0, {}, "head_dim to be an integer, but got float"),

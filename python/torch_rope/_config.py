@@ -1,4 +1,4 @@
-"""What a Hugging Face configuration says about rotary position embedding."""
+"""Reads rotary position embedding from a Hugging Face configuration."""
 
 import math
 import os
@@ -11,27 +11,26 @@ from torch_rope._arguments import check_integer, check_number, kind_of, message
 
 _FUNCTION = "torch_rope.RotaryEmbedding.from_config"
 
-# The types whose trained length is the configuration's where the dictionary has none.
+# The types whose trained length defaults to the configuration's.
 _WITH_TRAINED_LENGTH = ("llama3", "yarn", "longrope")
 
-# Names that types had in configurations of their time.
+# Older names of types.
 _NEWER_TYPES = {"mrope": "default", "su": "longrope"}
 
-# Keys of rope_parameters that the angles do not depend on. Llama 4's and Ministral 3's beta scales
+# Keys of rope_parameters that do not affect the angles. Llama 4's and Ministral 3's beta scales
 # queries by position after the rotation; the trained length is read from the configuration itself.
 _NOT_OF_ANGLES = ("type", "finetuned", "llama_4_scaling_beta", "max_position_embeddings")
 
-# Keys of a whole configuration of code outside transformers that change the angles, with the
-# values that do not.
+# Configuration keys of code outside transformers that change the angles, with their neutral values.
 _UNREADABLE = {
     "rope_ratio": (1, 1.0),  # ChatGLM
     "rotary_emb_scale_base": (),  # NomicBERT, XPos
     "rotary_scaling_factor": (1, 1.0),  # NomicBERT
 }
 
-# The model types whose code pairs neighbouring elements (2n, 2n + 1) of queries and keys, in
-# transformers 5.24. Some move pairs to halves on the way, which changes no score. Of a model of
-# several parts these are the text part and the whole.
+# The model types in transformers 5.24 whose code pairs neighbouring elements (2n, 2n + 1) of
+# queries and keys. Some reorder pairs into halves, which does not change attention scores. For
+# multimodal models both the text part and the whole are listed.
 INTERLEAVED_MODEL_TYPES = frozenset(
     [
         "axk1",
@@ -87,23 +86,23 @@ INTERLEAVED_MODEL_TYPES = frozenset(
     ]
 )
 
-# M-RoPE that mrope_frequencies does not express: the members of a pair turn with different axes,
+# M-RoPE that mrope_frequencies does not support: the two elements of a pair follow different axes,
 # or height and width alternate before time.
 _OTHER_SECTIONS = frozenset(
     ("hunyuan_vl", "hunyuan_vl_text", "ernie4_5_vl_moe", "ernie4_5_vl_moe_text")
 )
 
-# The base of layers with sliding attention, where a dictionary has two.
+# The base for layers with sliding attention, in dictionaries with two bases.
 _LOCAL_THETA = ("rope_local_base_freq", "local_rope_theta", "swa_rope_theta")
 
-# Names that sizes have in dictionaries; an object has the first of each.
+# The names of sizes in dictionaries; objects always have the first.
 _HEAD_DIM = ("head_dim", "qk_rope_head_dim", "attention_head_dim", "kv_channels")
 _HIDDEN_SIZE = ("hidden_size", "n_embd", "d_model")
 _NUM_HEADS = ("num_attention_heads", "n_head", "n_heads")
 
 
 class RotaryConfig(NamedTuple):
-    """The arguments of ``frequencies``, the sections of M-RoPE, and how elements pair up."""
+    """The arguments of ``frequencies``, the M-RoPE sections and the pair convention."""
 
     rotary_dim: int
     rope_parameters: dict[str, Any]
@@ -113,7 +112,7 @@ class RotaryConfig(NamedTuple):
 
 
 def read_config(config: Any, layer_type: str | None) -> RotaryConfig:
-    """Reads a configuration, an object or a dictionary, of newer or older form."""
+    """Reads a configuration, an object or a dictionary, in the newer or older form."""
     _check_config(config)
     model_type = _get(config, "model_type")
     config = _get(config, "text_config") or config
@@ -127,7 +126,7 @@ def read_config(config: Any, layer_type: str | None) -> RotaryConfig:
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
     parameters["rope_type"] = _NEWER_TYPES.get(rope_type, rope_type)
     if rope_type == "axial":
-        rule = "be that of positions along one axis (images: axial_frequencies)"
+        rule = "be for positions along one axis (for images, use axial_frequencies)"
         raise ValueError(message(_FUNCTION, "rope_type", rule, repr(rope_type)))
     _set_default(
         parameters, "rope_theta", config, "rope_theta", "rotary_emb_base", "rotary_embedding_base"
@@ -138,7 +137,7 @@ def read_config(config: Any, layer_type: str | None) -> RotaryConfig:
 
     if parameters["rope_type"] in _WITH_TRAINED_LENGTH:
         own = _get(config, "original_max_position_embeddings")
-        if own is not None and layer_type is None:  # As Phi-3 has it.
+        if own is not None and layer_type is None:  # Phi-3.
             parameters["original_max_position_embeddings"] = own
         _set_default(
             parameters, "original_max_position_embeddings", config, "max_position_embeddings"
@@ -151,7 +150,7 @@ def read_config(config: Any, layer_type: str | None) -> RotaryConfig:
     _read_own_keys(parameters, rotary_dim)
     sections = parameters.get("mrope_section")
     if sections is not None and model_type in _OTHER_SECTIONS:
-        rule = "have sections that mrope_frequencies expresses"
+        rule = "have sections that mrope_frequencies supports"
         raise ValueError(message(_FUNCTION, "config", rule, f"those of {model_type}"))
     return RotaryConfig(
         rotary_dim,
@@ -163,38 +162,38 @@ def read_config(config: Any, layer_type: str | None) -> RotaryConfig:
 
 
 def _check_config(config: Any) -> None:
-    """Refuses what is neither a configuration nor a dictionary of one."""
+    """Raises unless ``config`` can be a configuration or its dictionary."""
     hint = ""
     if isinstance(config, nn.Module):
-        hint = " (its configuration is model.config)"
+        hint = " (pass its model.config)"
     elif isinstance(config, type):
-        hint = f" {config.__name__} (an instance is needed)"
+        hint = f" {config.__name__} (pass an instance)"
     elif isinstance(config, str | bytes | os.PathLike):
-        hint = " (a file is read by json.load)"
+        hint = " (read the file with json.load)"
     elif isinstance(config, Mapping) or not (
         config is None
         or isinstance(config, Tensor | Sequence | float)
         or hasattr(config, "__int__")
     ):
         return
-    rule = "be a configuration of Hugging Face or its dictionary"
+    rule = "be a Hugging Face configuration or its dictionary"
     raise TypeError(message(_FUNCTION, "config", rule, f"{kind_of(config)}{hint}"))
 
 
 def _check_readable(config: Any) -> None:
-    """Refuses keys that change the angles in a way that is not known here."""
+    """Raises for keys with an unknown effect on the angles."""
     for key, harmless in _UNREADABLE.items():
         value = _get(config, key)
         if value is not None and value not in harmless:
-            rule = "be left out, since what it does to the angles is not known here"
+            rule = "be absent, since its effect on the angles is unknown"
             raise ValueError(message(_FUNCTION, key, rule, repr(value)))
 
 
 def _read_own_keys(parameters: dict[str, Any], rotary_dim: int) -> None:
-    """Turns what single models have for keys into those of ``frequencies``, where that can be."""
+    """Translates model-specific keys into those of ``frequencies``, where possible."""
     if parameters.get("attn_factor") == 1:
         del parameters["attn_factor"]
-    # HunYuan: "dynamic" with alpha has a base that does not follow the length.
+    # HunYuan: "dynamic" with alpha has a base that does not depend on the length.
     alpha = parameters.get("alpha")
     if not alpha:
         parameters.pop("alpha", None)
@@ -228,25 +227,25 @@ def _get(config: Any, key: str) -> Any:
 
 
 def _get_first(config: Any, *keys: str) -> Any:
-    """Returns what the configuration has under the first key that it has, or None."""
+    """Returns the value of the first key that the configuration has, or None."""
     return next((value for key in keys if (value := _get(config, key)) is not None), None)
 
 
 def _set_default(parameters: dict[str, Any], key: str, config: Any, *keys: str) -> None:
-    """Sets what is missing to what the configuration has under the first key that it has."""
+    """Sets a missing parameter to the first of ``keys`` that the configuration has."""
     if parameters.get(key) is None:
         parameters[key] = _get_first(config, *keys)
 
 
 def _rope_parameters(config: Any, layer_type: str | None) -> dict[str, Any]:
-    """Returns a copy of the dictionary, for a layer type where each has its own."""
+    """Returns a copy of the parameters, those of ``layer_type`` if each type has its own."""
     parameters = _get(config, "rope_parameters") or _get(config, "rope_scaling") or {}
     if not isinstance(parameters, Mapping):
         rule = "be a dictionary"
         raise TypeError(message(_FUNCTION, "rope_parameters", rule, kind_of(parameters)))
     local = _get_first(config, *_LOCAL_THETA)
     if local is not None and isinstance(config, Mapping) and "sliding_attention" not in parameters:
-        # As older files of Gemma 3 and ModernBERT have it; an object has read it.
+        # Older files of Gemma 3 and ModernBERT; objects have converted this already.
         own = _get_first(config, "global_rope_theta", "rope_theta")
         full = dict(parameters) if own is None else {"rope_theta": own, **parameters}
         parameters = {"full_attention": full, "sliding_attention": {"rope_theta": local}}
@@ -254,7 +253,7 @@ def _rope_parameters(config: Any, layer_type: str | None) -> dict[str, Any]:
     if not by_type and layer_type is None:
         return dict(parameters)
     if layer_type not in by_type:
-        known = ", ".join(sorted(by_type)) or "none: all layers are alike"
+        known = ", ".join(sorted(by_type)) or "none: all layers use the same"
         raise ValueError(
             "torch_rope.RotaryEmbedding.from_config(): expected layer_type to be one of those with "
             f"rope_parameters ({known}), but got {layer_type!r}"
@@ -263,7 +262,7 @@ def _rope_parameters(config: Any, layer_type: str | None) -> dict[str, Any]:
 
 
 def _of_layer_type(config: Any, layer_type: str) -> Any:
-    """Returns the configuration with what is different in the layers of a type, such as sizes."""
+    """Returns the configuration with the overrides of a layer type, such as sizes."""
     if not isinstance(config, Mapping):
         is_heterogeneous = getattr(config, "is_heterogeneous", False)
         return config.per_layer_config[layer_type] if is_heterogeneous else config
@@ -276,7 +275,7 @@ def _of_layer_type(config: Any, layer_type: str) -> Any:
 
 def _rotary_dim(config: Any, parameters: Mapping[str, Any]) -> int:
     is_proportional = parameters["rope_type"] == "proportional"
-    own = ("global_head_dim",) if is_proportional else ()  # As Gemma 4 has it.
+    own = ("global_head_dim",) if is_proportional else ()  # Gemma 4.
     head_dim = _get_first(config, *own, *_HEAD_DIM)
     if head_dim is None:
         hidden_size, num_heads = _get_first(config, *_HIDDEN_SIZE), _get_first(config, *_NUM_HEADS)

@@ -1,4 +1,4 @@
-"""Frequencies: every scheme of Hugging Face's configurations, and builders for several axes."""
+"""Frequencies: every scheme of Hugging Face configurations, and builders for several axes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,8 +18,8 @@ from torch_rope._arguments import (
     message,
 )
 
-# What a dictionary of rope parameters may hold: the keys of every scheme, and three that have gone
-# into other arguments where they matter.
+# The keys that rope_parameters may have: those of every scheme, and three that callers pass on as
+# other arguments (partial_rotary_factor, mrope_section, mrope_interleaved).
 _KEYS = (
     "rope_type",
     "type",
@@ -42,7 +42,7 @@ _KEYS = (
     "mrope_interleaved",
 )
 
-# By these a whole configuration is told from its rope parameters.
+# Keys that only a whole configuration has, not its rope_parameters.
 _KEYS_OF_CONFIGURATIONS = frozenset(
     [
         "architectures",
@@ -81,11 +81,11 @@ _KEYS_OF_CONFIGURATIONS = frozenset(
 
 
 class Frequencies(NamedTuple):
-    """What :func:`frequencies` returns.
+    """The result of :func:`frequencies`.
 
     Attributes:
         inv_freq: Radians per unit of position, of shape ``(N,)``.
-        attention_factor: What rotated elements are multiplied by; 1 but for YaRN and LongRoPE.
+        attention_factor: Multiplies the rotated elements; 1 except for YaRN and LongRoPE.
     """
 
     inv_freq: Tensor
@@ -101,44 +101,43 @@ def frequencies(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Frequencies:
-    """Forms the frequencies that a Hugging Face configuration describes.
+    """Computes the frequencies that a Hugging Face configuration describes.
 
     With ``f[n] = rope_theta ** (-2 * n / rotary_dim)``, the values of ``rope_type`` and the keys
-    that each needs besides ``rope_theta``:
+    that each requires besides ``rope_theta``:
 
     * ``default``: ``f``.
-    * ``linear``: ``f / factor``. Needs ``factor``.
+    * ``linear``: ``f / factor``. Requires ``factor``.
     * ``dynamic`` (NTK): ``f`` with a ``rope_theta`` that grows with ``seq_len`` beyond
-      ``max_position_embeddings``. Needs ``factor`` and ``max_position_embeddings``.
+      ``max_position_embeddings``. Requires ``factor`` and ``max_position_embeddings``.
     * ``yarn`` (arXiv 2309.00071): from ``f`` for short wavelengths to ``f / factor`` for long ones.
-      Needs ``factor`` and ``original_max_position_embeddings``; takes ``attention_factor``,
+      Requires ``factor`` and ``original_max_position_embeddings``; accepts ``attention_factor``,
       ``beta_fast``, ``beta_slow``, ``mscale``, ``mscale_all_dim`` and ``truncate``.
-    * ``longrope`` (arXiv 2402.13753): ``f / long_factor`` where ``seq_len`` is greater than
-      ``original_max_position_embeddings``, else ``f / short_factor``. Needs these three, and
+    * ``longrope`` (arXiv 2402.13753): ``f / long_factor`` if ``seq_len`` is greater than
+      ``original_max_position_embeddings``, else ``f / short_factor``. Requires these three, and
       ``attention_factor``, ``factor`` or ``max_position_embeddings``.
-    * ``llama3``: from ``f`` for short wavelengths to ``f / factor`` for long ones. Needs
+    * ``llama3``: from ``f`` for short wavelengths to ``f / factor`` for long ones. Requires
       ``factor``, ``low_freq_factor``, ``high_freq_factor`` and
       ``original_max_position_embeddings``.
     * ``proportional``: ``f / factor`` for the first ``partial_rotary_factor`` of the pairs, 0 for
-      the others. Takes ``partial_rotary_factor`` and ``factor``, both 1 by default.
+      the rest. Accepts ``partial_rotary_factor`` and ``factor``, both 1 by default.
 
-    float32 results have the bits of transformers' ``ROPE_INIT_FUNCTIONS`` on the CPU, whatever
-    ``device`` is; float64 results are the formula.
+    float32 results match transformers' ``ROPE_INIT_FUNCTIONS`` on the CPU bit for bit, whatever
+    ``device`` is; float64 results follow the formula.
 
     Args:
-        rope_parameters: The dictionary, with the keys above; ``rope_type`` (or its older name
-            ``type``) is ``default`` where it is missing. A value of None is a missing key. Keys
-            that another type takes are ignored, and so are ``mrope_section`` and
-            ``mrope_interleaved``; ``max_position_embeddings`` stands for the argument where that
-            is not given. Other keys are refused: for a whole configuration there is
-            :meth:`RotaryEmbedding.from_config`.
-        rotary_dim: The number of elements that are rotated, positive and even, of which the result
-            has half. For every type but ``proportional``, ``partial_rotary_factor`` must have gone
-            into it: ``int(head_dim * partial_rotary_factor)``.
-        max_position_embeddings: The length that the model is for (``longrope``), or was trained
+        rope_parameters: A dictionary with the keys above; ``rope_type`` (or its older name
+            ``type``) defaults to ``default``. None counts as missing. Keys of other types are
+            ignored, and so are ``mrope_section`` and ``mrope_interleaved``.
+            ``max_position_embeddings`` is used if the argument is not given. Other keys are
+            rejected: for a whole configuration, use :meth:`RotaryEmbedding.from_config`.
+        rotary_dim: The number of rotated elements, positive and even; the result has half as many
+            frequencies. For every type but ``proportional`` it must already include
+            ``partial_rotary_factor``: ``int(head_dim * partial_rotary_factor)``.
+        max_position_embeddings: The length that the model supports (``longrope``) or was trained
             with (``dynamic``).
-        seq_len: The length of the sequences to come, for ``dynamic`` and ``longrope``; by default
-            within the trained length.
+        seq_len: The sequence length to compute the frequencies for (``dynamic`` and ``longrope``);
+            by default within the trained length.
         dtype: float32 or float64.
         device: The device of the result; by default PyTorch's default device.
 
@@ -146,8 +145,9 @@ def frequencies(
         ``inv_freq`` of shape ``(rotary_dim / 2,)``, and ``attention_factor``.
 
     Raises:
-        ValueError: If the type or a key is unknown, a key is missing, or a value does not fit.
-        TypeError: If an argument, a value or ``dtype`` is of the wrong type.
+        ValueError: If the type or a key is unknown, a key is missing, or a value is invalid.
+        TypeError: If an argument or a value has the wrong type, or ``dtype`` is not float32 or
+            float64.
 
     Example:
         >>> import torch, torch_rope
@@ -186,14 +186,14 @@ def axial_frequencies(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Forms frequencies for positions on a grid: rows and columns of an image, frames of a video.
+    """Computes frequencies for positions on a grid: an image's rows and columns, a video's frames.
 
-    Each axis turns elements of its own. With ``d = rotary_dims[a]``, axis ``a`` turns the ``d / 2``
-    pairs after those of the axes before it, with the frequencies ``max_wavelength ** (-2 * n / d)``
-    (axial RoPE of arXiv 2403.13298, there with a ``max_wavelength`` of 100).
+    Each axis rotates its own elements, one axis after the other. With ``d = rotary_dims[a]``, axis
+    ``a`` rotates ``d / 2`` pairs with the frequencies ``max_wavelength ** (-2 * n / d)`` (axial
+    RoPE of arXiv 2403.13298, which uses a ``max_wavelength`` of 100).
 
     Args:
-        rotary_dims: The number of elements that each axis turns, positive and even.
+        rotary_dims: The number of elements that each axis rotates, positive and even.
         max_wavelength: The base of the frequencies, positive.
         dtype: float32 or float64.
         device: The device of the result; by default PyTorch's default device.
@@ -203,8 +203,8 @@ def axial_frequencies(
         ``2 * N`` the sum of ``rotary_dims``.
 
     Raises:
-        ValueError: If a size or ``max_wavelength`` does not fit.
-        TypeError: If an argument is of the wrong type, or ``dtype`` is another.
+        ValueError: If a size or ``max_wavelength`` is invalid.
+        TypeError: If an argument has the wrong type, or ``dtype`` is not float32 or float64.
 
     Example:
         >>> import torch, torch_rope
@@ -225,25 +225,24 @@ def axial_frequencies(
 def mrope_frequencies(
     inv_freq: Tensor, sections: Sequence[int], *, interleaved: bool = False
 ) -> Tensor:
-    """Shares the frequencies of one axis among several: M-RoPE (arXiv 2409.12191).
+    """Distributes the frequencies of one axis over several: M-RoPE (arXiv 2409.12191).
 
-    Every pair keeps its frequency and turns with the position along one axis (time, height, width).
+    Every pair keeps its frequency and follows the position along one axis (time, height, width).
 
     Args:
         inv_freq: Frequencies of shape ``(N,)``, float32 or float64, as from :func:`frequencies`.
-        sections: How many pairs turn with each axis, with the sum ``N`` (``mrope_section`` of
-            Hugging Face's configurations).
-        interleaved: Whether the axes take turns (Qwen3-VL): of ``A`` axes, axis ``a`` has the
-            pairs ``a``, ``a + A``, ``a + 2 * A``, ..., and axis 0 also those that are left over.
-            Otherwise each axis has the pairs after those of the axes before it (Qwen2-VL).
+        sections: The number of pairs of each axis; the sum is ``N`` (``mrope_section`` in Hugging
+            Face configurations).
+        interleaved: Whether the axes alternate (Qwen3-VL): of ``A`` axes, axis ``a`` has the pairs
+            ``a``, ``a + A``, ``a + 2 * A``, ..., and axis 0 also has the remaining ones. Otherwise
+            each axis has a contiguous section of pairs, in order (Qwen2-VL).
 
     Returns:
-        ``inv_freq`` of shape ``(A, N)`` for :func:`apply`, with one number other than 0 in each
-        column.
+        ``inv_freq`` of shape ``(A, N)`` for :func:`apply`, with one nonzero number in each column.
 
     Raises:
-        ValueError: If shapes do not fit.
-        TypeError: If an argument is of the wrong type, or the dtype of ``inv_freq`` is another.
+        ValueError: If a shape or ``sections`` is invalid.
+        TypeError: If an argument has the wrong type, or ``inv_freq`` is not float32 or float64.
 
     Example:
         >>> import torch, torch_rope
@@ -274,18 +273,18 @@ def mixed_frequencies(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Draws what learned mixed frequencies of an image start from (RoPE-ViT, arXiv 2403.13298).
+    """Draws initial values for learned mixed frequencies of images (RoPE-ViT, arXiv 2403.13298).
 
-    A head has the frequencies ``max_wavelength ** (-4 * n / rotary_dim)`` along a random direction
-    of the plane for its first ``rotary_dim / 4`` pairs, and along the direction at a right angle
-    to it for the others.
+    In each head the first ``rotary_dim / 4`` pairs have the frequencies ``max_wavelength ** (-4 * n
+    / rotary_dim)`` along a random direction of the plane, the other pairs along the perpendicular
+    direction.
 
     Args:
-        rotary_dim: The number of elements of a head that are rotated, positive and a multiple of 4.
-        num_heads: The number of heads, each with a direction of its own. With more than one, the
-            heads are folded into the rotated axis, and pairs are ``interleaved``: as below.
+        rotary_dim: The number of rotated elements of a head, positive and a multiple of 4.
+        num_heads: The number of heads, each with its own direction. With more than one, fold the
+            heads into the rotated axis and use ``interleaved`` pairs, as below.
         max_wavelength: The base of the frequencies, positive.
-        generator: The source of chance, on the CPU; by default PyTorch's own.
+        generator: The random number generator, on the CPU; by default PyTorch's.
         dtype: float32 or float64.
         device: The device of the result; by default PyTorch's default device.
 
@@ -293,8 +292,8 @@ def mixed_frequencies(
         ``inv_freq`` of shape ``(2, num_heads * rotary_dim / 2)`` for :func:`apply`.
 
     Raises:
-        ValueError: If a size or ``max_wavelength`` does not fit.
-        TypeError: If an argument is of the wrong type, or ``dtype`` is another.
+        ValueError: If a size or ``max_wavelength`` is invalid.
+        TypeError: If an argument has the wrong type, or ``dtype`` is not float32 or float64.
 
     Example:
         >>> import torch, torch_rope
@@ -324,45 +323,48 @@ def default_device(
     """Returns the device that a factory function of PyTorch would use.
 
     Args:
-        device: What was given.
-        function: The public name of the function it was given to, for an error.
+        device: The caller's argument.
+        function: The caller's public name, for errors.
     """
     if isinstance(device, torch.device):
         return device
     if device is None:
-        # Not torch.get_default_device(), which torch.compile cannot trace.
+        # torch.compile cannot trace torch.get_default_device().
         return torch.empty(0).device
     if isinstance(device, bool) or not isinstance(device, str | int):
         raise TypeError(message(function, "device", "be a device", kind_of(device)))
     try:
         return torch.device(device)
     except RuntimeError:
-        rule = "be a device that PyTorch knows"
+        rule = "be a valid device"
         raise ValueError(message(function, "device", rule, repr(device))) from None
 
 
 def check_rope_parameters(function: str, rope_parameters: Any, hint: str = "") -> None:
-    """Refuses what is no dictionary of the parameters of one scheme.
+    """Raises unless ``rope_parameters`` is a dictionary of one scheme's parameters.
 
     Args:
-        function: The public name, for an error.
-        rope_parameters: What was given.
-        hint: What to add where it is a number.
+        function: The caller's public name, for errors.
+        rope_parameters: The caller's argument.
+        hint: Appended to the message if the argument is a number.
     """
     if not isinstance(rope_parameters, Mapping):
         got = kind_of(rope_parameters)
         if isinstance(rope_parameters, int | float):
             got += hint
         elif hasattr(rope_parameters, "model_type"):
-            got += " (a configuration is for RotaryEmbedding.from_config)"
+            got += " (for a configuration, use RotaryEmbedding.from_config)"
         raise TypeError(message(function, "rope_parameters", "be a dictionary", got))
     for key, value in rope_parameters.items():
         if key in _KEYS or value is None:
             continue
         if key in _KEYS_OF_CONFIGURATIONS:
-            rule = "be those of a scheme (for a whole configuration: RotaryEmbedding.from_config)"
+            rule = (
+                "be the parameters of one scheme (for a whole configuration, use "
+                "RotaryEmbedding.from_config)"
+            )
         elif isinstance(value, Mapping):
-            rule = f"be those of one type of layers (such as rope_parameters[{key!r}])"
+            rule = f"be those of one layer type (such as rope_parameters[{key!r}])"
         else:
             rule = f"have no keys but {', '.join(_KEYS)}"
         raise ValueError(message(function, "rope_parameters", rule, f"the key {key!r}"))

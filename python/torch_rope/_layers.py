@@ -1,4 +1,4 @@
-"""The layers. None rotates by itself: the operators do."""
+"""The layers: nn.Modules around the operators."""
 
 import math
 import reprlib
@@ -36,34 +36,34 @@ _ROTARY = "torch_rope.RotaryEmbedding"
 
 _MAX_WAVELENGTH = 10000.0
 
-# The types whose frequencies follow the length of the sequence.
+# The types whose frequencies depend on the sequence length.
 _FOLLOWING_LENGTH = ("dynamic", "longrope")
 
 
 class ApplyRoPE(nn.Module):
     """Rotates its input by positions, which may be a side input.
 
-    A side input reaches the layer from the :class:`WithSideInputsFromInputTuple` around it, and not
-    through the layers between.
+    The enclosing :class:`WithSideInputsFromInputTuple` hands a side input directly to the layer;
+    the layers in between do not see it.
 
-    With names for dimensions, positions are aligned with the input by name, in any order. The names
-    are those of the options ``names`` and ``positions_names``, or of the tensors (PyTorch had named
-    tensors up to 2.12).
+    If dimensions are named, positions are aligned with the input by name, in any order. Names come
+    from the options ``names`` and ``positions_names``, or from the tensors themselves (PyTorch had
+    named tensors up to 2.12).
 
     Args:
-        embedding_axis: The dimension that is rotated: its number, or its name.
+        embedding_axis: The dimension to rotate: its index or its name.
         max_wavelength: The base of the frequencies, positive.
         scale_factor: Divides the angle, positive.
-        rotary_dim: How many elements are rotated, even; by default all of the axis.
+        rotary_dim: The number of rotated elements, even; by default the whole axis.
         interleaved: Whether pairs are adjacent elements instead of the two halves.
-        positions_tag: The tag of the side input that the positions are, where a call has none; any
+        positions_tag: The tag of the side input to use as positions in calls without any; any
             hashable but None.
-        names: The names of the dimensions of the input, for an ``embedding_axis`` that is a name.
+        names: The names of the input's dimensions, if ``embedding_axis`` is a name.
         positions_names: The names of the dimensions of the positions.
 
     Raises:
-        ValueError: If names are given for an ``embedding_axis`` that is a number, or one twice.
-        TypeError: If an option is of the wrong type.
+        ValueError: If names are given with an integer ``embedding_axis``, or a name is repeated.
+        TypeError: If an option has the wrong type.
 
     Example:
         >>> import torch, torch_rope
@@ -95,7 +95,7 @@ class ApplyRoPE(nn.Module):
             check_integer(_APPLY_ROPE, "embedding_axis", embedding_axis)
             for option, given in (("names", names), ("positions_names", positions_names)):
                 if given is not None:
-                    rule = "be left out for an embedding_axis that is a number"
+                    rule = "be omitted for an integer embedding_axis"
                     raise ValueError(message(_APPLY_ROPE, option, rule, repr(given)))
         check_number(_APPLY_ROPE, "max_wavelength", max_wavelength)
         check_number(_APPLY_ROPE, "scale_factor", scale_factor)
@@ -125,12 +125,13 @@ class ApplyRoPE(nn.Module):
         max_wavelength: float = _MAX_WAVELENGTH,
         **options: Any,
     ) -> "ApplyRoPE":
-        """Returns a layer whose positions are the side input of a tag.
+        """Returns a layer whose positions are the side input with a given tag.
 
         Args:
-            positions_tag: The tag, as the :class:`WithSideInputsFromInputTuple` around has it.
-            embedding_axis: As for the class.
-            max_wavelength: As for the class.
+            positions_tag: The tag, one of those of the enclosing
+                :class:`WithSideInputsFromInputTuple`.
+            embedding_axis: The dimension to rotate: its index or its name.
+            max_wavelength: The base of the frequencies, positive.
             options: Other options of the class.
 
         Example:
@@ -148,16 +149,15 @@ class ApplyRoPE(nn.Module):
 
         Args:
             x: As for :func:`apply`.
-            positions: As for :func:`apply`, or with names a tensor of dimensions of ``x`` in any
-                order; by default the side input.
+            positions: As for :func:`apply` or, with names, a tensor whose dimensions are some of
+                those of ``x``, in any order; by default the side input.
 
         Returns:
-            A tensor like ``x``.
+            A tensor of the shape and dtype of ``x``.
 
         Raises:
-            ValueError: If nobody provides the positions; if the embedding axis is among the names
-                of the positions, or one of these is not among those of ``x``; and as for
-                :func:`apply`.
+            ValueError: If there are no positions; if the names of the positions include the
+                embedding axis, or one that ``x`` does not have; and as for :func:`apply`.
             TypeError: As for :func:`apply`.
             IndexError: As for :func:`apply`.
         """
@@ -199,7 +199,7 @@ class ApplyRoPE(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Shows the axis, the wavelength, and the options that are not at their defaults."""
+        """Shows the axis, the wavelength, and the options that differ from their defaults."""
         shown = [
             f"embedding_axis={self.embedding_axis!r}",
             f"max_wavelength={float(self.max_wavelength)}",
@@ -215,7 +215,7 @@ class ApplyRoPE(nn.Module):
 
 
 def _check_strings(option: str, names: Any) -> None:
-    """Refuses what is no sequence of different names."""
+    """Raises unless ``names`` is None or a sequence of distinct strings."""
     if names is None:
         return
     rule = "be a sequence of strings"
@@ -225,10 +225,10 @@ def _check_strings(option: str, names: Any) -> None:
         if not isinstance(name, str):
             raise TypeError(message(_APPLY_ROPE, option, rule, f"one with {kind_of(name)}"))
         if names.count(name) > 1:
-            raise ValueError(message(_APPLY_ROPE, option, "be different", f"{name!r} twice"))
+            raise ValueError(message(_APPLY_ROPE, option, "be distinct", f"{name!r} twice"))
 
 
-@torch.fx.wrap  # A tracer does not know how many dimensions there are.
+@torch.fx.wrap  # torch.fx cannot trace tensor.dim().
 def _check_dims(tensor: Tensor, names: tuple[str, ...], argument: str) -> Tensor:
     check_tensor(_APPLY_ROPE, argument, tensor)
     if len(names) != tensor.dim():
@@ -240,14 +240,14 @@ def _check_dims(tensor: Tensor, names: tuple[str, ...], argument: str) -> Tensor
 def _without_names(
     tensor: Any, given: tuple[str, ...] | None, option: str, argument: str
 ) -> tuple[Tensor, tuple[str, ...]]:
-    """Returns a tensor without names, and the names of its dimensions: those given, or its own."""
+    """Returns the tensor without names, and its names: the given ones, else its own."""
     if given is not None:
         return _check_dims(tensor, given, argument), given
     expected = "torch_rope.ApplyRoPE(): expected"
     check_tensor(_APPLY_ROPE, argument, tensor)
     if not hasattr(tensor, "names"):
         raise ValueError(
-            f"{expected} {option} to be given for an embedding_axis that is a name, since this "
+            f"{expected} {option} to be given for a named embedding_axis, since this "
             "version of PyTorch has no named tensors, but got None"
         )
     return tensor.rename(None), tensor.names
@@ -276,53 +276,53 @@ def _check_names(
 
 
 class RotaryEmbedding(nn.Module):
-    """Holds frequencies, and rotates queries and keys by them.
+    """Holds frequencies and rotates queries and keys by them.
 
-    The frequencies, ``inv_freq``, are a buffer that ``state_dict`` leaves out, or a parameter. They
-    keep their dtype whatever ``module.to(dtype)``, ``half()`` and the like do: bfloat16 frequencies
-    would turn distant tokens by wrong angles. Mixed precision of FSDP2 casts every parameter of a
-    group: where frequencies are a parameter, ``fully_shard`` this module by itself, without it.
+    The frequencies, ``inv_freq``, are a non-persistent buffer or a parameter. They keep their dtype
+    through ``module.to(dtype)``, ``half()`` and the like, since bfloat16 frequencies give wrong
+    angles for distant tokens. FSDP2's mixed precision casts every parameter of a group: if the
+    frequencies are a parameter, call ``fully_shard`` on this module separately, without mixed
+    precision.
 
-    By default frequencies are float32, and so are the angles, position times frequency: what models
-    were trained with. At position 4095 and a base of 5e5 they differ by up to 2e-4 from those of
-    :func:`apply` without ``inv_freq``, which are formed in float64, as ``dtype=torch.float64`` does
-    here too.
+    By default the frequencies are float32, and so are the angles, position times frequency: models
+    are trained with these. At position 4095 with a base of 5e5 they differ by up to 2e-4 from those
+    of :func:`apply` without ``inv_freq``, which are computed in float64; ``dtype=torch.float64``
+    does the same here.
 
-    A module that comes from the meta device (``to_empty``) forms the frequencies of its scheme
-    again. Frequencies of your own cannot be formed: calls raise an error until they are set.
-    ``load_state_dict`` skips ``inv_freq`` of older checkpoints where the frequencies are not
+    A module that leaves the meta device (``to_empty``) recomputes the frequencies of its scheme.
+    Frequencies passed as ``inv_freq`` cannot be recomputed: calls raise an error until they are
+    set. ``load_state_dict`` skips ``inv_freq`` in older checkpoints unless the frequencies are
     learned.
 
-    With the types ``dynamic`` and ``longrope``, frequencies follow ``seq_len`` of each call, or
-    where that is not given the greatest position plus one, found on the device without a wait for
-    it. Nothing is remembered from call to call.
+    For ``dynamic`` and ``longrope`` the frequencies depend on the ``seq_len`` of each call, by
+    default the greatest position plus one, computed on the device without synchronisation. The
+    module keeps no state between calls.
 
-    ``torch.jit.script`` compiles the module. In TorchScript ``forward`` takes ``q`` and ``k``, and
-    one tensor is for the method ``rotate``. Converting the dtype of a scripted module converts its
-    frequencies too, and the operators refuse them.
+    The module can be compiled by ``torch.jit.script``. In TorchScript ``forward`` takes ``q`` and
+    ``k``, and the method ``rotate`` takes one tensor. Converting the dtype of a scripted module
+    also converts its frequencies, and the operators then reject them.
 
     Args:
-        rotary_dim: How many elements are rotated, even.
-        rope_parameters: The scheme of the frequencies, as for :func:`frequencies`: those along one
-            axis. (:meth:`from_config` applies an ``mrope_section``.)
+        rotary_dim: The number of rotated elements, even.
+        rope_parameters: The scheme of the frequencies along one axis, as for :func:`frequencies`.
+            (:meth:`from_config` applies an ``mrope_section``.)
         max_position_embeddings: As for :func:`frequencies`.
-        max_wavelength: The base of the frequencies, where ``rope_parameters`` have no
-            ``rope_theta``.
-        inv_freq: Frequencies of your own instead of a scheme, as for :func:`apply`: ``(N,)``, or
+        max_wavelength: The base of the frequencies, if ``rope_parameters`` has no ``rope_theta``.
+        inv_freq: Frequencies to use instead of a scheme, as for :func:`apply`: ``(N,)``, or
             ``(A, N)`` for positions along ``A`` axes.
-        attention_factor: Multiplies the rotated elements; by default that of the scheme.
+        attention_factor: Multiplies the rotated elements; by default the scheme's.
         learned: Whether the frequencies are a parameter. Not for ``dynamic`` and ``longrope``.
-        embedding_axis: The dimension that is rotated.
-        rotary_offset: The first element that is rotated.
+        embedding_axis: The dimension to rotate.
+        rotary_offset: The first rotated element.
         interleaved: Whether pairs are adjacent elements instead of the two halves.
-        dtype: The dtype of the frequencies of a scheme, float32 or float64, whatever ``to`` and the
-            like do; ``inv_freq`` keeps its own.
+        dtype: The dtype of a scheme's frequencies, float32 or float64; ``to`` and the like do not
+            change it. ``inv_freq`` keeps its own.
         device: The device of the frequencies; by default PyTorch's default device, or that of
             ``inv_freq``.
 
     Raises:
-        ValueError: If options do not fit, and as for :func:`frequencies`.
-        TypeError: If an option is of the wrong type, and as for :func:`frequencies`.
+        ValueError: If options are invalid or contradict each other, and as for :func:`frequencies`.
+        TypeError: If an option has the wrong type, and as for :func:`frequencies`.
 
     Example:
         >>> import torch, torch_rope
@@ -363,7 +363,7 @@ class RotaryEmbedding(nn.Module):
         if device is not None:
             device = default_device(device, _ROTARY)
         if rope_parameters is not None:
-            hint = " (the base is max_wavelength=)"
+            hint = " (for the base, use max_wavelength=)"
             check_rope_parameters(_ROTARY, rope_parameters, hint)
         if inv_freq is not None:
             _check_inv_freq(inv_freq, rotary_dim, dtype)
@@ -380,12 +380,12 @@ class RotaryEmbedding(nn.Module):
         if learned and self.rope_type in _FOLLOWING_LENGTH:
             raise ValueError(
                 "torch_rope.RotaryEmbedding(): expected learned to be False for a rope_type whose "
-                f"frequencies follow the length, but got True for {self.rope_type}"
+                f"frequencies depend on the sequence length, but got True for {self.rope_type}"
             )
 
-        # Of M-RoPE: how many pairs turn with each axis, and whether the axes take turns.
+        # M-RoPE: the number of pairs per axis, and whether the axes alternate.
         self._sections: tuple[int, ...] | None = None
-        self._sections_take_turns = False
+        self._sections_alternate = False
         if inv_freq is None:
             formed = self._form(None, dtype, device)
         else:
@@ -399,20 +399,20 @@ class RotaryEmbedding(nn.Module):
         else:
             self.register_buffer("inv_freq", formed.inv_freq, persistent=False)
 
-        # The length beyond which the frequencies change, 0 where they never do, -1 where they are
-        # still to be set; and what they then are, or are formed from.
+        # The length beyond which the frequencies change: 0 if they never do, -1 if they are not set
+        # yet. The rest gives the frequencies beyond it.
         self._trained_length, self._rope_theta, self._factor = 0, 0.0, 0.0
         self.register_buffer("long_inv_freq", None, persistent=False)
         if self.rope_type == "longrope":
             self._trained_length = self.rope_parameters["original_max_position_embeddings"]
             self.long_inv_freq = self._form(self._trained_length + 1, dtype, device).inv_freq
         elif self.rope_type == "dynamic":
-            assert max_position_embeddings is not None  # frequencies() has seen to it.
+            assert max_position_embeddings is not None  # Checked by frequencies().
             self._trained_length = max_position_embeddings
             self._rope_theta = float(self.rope_parameters["rope_theta"])
             self._factor = float(self.rope_parameters["factor"])
-        # The tensor of frequencies that nobody has set, and its version. A tuple, since a parameter
-        # by itself would become one of the module's.
+        # The frequency tensor that still has to be set, and its version. In a tuple, so that
+        # nn.Module does not register a parameter.
         self._unset: tuple[Tensor, ...] = ()
         self._unset_version = 0
 
@@ -427,33 +427,33 @@ class RotaryEmbedding(nn.Module):
     ) -> "RotaryEmbedding":
         """Returns the layer of a Hugging Face model.
 
-        Which elements form a pair is a matter of the model's code. ``interleaved`` is what the
-        configuration says (``rope_interleave`` of DeepSeek-V3 and its like), or else whether
-        transformers' code for its ``model_type`` pairs neighbours (GPT-J, Cohere, GLM-4, Llama 4,
-        ERNIE 4.5 and others). For a model type that transformers does not have, such as those with
-        code of their own on the Hub, halves are assumed: give ``interleaved=`` where that is wrong.
+        The pair convention depends on the model's code. ``interleaved`` is the configuration's
+        ``rope_interleave`` (DeepSeek-V3 and similar); otherwise it is whether transformers' code
+        for the ``model_type`` pairs neighbours (GPT-J, Cohere, GLM-4, Llama 4, ERNIE 4.5 and
+        others). Model types that transformers does not have, such as those with code on the Hub,
+        are assumed to use halves: pass ``interleaved=`` if that is wrong.
 
-        Keys of the rope parameters that change nothing about the angles (``llama_4_scaling_beta``,
-        ``finetuned``) are passed over; keys that are not known here are refused.
+        Keys of the rope parameters that do not affect the angles (``llama_4_scaling_beta``,
+        ``finetuned``) are ignored; unknown keys are rejected.
 
-        An object is surer than a dictionary, where models have names of their own for sizes.
+        Prefer an object to a dictionary: some models name their sizes differently in the file.
 
         Args:
             config: The configuration, or the dictionary of its ``config.json``:
-                ``rope_parameters``, or the older ``rope_scaling`` and ``rope_theta`` (10000 where
-                it is missing); ``head_dim``, or ``hidden_size`` and ``num_attention_heads``;
-                ``partial_rotary_factor``; ``max_position_embeddings``. Of a model of several parts
-                the ``text_config`` is taken.
-            layer_type: The type of layer, such as ``sliding_attention``, where ``rope_parameters``
-                differ from one type to the other.
-            mrope_interleaved: Where the configuration has an ``mrope_section``, whether axes take
-                turns (see :func:`mrope_frequencies`); by default what the configuration says.
+                ``rope_parameters``, or the older ``rope_scaling`` and ``rope_theta`` (default
+                10000); ``head_dim``, or ``hidden_size`` and ``num_attention_heads``;
+                ``partial_rotary_factor``; ``max_position_embeddings``. For a multimodal model the
+                ``text_config`` is used.
+            layer_type: The layer type, such as ``sliding_attention``, for models whose
+                ``rope_parameters`` differ between types.
+            mrope_interleaved: For a configuration with an ``mrope_section``, whether the axes
+                alternate (see :func:`mrope_frequencies`); by default the configuration's value.
             options: ``interleaved``, ``dtype`` and other options of the class.
 
         Raises:
-            ValueError: If the configuration lacks what is needed or has keys that are not known, or
+            ValueError: If the configuration lacks a required key or has an unknown one, or
                 ``layer_type`` is missing or unknown.
-            TypeError: If ``config`` is no configuration.
+            TypeError: If ``config`` is not a configuration.
 
         Example:
             >>> import torch_rope
@@ -473,7 +473,7 @@ class RotaryEmbedding(nn.Module):
                 mrope_interleaved = parameters.get("mrope_interleaved")
             if mrope_interleaved is None:
                 rule = (
-                    "be given for a config with mrope_section that does not have it (False for "
+                    "be given for a config with mrope_section that does not set it (False for "
                     "Qwen2-VL, True for Qwen3-VL)"
                 )
                 raise ValueError(message(name, "mrope_interleaved", rule, "None"))
@@ -490,13 +490,13 @@ class RotaryEmbedding(nn.Module):
             **options,
         )
         if sections is not None:
-            rotary._share_among_axes(sections, cast(bool, mrope_interleaved))
+            rotary._apply_sections(sections, cast(bool, mrope_interleaved))
         return rotary
 
-    def _share_among_axes(self, sections: Sequence[int], take_turns: bool) -> None:
-        rows = mrope_frequencies(self.inv_freq.detach(), sections, interleaved=take_turns)
+    def _apply_sections(self, sections: Sequence[int], alternate: bool) -> None:
+        rows = mrope_frequencies(self.inv_freq.detach(), sections, interleaved=alternate)
         self.inv_freq = nn.Parameter(rows) if self.learned else rows
-        self._sections, self._sections_take_turns = tuple(sections), take_turns
+        self._sections, self._sections_alternate = tuple(sections), alternate
 
     if TYPE_CHECKING:
 
@@ -548,24 +548,23 @@ class RotaryEmbedding(nn.Module):
         positions: Tensor | None = None,
         seq_len: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Returns queries and keys rotated; of ``forward(x, positions)`` one tensor.
+        """Returns the rotated queries and keys; ``forward(x, positions)`` returns one tensor.
 
         Outside TorchScript ``forward((q, k), positions)`` is the same as
         ``forward(q, k, positions)``.
 
         Args:
-            q: As ``x`` for :func:`apply`.
-            k: As ``q``; rotated by the same angles.
+            q: Like ``x`` of :func:`apply`.
+            k: Like ``q``; rotated by the same angles.
             positions: As for :func:`apply`.
-            seq_len: The length that frequencies are for, with the types ``dynamic`` and
-                ``longrope``.
+            seq_len: The sequence length to choose frequencies for (``dynamic`` and ``longrope``).
 
         Returns:
-            Tensors like ``q`` and ``k``.
+            Tensors of the shapes and dtypes of ``q`` and ``k``.
 
         Raises:
-            ValueError: As for :func:`apply`; or if frequencies of your own, which came from the
-                meta device, were not set.
+            ValueError: As for :func:`apply`; or if the frequencies were passed as ``inv_freq``,
+                came from the meta device and have not been set.
             TypeError: As for :func:`apply`.
             IndexError: As for :func:`apply`.
         """
@@ -603,7 +602,7 @@ class RotaryEmbedding(nn.Module):
 
     @torch.jit.export
     def rotate(self, x: Tensor, positions: Tensor, seq_len: int | None = None) -> Tensor:
-        """Returns one tensor rotated; what ``forward(x, positions)`` does, also in TorchScript.
+        """Rotates one tensor, as ``forward(x, positions)`` does; for TorchScript.
 
         Args:
             x: As for :func:`apply`.
@@ -633,7 +632,7 @@ class RotaryEmbedding(nn.Module):
         return self.forward(q[0], q[1], positions, seq_len)
 
     def _inv_freq_at(self, positions: Tensor, seq_len: int | None) -> Tensor:
-        """Returns the frequencies for a length: seq_len, or the greatest position plus one."""
+        """Returns the frequencies for seq_len, by default the greatest position plus one."""
         if self._trained_length == 0:
             return self.inv_freq
         if self._trained_length < 0:
@@ -651,15 +650,15 @@ class RotaryEmbedding(nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """Forms the frequencies anew, in place; for modules built on the meta device.
+        """Recomputes the frequencies in place; for modules built on the meta device.
 
         Raises:
-            RuntimeError: If the module was given ``inv_freq``, which it does not keep.
+            RuntimeError: If the frequencies were passed as ``inv_freq``, which is not kept.
         """
         if self.rope_type is None:
             raise RuntimeError(
-                "torch_rope.RotaryEmbedding.reset_parameters(): expected the frequencies to be of "
-                "a scheme, but they were given as inv_freq: copy them to module.inv_freq"
+                "torch_rope.RotaryEmbedding.reset_parameters(): expected the frequencies to come "
+                "from a scheme, but they were given as inv_freq: copy them to module.inv_freq"
             )
         dtype = self.inv_freq.dtype
         with torch.no_grad():
@@ -669,7 +668,7 @@ class RotaryEmbedding(nn.Module):
                 _fill(self.long_inv_freq, beyond.inv_freq)
 
     def extra_repr(self) -> str:
-        """Shows the scheme with its numbers, and the options that are not at their defaults."""
+        """Shows the scheme with its numbers, and the options that differ from their defaults."""
         shown = [str(self.rotary_dim)]
         if self.rope_type is None:
             shown.append(f"inv_freq of shape {tuple(self.inv_freq.shape)}")
@@ -679,11 +678,11 @@ class RotaryEmbedding(nn.Module):
             if self.rope_type in _FOLLOWING_LENGTH:
                 numbers["max_position_embeddings"] = self.max_position_embeddings
             numbers["rope_type"] = self.rope_type
-            for key in ("mrope_section", "mrope_interleaved"):  # Not applied but by from_config.
+            for key in ("mrope_section", "mrope_interleaved"):  # Only from_config applies these.
                 numbers.pop(key, None)
             if self._sections is not None:
                 numbers["mrope_section"] = self._sections
-                numbers["mrope_interleaved"] = self._sections_take_turns
+                numbers["mrope_interleaved"] = self._sections_alternate
             shown += [f"{k}={reprlib.repr(v)}" for k, v in numbers.items() if v is not None]
         if self.attention_factor != 1.0 and "attention_factor" not in self.rope_parameters:
             shown.append(f"attention_factor={self.attention_factor}")
@@ -712,31 +711,31 @@ class RotaryEmbedding(nn.Module):
         if self._sections is None:
             return formed
         rows = mrope_frequencies(
-            formed.inv_freq, self._sections, interleaved=self._sections_take_turns
+            formed.inv_freq, self._sections, interleaved=self._sections_alternate
         )
         return Frequencies(rows, formed.attention_factor)
 
     # ---- From the meta device and from checkpoints ----
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
-        """Moves the frequencies where fn does, and keeps their dtype and values."""
-        is_to_come = self.inv_freq.is_meta or self._is_unset()
+        """Moves the frequencies to the device fn moves to; keeps their dtype and values."""
+        is_pending = self.inv_freq.is_meta or self._is_unset()
         buffers = [buffer for buffer in self._buffers.values() if buffer is not None]
 
         def keep(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             if moved.dtype != tensor.dtype:
                 return tensor.to(moved.device)
-            # to_empty() leaves the values behind, and no state dict brings those of a buffer.
+            # to_empty() drops the values, and no state dict restores a non-persistent buffer.
             is_buffer = type(moved) is Tensor and any(tensor is buffer for buffer in buffers)
             if is_buffer and moved is not tensor and not (tensor.is_meta or moved.is_meta):
                 moved.copy_(tensor)
             return moved
 
         super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
-        if is_to_come and not self.inv_freq.is_meta:
+        if is_pending and not self.inv_freq.is_meta:
             if self.rope_type is None:
-                with torch.no_grad():  # For tracers that do not see the mark: never garbage.
+                with torch.no_grad():  # Tracers do not see the mark: NaN beats garbage.
                     self.inv_freq.fill_(math.nan)
                 self._mark_unset()
             else:
@@ -744,12 +743,12 @@ class RotaryEmbedding(nn.Module):
         return self
 
     def _mark_unset(self) -> None:
-        """Has calls raise an error until somebody sets the frequencies."""
+        """Makes calls raise an error until the frequencies are set."""
         self._unset, self._unset_version = (self.inv_freq,), self.inv_freq._version
         self._trained_length = -1
 
     def _is_unset(self) -> bool:
-        """Returns whether the frequencies are still to be set; never reads them."""
+        """Returns whether the frequencies still have to be set; never reads them."""
         if self._unset and not self._is_as_it_was():
             self._unset, self._trained_length = (), 0
         return bool(self._unset)
@@ -758,7 +757,7 @@ class RotaryEmbedding(nn.Module):
         inv_freq = self.inv_freq
         return self._unset[0] is inv_freq and inv_freq._version == self._unset_version
 
-    # What torch.compiler.assume_constant_result does, without its import of the compiler.
+    # The effect of torch.compiler.assume_constant_result without importing the compiler.
     _is_as_it_was._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     @torch.jit.unused
@@ -766,13 +765,12 @@ class RotaryEmbedding(nn.Module):
         if torch.compiler.is_compiling():
             is_unset = self._is_as_it_was()
         else:
-            # A compiler that is there would take up the function by itself, and give it versions of
-            # its own.
+            # If the compiler is loaded, keep it from compiling (and recompiling) this function.
             compiler = sys.modules.get("torch._dynamo")
             ask = self._is_unset if compiler is None else compiler.disable(self._is_unset)
             is_unset = ask()
         if is_unset:
-            rule = "be set after it came from the meta device (module.inv_freq.copy_)"
+            rule = "be set after it leaves the meta device (module.inv_freq.copy_)"
             raise ValueError(message(_ROTARY, "inv_freq", rule, "uninitialised memory"))
 
     def __prepare_scriptable__(self) -> "RotaryEmbedding":
@@ -786,7 +784,7 @@ class RotaryEmbedding(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self._unset:
-            self._mark_unset()  # The version of a copy is another.
+            self._mark_unset()  # A copy has its own version counter.
 
     def _load_from_state_dict(
         self,
@@ -795,16 +793,16 @@ class RotaryEmbedding(nn.Module):
         local_metadata: dict[str, Any],
         *arguments: Any,
     ) -> None:
-        """Loads learned frequencies, or those that are still to be set; skips others."""
+        """Loads frequencies that are learned or still have to be set; skips others."""
         assign = local_metadata.get("assign_to_params_buffers", False)
         if not self.learned:
             saved = state_dict.pop(f"{prefix}inv_freq", None)
-            is_to_come = self.inv_freq.is_meta or self._is_unset()
-            if saved is not None and self.rope_type is None and is_to_come:
+            is_pending = self.inv_freq.is_meta or self._is_unset()
+            if saved is not None and self.rope_type is None and is_pending:
                 self._load_own(saved, assign)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
         if assign and not self.learned and self.rope_type is not None and self.inv_freq.is_meta:
-            # Nothing else will make them real: a state dict has none.
+            # Nothing else will materialise them: a state dict does not contain them.
             dtype = self.inv_freq.dtype
             self.inv_freq = self._form(None, dtype, None).inv_freq
             if self.long_inv_freq is not None:
@@ -821,7 +819,7 @@ class RotaryEmbedding(nn.Module):
             self.inv_freq.copy_(saved.detach())
 
 
-@torch.fx.wrap  # A tracer cannot follow what depends on seq_len and the number of positions.
+@torch.fx.wrap  # torch.fx cannot trace branches on seq_len or the number of positions.
 def _follow_length(
     inv_freq: Tensor,
     long_inv_freq: Tensor | None,
@@ -854,7 +852,7 @@ def _follow_length(
 
 
 def _fill(tensor: Any, values: Tensor) -> None:
-    """Copies values to a tensor, which may be a DTensor; without communication."""
+    """Copies values into a tensor or DTensor, without communication."""
     if hasattr(tensor, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
@@ -871,7 +869,7 @@ def _check_rotary_options(
     embedding_axis: Any,
     rotary_offset: Any,
 ) -> None:
-    """Refuses the numbers that no layer has."""
+    """Raises for numbers that are invalid for every call."""
     check_integer(_ROTARY, "rotary_dim", rotary_dim)
     if rotary_dim <= 0 or rotary_dim % 2:
         rule = "be positive and a multiple of 2"
@@ -891,7 +889,7 @@ def _check_rotary_options(
 
 
 def _check_inv_freq(inv_freq: Any, rotary_dim: int, dtype: torch.dtype) -> None:
-    """Refuses frequencies that no call would take."""
+    """Raises for frequencies that every call would reject."""
     if not isinstance(inv_freq, Tensor):
         raise TypeError(message(_ROTARY, "inv_freq", "be a tensor", kind_of(inv_freq)))
     if inv_freq.dtype not in (torch.float32, torch.float64):
@@ -911,7 +909,7 @@ def _check_inv_freq(inv_freq: Any, rotary_dim: int, dtype: torch.dtype) -> None:
 def _with_theta(
     rope_parameters: Mapping[str, Any] | None, max_wavelength: float, inv_freq: Tensor | None
 ) -> dict[str, Any]:
-    """Returns a copy of the scheme with its rope_theta; nothing where inv_freq takes its place."""
+    """Returns a copy of the scheme with its rope_theta; empty if inv_freq is given."""
     expected = "torch_rope.RotaryEmbedding(): expected"
     parameters = dict(rope_parameters or {})
     if inv_freq is not None and rope_parameters is not None:

@@ -1,4 +1,4 @@
-"""Positions of tokens, formed on the device without a wait for it."""
+"""Positions of tokens, computed on the device without synchronisation."""
 
 from collections.abc import Sequence
 
@@ -14,14 +14,14 @@ def positions_from_cu_seqlens(cu_seqlens: Tensor, total_length: int) -> Tensor:
     """Numbers the tokens of packed sequences, each sequence from 0.
 
     On CPU the values of ``cu_seqlens`` are checked. On other devices, in compiled programs and
-    under ``torch.vmap`` that would take a wait for the device or is not possible: there, values
-    that do not ascend from 0 to at most ``total_length`` give meaningless positions.
+    under ``torch.vmap`` they are not, since that would synchronise or is impossible: values that do
+    not ascend from 0 to at most ``total_length`` give meaningless positions there.
 
     Args:
-        cu_seqlens: Where each sequence begins and the last one ends, int32 or int64 of shape
+        cu_seqlens: The start of each sequence and the end of the last, int32 or int64 of shape
             ``(B + 1,)``, ascending from 0. Sequences may be empty.
-        total_length: The number of tokens, given since reading it from the device would wait.
-            Tokens beyond the last sequence (padding) are numbered as one more.
+        total_length: The number of tokens, an argument since reading it from the device would
+            synchronise. Tokens after the last sequence (padding) are numbered as one more.
 
     Returns:
         Positions of shape ``(total_length,)`` and the dtype of ``cu_seqlens``.
@@ -30,7 +30,7 @@ def positions_from_cu_seqlens(cu_seqlens: Tensor, total_length: int) -> Tensor:
         ValueError: If ``cu_seqlens`` does not have one dimension, or is empty; if
             ``total_length`` is negative; on CPU, if ``cu_seqlens`` does not begin with 0, descends,
             or ends after ``total_length``.
-        TypeError: If ``cu_seqlens`` is not a tensor of int32 or int64, or ``total_length`` not an
+        TypeError: If ``cu_seqlens`` is not an int32 or int64 tensor, or ``total_length`` is not an
             integer.
 
     Example:
@@ -49,20 +49,19 @@ def positions_from_attention_mask(attention_mask: Tensor, packed: bool = False) 
     """Numbers the tokens of padded sequences, each sequence from 0.
 
     Args:
-        attention_mask: Whether each place holds a token (True, or any number but 0) or padding
-            (False or 0), on whichever side: bool or integer of shape ``(..., S)``. Masks that are
-            added to scores (0 and ``-inf``) are of another kind: pass ``mask == 0``.
-        packed: Whether the mask numbers samples that are packed into one row, as in ``[[1, 1, 2,
-            2, 2, 0]]``. A run of equal numbers is then a sample, and begins at position 0 again.
+        attention_mask: True or nonzero for tokens, False or 0 for padding, on either side: bool or
+            integer of shape ``(..., S)``. For an additive mask (0 and ``-inf``) pass ``mask == 0``.
+        packed: Whether the mask numbers the samples packed into a row, as in ``[[1, 1, 2, 2, 2,
+            0]]``. Each run of equal numbers is then a sample and starts at position 0.
 
     Returns:
-        int64 positions of the same shape. Padding has the position of the last token before it, or
+        int64 positions of the same shape. Padding gets the position of the last token before it, or
         0; with ``packed`` always 0.
 
     Raises:
-        ValueError: If ``attention_mask`` has no dimension.
-        TypeError: If ``attention_mask`` is not a tensor of bool or an integer dtype, or ``packed``
-            not a bool.
+        ValueError: If ``attention_mask`` is 0-dimensional.
+        TypeError: If ``attention_mask`` is not a bool or integer tensor, or ``packed`` is not a
+            bool.
 
     Example:
         >>> import torch, torch_rope
@@ -90,11 +89,11 @@ def context_parallel_positions(
     zigzag: bool = False,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Gives the positions of the tokens that one rank holds of a sequence shared among ranks.
+    """Returns the positions of one rank's tokens of a sequence that is split over ranks.
 
     Args:
-        seq_len: The number of tokens of the sequence, a multiple of ``world_size`` (with
-            ``zigzag`` of ``2 * world_size``).
+        seq_len: The length of the whole sequence, a multiple of ``world_size`` (with ``zigzag``, of
+            ``2 * world_size``).
         rank: This rank, in ``[0, world_size)``.
         world_size: The number of ranks.
         zigzag: Whether a rank holds two of ``2 * world_size`` chunks, the ``rank``-th from the
@@ -106,10 +105,10 @@ def context_parallel_positions(
         int64 positions of shape ``(seq_len / world_size,)``.
 
     Raises:
-        ValueError: If the ranks cannot share the sequence equally, ``world_size`` is not positive,
-            or ``rank`` is out of range.
-        TypeError: If ``seq_len``, ``rank`` or ``world_size`` is not an integer, or ``zigzag`` not a
-            bool.
+        ValueError: If the sequence cannot be split equally, ``world_size`` is not positive, or
+            ``rank`` is out of range.
+        TypeError: If ``seq_len``, ``rank`` or ``world_size`` is not an integer, or ``zigzag`` is
+            not a bool.
 
     Example:
         >>> import torch, torch_rope
@@ -130,7 +129,7 @@ def context_parallel_positions(
 
 
 def grid_positions(sizes: Sequence[int], *, device: torch.device | str | None = None) -> Tensor:
-    """Gives the coordinates of the places of a grid: an image, a video.
+    """Returns the coordinates of the points of a grid: an image, a video.
 
     Args:
         sizes: The size of the grid along each axis, such as rows and columns, or frames, rows and
@@ -138,12 +137,12 @@ def grid_positions(sizes: Sequence[int], *, device: torch.device | str | None = 
         device: The device of the result; by default PyTorch's default device.
 
     Returns:
-        int64 coordinates of shape ``(A, *sizes)`` where ``A`` is the number of axes, for
-        :func:`apply` with ``inv_freq`` of shape ``(A, N)``. Where tokens are in one dimension, row
-        after row, take ``.flatten(1)``.
+        int64 coordinates of shape ``(A, *sizes)``, where ``A`` is the number of axes, for
+        :func:`apply` with ``inv_freq`` of shape ``(A, N)``. For tokens in one dimension, row by
+        row, use ``.flatten(1)``.
 
     Raises:
-        ValueError: If there is no axis, or a size is negative.
+        ValueError: If ``sizes`` is empty or has a negative number.
         TypeError: If ``sizes`` is not a sequence of integers.
 
     Example:

@@ -1,4 +1,4 @@
-"""Side inputs: values that reach layers by a tag, without passing through the layers between."""
+"""Side inputs: values that reach layers by tag, without passing through the layers in between."""
 
 import threading
 from collections.abc import Hashable, Iterator, Sequence
@@ -13,7 +13,7 @@ _FUNCTION = "torch_rope.WithSideInputsFromInputTuple"
 
 
 class _Here(threading.local):
-    """The side inputs of the handlers around what runs on this thread."""
+    """The side inputs of this thread's enclosing handlers."""
 
     def __init__(self) -> None:
         self.side_inputs: dict[Hashable, Tensor] = {}
@@ -23,7 +23,7 @@ _here = _Here()
 
 
 def side_input(tag: Hashable) -> Tensor:
-    """Returns the side input of a tag, for a layer that asks for it."""
+    """Returns the side input with a tag."""
     if tag not in _here.side_inputs:
         raise ValueError(
             f"torch_rope.ApplyRoPE(): expected the tag {tag!r} to be provided by a "
@@ -45,20 +45,20 @@ def _set_to(side_inputs: dict[Hashable, Tensor]) -> Iterator[None]:
 class WithSideInputsFromInputTuple(nn.Module):
     """Runs a model with side inputs: values that reach every layer with their tag.
 
-    The layers between need not know of them, so that an ``nn.Sequential`` of ordinary layers and
-    :class:`ApplyRoPE` layers works unchanged. Layers find the side inputs of all handlers around
-    them, on the same thread; a tag belongs to one of these handlers.
+    The layers in between are not involved, so an ``nn.Sequential`` of ordinary layers and
+    :class:`ApplyRoPE` layers works unchanged. Layers see the side inputs of all enclosing handlers
+    on the same thread; nested handlers must have different tags.
 
-    ``torch.utils.checkpoint`` runs layers again when the handler is done: inside a handler, give it
-    ``context_fn=torch_rope.keep_side_inputs``.
+    ``torch.utils.checkpoint`` reruns layers after the handler has returned: inside a handler, pass
+    it ``context_fn=torch_rope.keep_side_inputs``.
 
     Args:
         model: The module to run.
         tags: The tag of each side input.
 
     Raises:
-        ValueError: If a tag is given twice.
-        TypeError: If ``model`` is no module, or ``tags`` is no sequence of hashable tags.
+        ValueError: If a tag is repeated.
+        TypeError: If ``model`` is not a module, or ``tags`` is not a sequence of hashable tags.
 
     Example:
         >>> import torch, torch_rope
@@ -93,22 +93,22 @@ class WithSideInputsFromInputTuple(nn.Module):
 
     @classmethod
     def handling(cls, model: nn.Module, tags: Sequence[Hashable]) -> "WithSideInputsFromInputTuple":
-        """Returns the model with a handler around it that provides these tags."""
+        """Wraps a model in a handler that provides these tags."""
         return cls(model, tags)
 
     def forward(self, x: Any, *side_inputs: Any, **options: Any) -> Any:
         """Runs the model on ``x``.
 
         Args:
-            x: The input of the model; or, alone, a tuple of the input and the side inputs.
-            side_inputs: The side input of each tag. What comes after them goes to the model.
-            options: Keyword arguments of the model.
+            x: The model's input; or a tuple of the input and the side inputs, as the only argument.
+            side_inputs: A side input for each tag. Further arguments go to the model.
+            options: Keyword arguments for the model.
 
         Returns:
-            What the model returns.
+            The model's result.
 
         Raises:
-            ValueError: If a tag has no side input, or a handler around this one provides it too.
+            ValueError: If a tag has no side input, or an enclosing handler provides it too.
         """
         if not side_inputs and isinstance(x, tuple):
             x, *rest = x
@@ -140,13 +140,14 @@ def _provided_twice(tag: Hashable) -> ValueError:
 
 
 def keep_side_inputs() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Keeps side inputs for the layers that ``torch.utils.checkpoint`` runs again.
+    """Keeps side inputs for the layers that ``torch.utils.checkpoint`` reruns.
 
-    It is for ``use_reentrant=False``. Under ``torch.compile`` checkpoints keep side inputs without
-    it, and do not take it.
+    For ``use_reentrant=False``. Under ``torch.compile``, checkpoints keep side inputs by themselves
+    and do not accept this function.
 
     Returns:
-        The contexts of the first and the second run, as ``context_fn`` is to return them.
+        The contexts of the forward pass and of the recomputation, as ``context_fn`` must return
+        them.
 
     Example:
         >>> import torch, torch_rope

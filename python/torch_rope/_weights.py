@@ -1,4 +1,4 @@
-"""Weights of projections, between the two conventions of which elements form a pair."""
+"""Converts projection weights between the two pair conventions."""
 
 import torch
 from torch import Tensor
@@ -9,26 +9,28 @@ from torch_rope._arguments import check_integer, check_tensor
 def permute_half_to_interleaved(
     weight: Tensor, head_dim: int, *, rotary_dim: int | None = None, rotary_offset: int = 0
 ) -> Tensor:
-    """Orders the outputs of a q or k projection for interleaved pairs.
+    """Permutes the output rows of a q or k projection from half-split to interleaved pairs.
 
-    A model whose pairs are halves (GPT-NeoX, Llama of Hugging Face) computes the same attention
-    with the permuted projections and ``interleaved=True``.
+    A model with half-split pairs (GPT-NeoX, Hugging Face's Llama) computes the same attention with
+    the permuted projections and ``interleaved=True``.
 
     Args:
         weight: The weight of the projection, of shape ``(num_heads * head_dim, ...)``, or its bias,
             ``(num_heads * head_dim,)``.
         head_dim: The number of elements of a head.
-        rotary_dim: How many elements of a head are rotated, even; by default all from
-            ``rotary_offset`` on. The others stay where they are.
-        rotary_offset: The first element that is rotated.
+        rotary_dim: The number of rotated elements of a head, even; by default all from
+            ``rotary_offset`` on. The other rows keep their places.
+        rotary_offset: The first rotated element.
 
     Returns:
-        A copy with other rows in each head: those of pair ``n`` are ``2 * n`` and ``2 * n + 1``.
+        A copy with each head's rows permuted: pair ``n`` is in rows ``2 * n`` and ``2 * n + 1`` of
+        the rotated slice.
 
     Raises:
-        ValueError: If ``head_dim`` is not positive or does not divide the rows; if ``rotary_dim``
-            is odd or negative; if ``rotary_offset`` is negative, or the slice ends beyond the head.
-        TypeError: If ``weight`` is not a tensor, or a number not an integer.
+        ValueError: If ``head_dim`` is not positive or does not divide the number of rows; if
+            ``rotary_dim`` is odd or negative; if ``rotary_offset`` is negative, or the slice
+            extends beyond the head.
+        TypeError: If ``weight`` is not a tensor, or a size is not an integer.
 
     Example:
         >>> import torch, torch_rope
@@ -45,24 +47,26 @@ def permute_half_to_interleaved(
 def permute_interleaved_to_half(
     weight: Tensor, head_dim: int, *, rotary_dim: int | None = None, rotary_offset: int = 0
 ) -> Tensor:
-    """Orders the outputs of a q or k projection for pairs that are halves.
+    """Permutes the output rows of a q or k projection from interleaved to half-split pairs.
 
-    The inverse of :func:`permute_half_to_interleaved`, for models whose pairs are adjacent (GPT-J,
-    Llama of Meta).
+    The inverse of :func:`permute_half_to_interleaved`, for models with adjacent pairs (GPT-J,
+    Meta's Llama).
 
     Args:
-        weight: As for :func:`permute_half_to_interleaved`.
-        head_dim: As for :func:`permute_half_to_interleaved`.
-        rotary_dim: As for :func:`permute_half_to_interleaved`.
-        rotary_offset: As for :func:`permute_half_to_interleaved`.
+        weight: The weight of the projection, of shape ``(num_heads * head_dim, ...)``, or its bias,
+            ``(num_heads * head_dim,)``.
+        head_dim: The number of elements of a head.
+        rotary_dim: The number of rotated elements of a head, even; by default all from
+            ``rotary_offset`` on.
+        rotary_offset: The first rotated element.
 
     Returns:
-        A copy with other rows in each head: those of pair ``n`` are ``n`` and
-        ``n + rotary_dim / 2``.
+        A copy with each head's rows permuted: pair ``n`` is in rows ``n`` and
+        ``n + rotary_dim / 2`` of the rotated slice.
 
     Raises:
-        ValueError: As for :func:`permute_half_to_interleaved`.
-        TypeError: As for :func:`permute_half_to_interleaved`.
+        ValueError: If a size is invalid, as for :func:`permute_half_to_interleaved`.
+        TypeError: If ``weight`` is not a tensor, or a size is not an integer.
 
     Example:
         >>> import torch, torch_rope
@@ -79,7 +83,7 @@ def permute_interleaved_to_half(
 def _check(
     function: str, weight: Tensor, head_dim: int, rotary_dim: int | None, rotary_offset: int
 ) -> None:
-    hint = " (of a layer, its .weight)" if isinstance(weight, torch.nn.Module) else ""
+    hint = " (for a layer, pass its .weight)" if isinstance(weight, torch.nn.Module) else ""
     check_tensor(function, "weight", weight, hint)
     check_integer(function, "head_dim", head_dim)
     if rotary_dim is not None:

@@ -1,4 +1,4 @@
-"""torch-rope inside other projects' models; each module is imported when it is first asked for."""
+"""torch-rope in other projects' models; each module is imported on first access."""
 
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        """Imports a module of this package: none needs the project that it is for to be there."""
+        """Imports a module of this package; none requires its project to be installed."""
         if name in __all__:
             return _import_module(f"torch_rope.integrations.{name}")
         raise AttributeError(f"module 'torch_rope.integrations' has no attribute {name!r}")

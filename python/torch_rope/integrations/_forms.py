@@ -1,8 +1,8 @@
-"""What transformers' functions that rotate compute, how that is found out, and what replaces them.
+"""Recognises what transformers' rotation functions compute, and replaces them.
 
-The functions differ in more than their text tells at a glance: which elements pair up, in which
-columns of the tables an angle stands, how the tables broadcast, which dtype comes back. So each is
-called with random numbers, and is replaced where one of the forms below gives the same.
+The functions differ in which elements pair up, which columns of the tables hold an angle, how the
+tables broadcast and which dtype they return, and their source does not show it at a glance. So each
+is called with random numbers, and replaced if one of the forms below gives the same results.
 """
 
 import functools
@@ -21,24 +21,24 @@ Function = Callable[..., Any]
 
 
 class UnknownFormError(Exception):
-    """Says why no form is that of a function."""
+    """No form matches a function; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """What one of these functions computes.
+    """What a rotation function computes.
 
     Attributes:
-        columns: Where the tables hold the angle of pair n. There are two values in "halves" (at n
-            and n + N) and in "neighbours" (at 2n and 2n + 1), one in "single".
-        interleaved: Whether pairs are neighbours.
-        to_halves: Whether pairs of neighbours come out as halves.
+        columns: The table columns of pair n: two in "halves" (n and n + N) and in "neighbours" (2n
+            and 2n + 1), one in "single".
+        interleaved: Whether pairs are neighbouring elements.
+        to_halves: Whether the result has interleaved pairs reordered into halves.
         conjugate: Whether pairs are rotated by the negative angle.
-        last: Whether the last elements of a longer axis are rotated, and not the first.
-        dtype: Of the results: that of each input; that of q; or each input's promoted with that of
-            the tables, as by arithmetic.
+        last: Whether a partial rotation rotates the last elements instead of the first.
+        dtype: The dtype of each result: its input's own, that of q, or its input's promoted with
+            that of the tables.
         reads_both: Whether the function reads both values of a pair. They may differ.
-        without_k: What comes back where k is None: q alone, or a pair.
+        without_k: The result if k is None: q alone, or a pair.
     """
 
     columns: Columns | Literal["single"]
@@ -51,7 +51,7 @@ class Form:
     without_k: Literal["q", "pair"] = "pair"
 
     def table(self, firsts: Tensor, seconds: Tensor) -> Tensor:
-        """Returns the table that holds these values of the pairs."""
+        """Returns the table with these values of the pairs."""
         return firsts if self.columns == "single" else _table(self.columns, firsts, seconds)
 
     def tables(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, bool]:
@@ -60,7 +60,7 @@ class Form:
             return cos, sin, False
         if not self.reads_both or angles_are_doubled(self.columns, cos, sin):
             return first(self.columns, cos), first(self.columns, sin), False
-        if self.conjugate:  # The operator's conjugate would exchange the two sines of a pair.
+        if self.conjugate:  # The operator's conjugate swaps the two sines of a pair.
             sin = -sin
         order: Columns = "neighbours" if self._is_interleaved() else "halves"
         if order != self.columns:
@@ -86,7 +86,7 @@ class Form:
     def rotate_value(
         self, v: Tensor, q: Tensor, cos: Tensor, sin: Tensor, full_width: bool
     ) -> Tensor:
-        """Rotates what goes with a query as a key does."""
+        """Rotates a value like a key."""
         return self._convert(self.rotate(v, cos, sin, full_width), q)
 
     def _convert(self, rotated: Tensor, q: Tensor) -> Tensor:
@@ -119,15 +119,16 @@ def _table(columns: Columns, firsts: Tensor, seconds: Tensor) -> Tensor:
 
 
 def replacement(function: Function) -> Function:
-    """Returns a function of the same signature and meaning that calls the operators.
+    """Returns a function with the same signature and results that calls the operators.
 
     Args:
-        function: What is to be replaced.
+        function: The function to replace.
 
     Raises:
-        UnknownFormError: If the operators do not express it.
+        UnknownFormError: If the operators cannot express it.
     """
-    # The package kernels makes a module of a decorated function, and may have changed its forward.
+    # The package kernels turns a decorated function into a module, and may have replaced its
+    # forward.
     if isinstance(function, nn.Module):
         function = functools.partial(type(function).forward, function)
     names, defaults = _parameters(function)
@@ -146,15 +147,15 @@ def replacement(function: Function) -> Function:
         ours.__defaults__ = defaults
         functools.update_wrapper(ours, function)
         return ours  # type: ignore[no-any-return]
-    # What was found out last about the arithmetic says more than that a shape is not taken.
+    # A reason about the arithmetic is more useful than a rejected shape.
     raise UnknownFormError(next((r for r in refusals if not r.startswith(_FAILS)), refusals[-1]))
 
 
 def _parameters(function: Function) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-    """Returns the names of a function's parameters, and the defaults of the last of them."""
+    """Returns the names of a function's parameters, and the trailing defaults."""
     parameters = inspect.signature(function).parameters.values()
     defaults = [p.default for p in parameters if p.default is not inspect.Parameter.empty]
-    # As it is written, with the stars and without the annotation.
+    # With stars, without annotations.
     names = [str(p.replace(annotation=p.empty, default=p.empty)) for p in parameters]
     return tuple(names), tuple(defaults)
 
@@ -165,7 +166,7 @@ def _why_not_these(names: tuple[str, ...]) -> str:
     return f"{found}: it takes {tables[0]}, not cos and sin" if tables else found
 
 
-# What replaces a function, for each of the signatures.
+# ---- The replacements, one for each signature ----
 
 
 def _of_pair(form: Form, original: Function) -> Function:
@@ -185,7 +186,7 @@ def _of_pair_with_position_ids(form: Form, original: Function) -> Function:
 
     def rotate(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: object, unsqueeze_dim: int
-    ) -> Any:  # position_ids are not read: the tables are of these positions already.
+    ) -> Any:  # position_ids are unused: the tables are already indexed by them.
         return rotate_pair(q, k, cos, sin, unsqueeze_dim)
 
     return rotate
@@ -225,7 +226,7 @@ def _of_pair_unsqueezed(dim: int) -> Callable[[Form, Function], Function]:
         rotate_pair = _of_pair(form, original)
 
         def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> Any:
-            if options:  # Nothing is known of these.
+            if options:  # Unknown: leave them to the original.
                 return original(q, k, cos, sin, **options)
             return rotate_pair(q, k, cos, sin, dim)
 
@@ -281,15 +282,15 @@ def _of_tensor_sin_first(form: Form, original: Function) -> Function:
 
 @dataclass(frozen=True)
 class _Trial:
-    """Arguments to try a function on.
+    """The arguments of one trial call.
 
     Attributes:
         q, k, tables: The shapes, without the last axis.
         options: Further arguments.
-        width: The last axis of q and k, of which the tables rotate 8.
-        dtypes: Of q, k and the tables.
+        width: The size of the last axis of q and k; the tables rotate 8 elements of it.
+        dtypes: The dtypes of q, k and the tables.
         with_k: Whether there is a k.
-        seed: That of the second value of each pair; 2 is that of the first.
+        seed: The seed of the second value of each pair; 2, that of the first, makes them equal.
     """
 
     q: tuple[int, ...]
@@ -302,7 +303,7 @@ class _Trial:
     seed: int = 2
 
     def arguments(self, names: tuple[str, ...], form: Form) -> dict[str, Any]:
-        """Draws the tensors that a function takes."""
+        """Draws a function's arguments."""
         firsts, seconds = (_random((2, *self.tables, 4), seed) for seed in (2, self.seed))
         cos, sin = form.table(firsts, seconds).to(self.dtypes[2])
         q = _random((*self.q, self.width), 0).to(self.dtypes[0])
@@ -318,7 +319,7 @@ def _random(shape: tuple[int, ...], seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Call:
-    """How a function takes its tensors: what makes its replacement, and what it is tried on."""
+    """A calling convention: what makes the replacement, and the trials to verify it."""
 
     make: Callable[[Form, Function], Function]
     trials: tuple[_Trial, ...]
@@ -351,7 +352,7 @@ _WITHOUT_OPTION = (
     _Call(_of_pair_as_is, (*_AS_IS, replace(_PACKED, tables=(_TOKENS, 1)))),
 )
 
-# For each list of parameters the ways in which such functions take their tensors.
+# The calling conventions for each list of parameters.
 _CALLS: dict[tuple[str, ...], tuple[_Call, ...]] = {
     ("q", "k", "cos", "sin", "unsqueeze_dim"): (_Call(_of_pair, _EITHER),),
     ("q", "k", "cos", "sin", "position_ids", "unsqueeze_dim"): (
@@ -374,15 +375,15 @@ _FORMS = [
     for conjugate in (False, True)
 ]
 
-_FAILS = "it does not take the tensors that it is tried on"
+_FAILS = "it rejects the trial tensors"
 
 
 def _find_form(function: Function, names: tuple[str, ...], call: _Call) -> Form:
-    """Finds the form that gives what a function gives, whatever arguments that takes."""
+    """Finds the form that gives a function's results for all trials."""
     failures: list[str] = []
 
     def attempt(form: Form, trial: _Trial) -> Any:
-        """Returns what the function gives, or None if it does not take the arguments."""
+        """Returns the function's result, or None if it rejects the arguments."""
         arguments = trial.arguments(names, form)
         try:
             result = function(**arguments)
@@ -408,17 +409,17 @@ def _find_form(function: Function, names: tuple[str, ...], call: _Call) -> Form:
     if form is None:
         if len(failures) == len(_FORMS):
             raise UnknownFormError(f"{_FAILS} ({failures[0]})")
-        raise UnknownFormError("it computes something else than a rotation of pairs")
+        raise UnknownFormError("it does not compute a rotation of pairs")
 
     trial = call.trials[0]
     fewer = tuple(2 if size == _TOKENS else size for size in trial.q)
     if trial.tables != (9,) and attempt(form, replace(trial, q=fewer)) is not None:
-        raise UnknownFormError("it takes tables of more tokens than q has")
+        raise UnknownFormError("it accepts tables with more tokens than q")
 
     if attempt(form, replace(trial, width=12)) is not None and not fits(form, width=12):
         form = replace(form, last=True)
         if not fits(form, width=12):
-            raise UnknownFormError("it computes something else where it rotates a part")
+            raise UnknownFormError("it computes something else for a partial rotation")
 
     if not _close(attempt(form, trial), attempt(form, replace(trial, seed=3))):
         form = replace(form, reads_both=True)
@@ -435,9 +436,9 @@ def _find_form(function: Function, names: tuple[str, ...], call: _Call) -> Form:
 
 
 def _dtype(results: Any, dtypes: tuple[torch.dtype, ...]) -> Literal["own", "of q", "promoted"]:
-    """Returns which dtypes the results of q, k and tables of these dtypes have."""
+    """Returns how the results' dtypes follow from those of q, k and the tables."""
     if results is None:
-        raise UnknownFormError("it does not take q, k and tables of different dtypes")
+        raise UnknownFormError("it rejects q, k and tables of different dtypes")
     q_dtype, k_dtype, tables_dtype = dtypes
     found = [x.dtype for x in (results if isinstance(results, tuple) else (results,))]
     kinds: dict[Literal["own", "of q", "promoted"], list[torch.dtype]] = {

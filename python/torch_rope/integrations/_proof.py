@@ -1,22 +1,22 @@
-"""Whether both values that a table has for a pair are always the same, proved for a rotary module.
+"""Proves, for a rotary module, that the two values per pair in its tables are always equal.
 
 NOTE [ The proof ]
-A table of transformers has two values for each pair. Mostly they are the same, and half of the
-table is enough; in some models they differ, for some positions. Full-width tables are right for
-both, so they are the rule, and half a table is what has to be justified. No value of a call can do
-that: it says nothing about the next call, reading it synchronizes with the device, and a
-recomputation, a transform or a compiler would not read it.
+transformers' tables have two values per pair. Usually they are equal and half a table is enough; in
+some models they differ for some positions. Full-width tables are correct either way, so they are
+the default, and using half a table needs justification. The values in a call cannot give it: they
+do not predict the next call, reading them synchronises with the device, and recomputation,
+transforms and compilers would not read them.
 
-``prove`` therefore calls a copy of the model's rotary module, once, when the model is patched: with
-positions that differ on every axis, in every shape that the module takes, for training and for
-evaluation, and with random numbers in its buffers and parameters, so that what is loaded or learned
-later does not matter. Where both values agree throughout, a forward hook registers each table that
-the module returns, as long as the module is what it was: its class, forward, hooks and attributes.
-The replaced function uses half of a table if it is registered, as that very tensor and unchanged
-since. A cast, a slice, an in-place change, a tensor subclass, another rotary module, a changed one,
-or a compiler, which cannot follow the identity of a tensor: all of these lead to full-width tables.
-What the calls cannot see is code that fills both halves differently for other inputs than these, or
-that writes to a table behind autograd's back (``.data``, NumPy).
+Instead, when a model is patched, ``prove`` calls a copy of its rotary module: with positions that
+differ on every axis, in every shape that the module accepts, in training and evaluation mode, and
+with random buffers and parameters, so that values loaded or learned later do not matter. If the two
+values always agree, a forward hook registers each table that the module returns, as long as the
+module's class, forward, hooks and attributes stay the same. The replaced function uses half a table
+if that tensor object is registered and unmodified since. A cast, a slice, an in-place change, a
+tensor subclass, another or a changed rotary module, or a compiler, which cannot track tensor
+identity, all lead to full-width tables. The calls cannot detect code that fills the halves
+differently for other inputs, or that bypasses version counting to write to a table (``.data``,
+NumPy).
 """
 
 import copy
@@ -36,12 +36,12 @@ Columns = Literal["halves", "neighbours"]
 
 _COLUMNS: tuple[Columns, ...] = ("halves", "neighbours")
 
-# Positions of tokens alone, and along one to six axes, which come first or last.
+# The extra axes of positions, in front and at the end: none, or one axis of size 1 to 6.
 _AXES: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((), ())]
 _AXES += [axes for n in range(1, 7) for axes in (((n,), ()), ((), (n,)))]
 
-# The positions, their number, the dtype of x, and whether the module is training. Frequencies may
-# follow the length.
+# (low, high) of the positions, number of tokens, dtype of x, training mode. Frequencies may depend
+# on the length.
 _RANGES = [
     (0, 64, 7, torch.float32, False),
     (0, 1 << 20, 40, torch.bfloat16, True),
@@ -49,36 +49,36 @@ _RANGES = [
     (1 << 20, 1 << 31, 3, torch.float16, False),
 ]
 
-# The tables registered, by id: the tensor, its version, and the columns that agree.
+# Registered tables by id: the tensor, its version, and the columns that agree.
 _registered: dict[int, tuple["weakref.ref[Tensor]", int, frozenset[Columns]]] = {}
 
-# The hooks of the modules with a proof.
+# The hooks of proven modules.
 _proven: "weakref.WeakKeyDictionary[nn.Module, tuple[_Proof, RemovableHandle]]"
 _proven = weakref.WeakKeyDictionary()
 
 
 def first(columns: Columns, table: Tensor) -> Tensor:
-    """Returns a view of the first values of the pairs."""
+    """Returns a view of the first value of each pair."""
     return table[..., ::2] if columns == "neighbours" else table[..., : table.shape[-1] // 2]
 
 
 def second(columns: Columns, table: Tensor) -> Tensor:
-    """Returns a view of the second values of the pairs."""
+    """Returns a view of the second value of each pair."""
     return table[..., 1::2] if columns == "neighbours" else table[..., table.shape[-1] // 2 :]
 
 
 def angles_are_doubled(columns: Columns, cos: Tensor, sin: Tensor) -> bool:
-    """Returns whether tables are known to have the same two values for each pair."""
+    """Returns whether both tables are proven to have equal values in each pair."""
     return not is_compiling() and _is_registered(columns, cos) and _is_registered(columns, sin)
 
 
 class _Proof:
-    """The forward hook of a module with a proof.
+    """The forward hook of a proven module.
 
     Attributes:
         columns: The columns in which the two values of a pair agree.
-        state: What the module was.
-        has_ended: Whether ``forget`` ended the proof, of copies of the module too.
+        state: The module's state at the time of the proof.
+        has_ended: Whether ``forget`` ended the proof, also for copies of the module.
     """
 
     def __init__(self, columns: frozenset[Columns], module: nn.Module) -> None:
@@ -96,13 +96,13 @@ class _Proof:
         if _has_other_hooks(module) or _state(module) != self.state:
             return
         for table in tables:
-            # Tensors of inference mode have no version, so a change in place could not be seen.
+            # Inference tensors have no version, so in-place changes would go unnoticed.
             if type(table) is Tensor and not table.is_inference():
                 _register(table, self.columns)
 
 
 def prove(model: nn.Module) -> list[nn.Module]:
-    """Makes the proof for a model's rotary modules; returns those that have one since."""
+    """Tries to prove a model's rotary modules; returns the newly proven ones."""
     added = []
     for module in model.modules():
         if module in _proven or not _is_rotary(module):
@@ -116,7 +116,7 @@ def prove(model: nn.Module) -> list[nn.Module]:
 
 
 def forget(modules: list[nn.Module] | None = None) -> None:
-    """Ends the proofs of these modules, or of all."""
+    """Ends the proofs of these modules, by default of all."""
     for module in list(_proven) if modules is None else modules:
         if module in _proven:
             proof, handle = _proven.pop(module)
@@ -135,7 +135,7 @@ def _is_registered(columns: Columns, table: Tensor) -> bool:
 def _register(table: Tensor, columns: frozenset[Columns]) -> None:
     entry = _registered.get(id(table))
     if entry is not None and entry[0]() is table:
-        # A module that keeps its table, which may have been changed since.
+        # The module returned the same tensor again; it may have been modified.
         columns = entry[2] if entry[1] == table._version else frozenset()
     reference = weakref.ref(table, functools.partial(_unregister, id(table)))
     _registered[id(table)] = reference, table._version, columns
@@ -148,7 +148,7 @@ def _unregister(key: int, reference: "weakref.ref[Tensor]") -> None:
 
 
 def _state(module: nn.Module) -> object:
-    """Returns what the tables of a module may depend on besides tensors and training or not."""
+    """Returns what a module's tables may depend on besides its tensors and training mode."""
     attributes = {
         name: _frozen(value)
         for name, value in vars(module).items()
@@ -158,24 +158,24 @@ def _state(module: nn.Module) -> object:
 
 
 def _has_other_hooks(module: nn.Module) -> bool:
-    """Returns whether somebody else's hook may change what goes into a module or comes out."""
+    """Returns whether a foreign hook may change a module's inputs or outputs."""
     hooks = (*module._forward_hooks.values(), *_global_forward_hooks.values())
     others = any(not isinstance(hook, _Proof) for hook in hooks)
     return others or bool(module._forward_pre_hooks or _global_forward_pre_hooks)
 
 
 def _frozen(value: object) -> object:
-    """Returns what a change of the value would make unequal."""
+    """Returns a snapshot that compares unequal after the value changes."""
     if isinstance(value, dict):
         return [(key, _frozen(one)) for key, one in value.items()]
     if isinstance(value, list | tuple):
         return [_frozen(one) for one in value]
-    # Of other objects the type: a copy of the module has others.
+    # The type of other objects: a copy of the module has its own instances.
     return value if isinstance(value, int | float | str | None) or callable(value) else type(value)
 
 
 def _is_rotary(module: nn.Module) -> bool:
-    """Returns whether a proof can be tried: of a module that can be copied as it is."""
+    """Returns whether a module is a rotary module that can be copied and probed."""
     own = vars(module)
     if "forward" in own or any(isinstance(value, Tensor) for value in own.values()):
         return False
@@ -183,13 +183,13 @@ def _is_rotary(module: nn.Module) -> bool:
         return False
     try:
         parameters = tuple(inspect.signature(module.forward).parameters)
-    except (TypeError, ValueError):  # No function of Python.
+    except (TypeError, ValueError):  # Not a Python function.
         return False
     return parameters in (("x", "position_ids"), ("x", "position_ids", "layer_type"))
 
 
 def _doubled_columns(module: nn.Module) -> frozenset[Columns]:
-    """Returns the columns in which both values of each pair agree for all positions."""
+    """Returns the columns in which the values of each pair agree for all positions."""
     agreeing = set(_COLUMNS)
     count = 0
     try:
@@ -199,13 +199,13 @@ def _doubled_columns(module: nn.Module) -> frozenset[Columns]:
                 pairs = [(first(columns, table), second(columns, table)) for table in (cos, sin)]
                 if not all(torch.equal(*pair) for pair in pairs):
                     agreeing.remove(columns)
-    except Exception:  # Whatever it is, there is no proof.
+    except Exception:  # Any failure means no proof.
         return frozenset()
     return frozenset(agreeing) if count else frozenset()
 
 
 def _tables(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """Calls a copy of a rotary module with everything that it takes."""
+    """Calls a copy of a rotary module with all inputs that it accepts."""
     generator = torch.Generator("cpu").manual_seed(0)
     tensors = [*module.parameters(), *module.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
@@ -224,7 +224,7 @@ def _tables(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
                 try:
                     with torch.set_grad_enabled(training):
                         tables = probe(x, ids.to(device), **chosen)
-                except Exception:  # It takes other positions.
+                except Exception:  # It rejects positions of this shape.
                     continue
                 if not isinstance(tables, tuple):
                     raise TypeError

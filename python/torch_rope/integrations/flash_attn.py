@@ -1,4 +1,4 @@
-"""``apply_rotary_emb`` with the signature of flash-attn's, on CPU and CUDA."""
+"""``apply_rotary_emb`` with flash-attn's signature, on CPU and CUDA."""
 
 import torch
 from torch import Tensor
@@ -26,32 +26,32 @@ def apply_rotary_emb(
     """Rotates the first elements of each head, as ``flash_attn.layers.rotary`` does.
 
     Args:
-        x: Tensor of shape ``(batch, seqlen, nheads, headdim)``; with ``cu_seqlens`` sequences one
-            after the other, ``(total_seqlen, nheads, headdim)``. Dtypes and strides are those of
-            :func:`torch_rope.apply_cos_sin`.
+        x: Tensor of shape ``(batch, seqlen, nheads, headdim)``; with ``cu_seqlens``, the
+            concatenated sequences, ``(total_seqlen, nheads, headdim)``. Any dtype and strides that
+            :func:`torch_rope.apply_cos_sin` accepts.
         cos: Table of shape ``(seqlen_rotary, rotary_dim / 2)``, of any floating-point dtype.
         sin: Table of the shape and dtype of ``cos``.
         interleaved: Whether pairs are adjacent elements (GPT-J) instead of halves (GPT-NeoX).
-        inplace: Whether ``x`` itself is rotated.
-        seqlen_offsets: The position of the first token: one number, or a tensor of int32 or int64
-            of shape ``(batch,)``, such as the lengths of the cached keys.
-        cu_seqlens: Where each sequence begins and the last one ends, int32 or int64 of shape
+        inplace: Whether to rotate ``x`` in place.
+        seqlen_offsets: The position of the first token: a number, or an int32 or int64 tensor of
+            shape ``(batch,)``, such as the lengths of the cached keys.
+        cu_seqlens: The start of each sequence and the end of the last, int32 or int64 of shape
             ``(batch + 1,)``. On a GPU its values are not checked.
-        max_seqlen: Not needed here, and accepted for callers that give it with ``cu_seqlens``.
+        max_seqlen: Ignored; accepted for callers that pass it with ``cu_seqlens``.
 
     Returns:
-        A tensor like ``x``; ``x`` itself if ``inplace``.
+        A tensor of the shape and dtype of ``x``; ``x`` itself if ``inplace``.
 
     Raises:
-        ValueError: If sizes do not fit, as of tables with fewer rows than there are tokens.
-        TypeError: If a type, a dtype or a device does not fit.
+        ValueError: If a shape is wrong, or the tables have fewer rows than there are tokens.
+        TypeError: If a type, a dtype or a device is wrong.
         IndexError: If a position is beyond the tables (on CUDA a device-side assertion).
 
     Example:
         >>> import torch
         >>> from torch_rope.integrations.flash_attn import apply_rotary_emb
         >>> angles = torch.arange(128).unsqueeze(-1) * 10000.0 ** (-torch.arange(32) / 32)
-        >>> q = torch.randn(2, 1, 8, 64)  # one new token of each sequence
+        >>> q = torch.randn(2, 1, 8, 64)  # one new token per sequence
         >>> lengths = torch.tensor([17, 90])
         >>> apply_rotary_emb(q, angles.cos(), angles.sin(), seqlen_offsets=lengths).shape
         torch.Size([2, 1, 8, 64])
@@ -96,7 +96,7 @@ def _check(
         batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         check_shape(_NAME, "seqlen_offsets", seqlen_offsets, (batch,))
     elif isinstance(seqlen_offsets, bool) or not isinstance(seqlen_offsets, int | torch.SymInt):
-        rule = "be an integer or a tensor of them"
+        rule = "be an integer or a tensor of integers"
         raise TypeError(message(_NAME, "seqlen_offsets", rule, kind_of(seqlen_offsets)))
 
 

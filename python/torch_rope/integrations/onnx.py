@@ -1,6 +1,6 @@
-"""The operators in ONNX: the standard RotaryEmbedding where that can express them.
+"""Exports the operators to ONNX, as the standard RotaryEmbedding where possible.
 
-:func:`decompositions` is applied to a program of ``torch.export`` before ``torch.onnx.export``.
+Apply :func:`decompositions` to a ``torch.export`` program before ``torch.onnx.export``.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,17 +16,17 @@ __all__ = ["decompositions"]
 
 
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:
-    """Returns the operators in terms of operators that ``torch.onnx.export`` knows.
+    """Returns decompositions into operators that ``torch.onnx.export`` supports.
 
-    A call becomes the standard RotaryEmbedding of opset 23 where ``x`` has four dimensions, is not
-    float64, and is rotated in the last dimension from the first element on by tables or positions
-    that all heads share: ``(S, N)`` or ``(B, 1, S, N)`` for ``x`` of shape ``(B, H, S, D)``,
-    ``(S, 1, N)`` or ``(B, S, 1, N)`` for ``(B, S, H, D)``; positions the same without ``N``. Other
-    calls become plain operators, also those with ``full_width`` tables, which may have two angles
-    for a pair. Both compute as the operators do: the same angles, in float32 (float64 for float64
+    A call becomes the standard RotaryEmbedding of opset 23 if ``x`` has four dimensions, is not
+    float64, and is rotated in the last dimension from element 0 on, and all heads share the tables
+    or positions: ``(S, N)`` or ``(B, 1, S, N)`` for ``x`` of shape ``(B, H, S, D)``, ``(S, 1, N)``
+    or ``(B, S, 1, N)`` for ``(B, S, H, D)``; positions have these shapes without ``N``. Other calls
+    become plain operators, including those with ``full_width`` tables, which may have two angles
+    per pair. Both use the angles and the precision of the operators: float32 (float64 for float64
     ``x``).
 
-    The operators in place have no such form: export a model that uses the functional ones.
+    There are no decompositions of the in-place operators: export the functional ones.
 
     Returns:
         The table for ``torch.export.ExportedProgram.run_decompositions``.
@@ -80,11 +80,11 @@ def _apply(
         return plain
     if rotary_dim is None:
         rotary_dim = x.shape[-1] if inv_freq is None else 2 * inv_freq.shape[-1]
-    # The pair (1, 0) turns to its cosine and sine.
+    # Rotating the pair (1, 0) gives the cosine and sine.
     one = positions.new_ones((*tokens, rotary_dim // 2), dtype=torch.float32)
     pair = torch.cat((one, torch.zeros_like(one)), dim=-1)
-    turned = torch.ops.rope.apply_composed(pair, positions, inv_freq, **angle)
-    cos, sin = turned.chunk(2, dim=-1)
+    rotated = torch.ops.rope.apply_composed(pair, positions, inv_freq, **angle)
+    cos, sin = rotated.chunk(2, dim=-1)
     return _rotary_embedding(x, cos, sin, interleaved)
 
 
@@ -133,7 +133,7 @@ def _apply_cos_sin_qk(
 
 
 def _is_standard(x: Tensor, tokens: Sequence[int], embedding_axis: int, rotary_offset: int) -> bool:
-    """Returns whether RotaryEmbedding expresses a call whose angles are of these tokens."""
+    """Returns whether RotaryEmbedding can express a call with angles of shape ``tokens``."""
     return (
         x.dim() == 4
         and embedding_axis in (-1, 3)
@@ -144,9 +144,9 @@ def _is_standard(x: Tensor, tokens: Sequence[int], embedding_axis: int, rotary_o
 
 
 def _dimension_of_heads(x: Tensor, tokens: Sequence[int]) -> int | None:
-    """Returns the dimension of x that shares angles, 1 or 2, if there is one."""
+    """Returns the dimension of x over which angles are shared, 1 or 2, or None."""
     sizes = (*(1 for _ in range(3 - len(tokens))), *tokens)
-    # A size that is not known is not 1 for sure; heads that are merged must be counted.
+    # A symbolic size may not be 1, and merging heads takes a known number of them.
     if isinstance(sizes[1], int) and sizes[1] == 1:
         return 1
     if isinstance(sizes[2], int) and sizes[2] == 1 and isinstance(x.shape[2], int):
@@ -155,7 +155,7 @@ def _dimension_of_heads(x: Tensor, tokens: Sequence[int]) -> int | None:
 
 
 def _rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotates by tables of float32 that broadcast with x."""
+    """Rotates by float32 tables that broadcast with x."""
     batch, heads_or_tokens, tokens_or_heads, width = x.shape
     pairs = cos.shape[-1]
     options: dict[str, Any] = {

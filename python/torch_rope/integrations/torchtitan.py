@@ -1,6 +1,6 @@
-"""The functions of torchtitan's models that rotate, with their signatures.
+"""The rotation functions of torchtitan's models, with their signatures.
 
-A model takes them by assignment to the module that calls them, for example
+Assign them to the module that calls them, for example
 ``attention.apply_rotary_emb_complex = torchtitan.apply_rotary_emb_complex``.
 """
 
@@ -27,21 +27,21 @@ _PACKAGE = "torch_rope.integrations.torchtitan"
 def apply_rotary_emb_complex(
     xq: Tensor, xk: Tensor, freqs_cis: Tensor, positions: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Rotates pairs of neighbours in queries and keys (Llama 3, Llama 4).
+    """Rotates interleaved pairs of queries and keys (Llama 3, Llama 4).
 
     Args:
         xq: Queries of shape ``(batch, seqlen, heads, head_dim)``.
-        xk: Keys of that shape; the number of heads may be another.
+        xk: Keys of the same shape; the number of heads may differ.
         freqs_cis: Complex table of shape ``(max_seqlen, head_dim / 2)``.
         positions: Rows of the table, int32 or int64 of shape ``(batch, seqlen)`` or
             ``(1, seqlen)``; by default 0, 1, 2...
 
     Returns:
-        The rotated queries and keys, each of its own dtype.
+        The rotated queries and keys, with their own dtypes.
 
     Raises:
-        ValueError: If sizes do not fit.
-        TypeError: If a type, a dtype or a device does not fit.
+        ValueError: If a shape is wrong.
+        TypeError: If a type, a dtype or a device is wrong.
         IndexError: If a position is beyond the table (on CUDA a device-side assertion).
     """
     name = f"{_PACKAGE}.apply_rotary_emb_complex"
@@ -54,19 +54,19 @@ def apply_rotary_emb_complex(
 def apply_rotary_emb_single_complex(
     x: Tensor, freqs_cis: Tensor, positions: Tensor | None = None
 ) -> Tensor:
-    """Rotates pairs of neighbours in one tensor (DeepSeek-V3).
+    """Rotates interleaved pairs of one tensor (DeepSeek-V3).
 
     Args:
-        x: As ``xq`` of :func:`apply_rotary_emb_complex`.
-        freqs_cis: As there.
-        positions: As there.
+        x: Like ``xq`` of :func:`apply_rotary_emb_complex`.
+        freqs_cis: As for :func:`apply_rotary_emb_complex`.
+        positions: As for :func:`apply_rotary_emb_complex`.
 
     Returns:
         The rotated tensor.
 
     Raises:
-        ValueError: If sizes do not fit.
-        TypeError: If a type, a dtype or a device does not fit.
+        ValueError: If a shape is wrong.
+        TypeError: If a type, a dtype or a device is wrong.
         IndexError: If a position is beyond the table (on CUDA a device-side assertion).
     """
     name = f"{_PACKAGE}.apply_rotary_emb_single_complex"
@@ -79,23 +79,23 @@ def apply_rotary_emb_single_complex(
 def apply_rotary_emb_cos_sin(
     xq: Tensor, xk: Tensor, rope_cache: Tensor, positions: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Rotates pairs of halves in queries and keys (Qwen3, GPT-OSS).
+    """Rotates half-split pairs of queries and keys (Qwen3, GPT-OSS).
 
-    The table is used in its own dtype, where torchtitan rounds it to that of ``xq`` first.
+    The table is used in its own dtype; torchtitan first rounds it to the dtype of ``xq``.
 
     Args:
         xq: As for :func:`apply_rotary_emb_complex`.
-        xk: As there.
-        rope_cache: Table of shape ``(max_seqlen, 2 * head_dim)``: cosines and sines, each with a
-            column for each element of a head.
-        positions: As there.
+        xk: As for :func:`apply_rotary_emb_complex`.
+        rope_cache: Table of shape ``(max_seqlen, 2 * head_dim)``: cosines, then sines, with
+            one column per element of a head.
+        positions: As for :func:`apply_rotary_emb_complex`.
 
     Returns:
-        The rotated queries and keys, each of its own dtype.
+        The rotated queries and keys, with their own dtypes.
 
     Raises:
-        ValueError: If sizes do not fit.
-        TypeError: If a type, a dtype or a device does not fit.
+        ValueError: If a shape is wrong.
+        TypeError: If a type, a dtype or a device is wrong.
         IndexError: If a position is beyond the table (on CUDA a device-side assertion).
     """
     name = f"{_PACKAGE}.apply_rotary_emb_cos_sin"
@@ -113,7 +113,7 @@ def _check(
     positions: Tensor | None,
     name: str,
 ) -> None:
-    """Refuses what the operators would not see as it was given."""
+    """Checks what the operators cannot: arguments that are reshaped on the way to them."""
     for tensor_name, tensor in rotated.items():
         check_dims(name, tensor_name, tensor, ("batch", "seqlen", "heads", "head_dim"))
     check_dims(name, argument, table, ("max_seqlen", "columns"))

@@ -1,4 +1,4 @@
-"""torchtune's module of rotary embeddings, by this package's operator."""
+"""torchtune's RotaryPositionalEmbeddings on top of this package's operator."""
 
 import math
 from collections.abc import Callable
@@ -16,23 +16,23 @@ _NAME = "torch_rope.integrations.torchtune.RotaryPositionalEmbeddings"
 
 
 class RotaryPositionalEmbeddings(nn.Module):
-    """Takes the place of ``torchtune.modules.RotaryPositionalEmbeddings``.
+    """A drop-in replacement for ``torchtune.modules.RotaryPositionalEmbeddings``.
 
-    Rotates pairs of neighbours by angles that are rounded to float32, as torchtune's are. It keeps
-    no table: any position is allowed, also beyond ``max_seq_len``.
+    Rotates interleaved pairs by float32 angles, like torchtune. There is no table, so any position
+    is allowed, even beyond ``max_seq_len``.
 
     Args:
-        dim: Elements of a head, even.
-        max_seq_len: Kept for callers that read it.
+        dim: The number of elements of a head, even.
+        max_seq_len: Unused; stored for callers that read it.
         base: The base of the frequencies, positive.
 
     Attributes:
-        theta: The frequencies, float32 whatever dtype the module is brought to. A module made on
-            the meta device forms them when it is brought to another.
+        theta: The frequencies, float32 whatever dtype the module is converted to. A module created
+            on the meta device computes them when it is moved to another.
 
     Raises:
-        ValueError: If a value does not fit, such as an odd ``dim``.
-        TypeError: If an argument is of another type.
+        ValueError: If a value is invalid, such as an odd ``dim``.
+        TypeError: If an argument has the wrong type.
 
     Example:
         >>> import torch
@@ -45,7 +45,7 @@ class RotaryPositionalEmbeddings(nn.Module):
     theta: Tensor
 
     def __init__(self, dim: int, max_seq_len: int = 4096, base: float = 10_000) -> None:
-        """Forms the frequencies."""
+        """Computes the frequencies."""
         super().__init__()
         for argument, value in (("dim", dim), ("max_seq_len", max_seq_len)):
             check_integer(_NAME, argument, value)
@@ -60,7 +60,7 @@ class RotaryPositionalEmbeddings(nn.Module):
         self.rope_init()
 
     def rope_init(self) -> None:
-        """Forms the frequencies, on the default device."""
+        """Computes the frequencies on the default device."""
         exponents = torch.arange(0, self.dim, 2).float() / self.dim
         self.register_buffer("theta", 1.0 / self.base**exponents, persistent=False)
 
@@ -72,11 +72,11 @@ class RotaryPositionalEmbeddings(nn.Module):
             input_pos: Positions of shape ``(b, s)`` or ``(s,)``; by default 0, 1, 2...
 
         Returns:
-            The rotated tensor, of the dtype of ``x``.
+            The rotated tensor, with the dtype of ``x``.
 
         Raises:
-            ValueError: If sizes do not fit.
-            TypeError: If a type, a dtype or a device does not fit.
+            ValueError: If a shape is wrong.
+            TypeError: If a type, a dtype or a device is wrong.
         """
         check_dims(_NAME, "x", x, ("b", "s", "n_h", "h_d"))
         batch, tokens, heads, width = x.shape
@@ -94,7 +94,7 @@ class RotaryPositionalEmbeddings(nn.Module):
     ) -> "RotaryPositionalEmbeddings":
         before = self.theta
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if before.is_meta and not self.theta.is_meta:  # What is there now is any memory's.
+        if before.is_meta and not self.theta.is_meta:  # to_empty() leaves uninitialised memory.
             with self.theta.device:
                 self.rope_init()
         elif self.theta.dtype != before.dtype:

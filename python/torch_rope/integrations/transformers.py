@@ -1,8 +1,8 @@
-"""The rotation of Hugging Face transformers' models, by this package's operators.
+"""Patches Hugging Face transformers' models to rotate with this package's operators.
 
 :func:`patch` replaces the functions that rotate queries and keys in transformers' modeling modules,
-and :func:`unpatch` puts them back. :func:`kernel_mapping` offers the same to the kernel registry of
-the package ``kernels``. docs/transformers.md lists the models, and what either way cannot do.
+and :func:`unpatch` restores them. :func:`kernel_mapping` does the same through the kernel registry
+of the package ``kernels``. docs/transformers.md lists the models, and the limits of both.
 """
 
 import sys
@@ -28,24 +28,24 @@ FUNCTIONS = (
     "apply_rotary_pos_emb_vision",
 )
 
-# Where patch() looks if it is not told: transformers, and code it loads from model repositories.
+# Where patch() looks by default: transformers, and code it loads from model repositories.
 _PACKAGES = ("transformers.models.", "transformers_modules.")
 
 _PATCH = "torch_rope.integrations.transformers.patch"
 _UNPATCH = "torch_rope.integrations.transformers.unpatch"
 
-# What was replaced, by its module and name, and what took its place.
+# The original and the replacement, by module and name.
 _replaced: dict[tuple[ModuleType, str], tuple[Function, Function]] = {}
 
 
 @dataclass
 class Patch:
-    """What one call of :func:`patch` did. As a context manager it undoes that at the end.
+    """The result of one call of :func:`patch`; a context manager that reverts it on exit.
 
     Attributes:
         replaced: The functions that the call replaced, as ``module.function``.
-        already: The functions that an earlier call had replaced, which stay replaced at the end.
-        left_alone: The functions that the operators do not express, each with the reason.
+        already: The functions that an earlier call had replaced; they stay replaced on exit.
+        left_alone: The functions that the operators cannot express, each with the reason.
     """
 
     replaced: list[str] = field(default_factory=list)
@@ -55,16 +55,16 @@ class Patch:
     _proven: list[nn.Module] = field(default_factory=list, repr=False)
 
     def unpatch(self) -> None:
-        """Puts back what this call replaced."""
+        """Restores what this call replaced."""
         for key, (_, ours) in list(_replaced.items()):
             if any(ours is one for one in self._installed):
-                _put_back(*key)
+                _restore(*key)
         self.replaced.clear()
         self._installed.clear()
         forget(self._proven)
 
     def __enter__(self) -> "Patch":
-        """Returns itself: the functions are replaced already."""
+        """Returns itself; the functions are already replaced."""
         return self
 
     def __exit__(
@@ -73,40 +73,39 @@ class Patch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Puts back what the call replaced."""
+        """Restores what the call replaced."""
         self.unpatch()
 
 
 def patch(model_or_module: nn.Module | ModuleType | None = None) -> Patch:
-    """Makes models of transformers rotate queries and keys by ``torch_rope.apply_cos_sin``.
+    """Makes transformers' models rotate queries and keys with ``torch_rope.apply_cos_sin``.
 
-    Replaces the functions named in :data:`FUNCTIONS` in modeling modules by functions of the same
-    signature, output layout and dtypes. Each is tried on random numbers first, and replaced only if
-    the operators give what it gives; others are left alone. A module is patched for all models that
-    it defines, existing and future. Models train, compile and generate as before.
+    Replaces the functions named in :data:`FUNCTIONS` in modeling modules by functions with the same
+    signature, output layout and dtypes. Each is first called with random numbers, and replaced only
+    if the operators give the same results. Patching a module affects all models that it defines,
+    existing and future. Models train, compile and generate as before.
 
-    A model's tables have two values for each pair, and the functions get both: they are passed on
-    with ``full_width=True``. Of a model that is given here, the rotary modules are also called with
-    random positions; tables of one whose two values always agree are passed on by halves, which is
-    the same to the bit. Tables are never inspected in a call.
+    A model's tables have two values per pair, which the functions pass on with ``full_width=True``.
+    If a model is given, its rotary modules are also called with random positions: if the two values
+    always agree, only half of each table is passed on, which gives the same bits. Tables are never
+    inspected in a call.
 
-    Results are those of the original up to rounding: in float32 within a few units in the last
-    place; in bfloat16 and float16 the original rounds after each step, this once.
+    Results match the original up to rounding: a few units in the last place in float32; in bfloat16
+    and float16 the original rounds after each step, the replacement once.
 
     Args:
-        model_or_module: A model: the modules that define its parts are patched. A module: itself.
-            None: all modules of ``transformers.models`` imported so far, and code that transformers
-            loaded from model repositories. Modules imported later are not patched: create the model
-            first, or pass it.
+        model_or_module: A model, to patch the modules that define its parts; a Python module, to
+            patch it; or None, to patch all modules of ``transformers.models`` imported so far, and
+            code that transformers loaded from model repositories. Modules imported later are not
+            patched: create the model first, or pass it.
 
     Returns:
-        What was replaced, what was replaced already and what was left alone, to be used as a
-        context manager if the change is to end. What is replaced already is left to the earlier
-        call.
+        What was replaced, what was already replaced and what was left alone. Use it as a context
+        manager to revert the call; functions that an earlier call replaced stay as they are.
 
     Raises:
         ValueError: If none of the modules has such a function.
-        TypeError: If the argument is neither a model nor a module.
+        TypeError: If the argument is not a model, a module or None.
 
     Example:
         >>> import torch
@@ -155,13 +154,13 @@ def patch(model_or_module: nn.Module | ModuleType | None = None) -> Patch:
 
 
 def unpatch(model_or_module: nn.Module | ModuleType | None = None) -> None:
-    """Puts back what :func:`patch` replaced.
+    """Restores what :func:`patch` replaced.
 
     Args:
-        model_or_module: As for :func:`patch`; None puts everything back.
+        model_or_module: As for :func:`patch`; None restores everything.
 
     Raises:
-        TypeError: If the argument is neither a model nor a module.
+        TypeError: If the argument is not a model, a module or None.
     """
     modules = None if model_or_module is None else _modules(model_or_module, _UNPATCH)
     if isinstance(model_or_module, nn.Module):
@@ -170,12 +169,12 @@ def unpatch(model_or_module: nn.Module | ModuleType | None = None) -> None:
         forget()
     for module, name in list(_replaced):
         if modules is None or module in modules:
-            _put_back(module, name)
+            _restore(module, name)
 
 
-def _put_back(module: ModuleType, name: str) -> None:
+def _restore(module: ModuleType, name: str) -> None:
     original, ours = _replaced.pop((module, name))
-    if vars(module).get(name) is ours:  # Else somebody replaced it after us.
+    if vars(module).get(name) is ours:  # Otherwise somebody else replaced it later.
         setattr(module, name, original)
 
 
@@ -190,7 +189,7 @@ def _modules(
     if isinstance(model_or_module, ModuleType):
         return [model_or_module]
     if not (model_or_module is None or isinstance(model_or_module, nn.Module)):
-        rule = "be a model, a module of Python or None"
+        rule = "be a model, a Python module or None"
         raise TypeError(message(function, "model_or_module", rule, kind_of(model_or_module)))
     names: Iterable[str]
     if model_or_module is None:
@@ -203,19 +202,19 @@ def _modules(
 
 def _describe(model_or_module: nn.Module | ModuleType | None) -> str:
     if model_or_module is None:
-        return "None, with nothing imported of transformers.models that has one"
+        return "None, and no imported module of transformers.models has one"
     if isinstance(model_or_module, ModuleType):
         return f"the module {model_or_module.__name__}"
     return type(model_or_module).__name__
 
 
-# The registry of kernels.
+# ---- The kernel registry ----
 
 
 class _RotaryPosEmb(nn.Module):
-    """Takes the forward of a layer that transformers made of its function.
+    """Its forward replaces that of the layer that transformers makes from a function.
 
-    ``self`` is that layer, so its class tells what the function computes.
+    ``self`` is then that layer, and its class identifies the function.
     """
 
     has_backward = True
@@ -224,35 +223,33 @@ class _RotaryPosEmb(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """Rotates as the function does."""
-        rotated: tuple[Tensor, Tensor] = _kernels[_number(type(self))](
-            q, k, cos, sin, unsqueeze_dim
-        )
+        """Rotates like the function."""
+        rotated: tuple[Tensor, Tensor] = _kernels[_index(type(self))](q, k, cos, sin, unsqueeze_dim)
         return rotated
 
 
-# What rotates as a layer's own forward does, and where it stands, by the layer's class.
+# The replacements of layers' own forwards, and the index of each by the layer's class.
 _kernels: list[Function] = []
-_numbers: dict[type[nn.Module], int] = {}
+_indices: dict[type[nn.Module], int] = {}
 
 
-# A compiler cannot follow how a function is recognised.
+# torch.compile cannot trace how a function is recognised.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _number(layer: type[nn.Module]) -> int:
-    """Returns the number of what rotates as the layer's own forward does."""
-    if layer not in _numbers:
+def _index(layer: type[nn.Module]) -> int:
+    """Returns the index of the replacement of the layer's own forward."""
+    if layer not in _indices:
         original = layer()
         try:
             kernel = replacement(original)
         except UnknownFormError:
             kernel = original
         _kernels.append(kernel)
-        _numbers[layer] = len(_kernels) - 1
-    return _numbers[layer]
+        _indices[layer] = len(_kernels) - 1
+    return _indices[layer]
 
 
 class _Repository:
-    """Where the registry gets the layer: from here, and not from a hub."""
+    """Serves the layer to the registry from here instead of a hub."""
 
     def load(self) -> type[nn.Module]:
         """Returns the layer."""
@@ -260,11 +257,11 @@ class _Repository:
 
 
 def kernel_mapping() -> dict[str, dict[str, dict[Any, Any]]]:
-    """Returns the operators as an entry of the kernel registry that transformers uses.
+    """Returns an entry for the kernel registry that transformers uses.
 
     The registry, the package ``kernels``, replaces the functions that transformers marks with
-    ``use_kernel_forward_from_hub("rotary_pos_emb")``. This entry serves them for inference and
-    training, compiled or not, on CPU and CUDA; nothing is downloaded.
+    ``use_kernel_forward_from_hub("rotary_pos_emb")``. This entry works for inference and training,
+    compiled or not, on CPU and CUDA; nothing is downloaded.
 
     Returns:
         A mapping for ``kernels.register_kernel_mapping`` or ``kernels.use_kernel_mapping``.
