@@ -1,10 +1,9 @@
-// The schemes of frequencies.
+// The frequency schemes.
 //
 // NOTE [ The bits of transformers ]
-// float32 results have the bits of transformers' functions, since models were trained with those:
-// the same operations on tensors in the same order, and numbers in float64 as Python has them.
-// Where Python divides a number by a tensor, PyTorch multiplies by the reciprocal; so does
-// quotient().
+// float32 results match transformers bit for bit, since models are trained with those: the same
+// tensor operations in the same order, with scalars in float64 as in Python. PyTorch divides a
+// scalar by a tensor by multiplying with the reciprocal; so does quotient().
 #include "rope/frequencies.h"
 
 #include <ATen/ATen.h>
@@ -53,7 +52,7 @@ at::Tensor exponents(std::int64_t num_pairs, std::int64_t rotary_dim,
   return at::arange(0, 2 * num_pairs, 2, options.dtype(at::kLong)).to(options).div(rotary_dim);
 }
 
-// rope_theta^(2n / rotary_dim), the wavelengths over 2 pi.
+// rope_theta^(2n / rotary_dim): the wavelengths divided by 2 pi.
 at::Tensor powers(const FrequencyOptions& options) {
   return at::pow(*options.rope_theta,
                  exponents(options.rotary_dim / 2, options.rotary_dim, options.dtype));
@@ -79,7 +78,7 @@ Frequencies dynamic(const FrequencyOptions& options) {
           1.0};
 }
 
-// YaRN's scaling of the attention's logarithms (arXiv 2309.00071, equation 22).
+// YaRN's scaling of the attention logits (arXiv 2309.00071, equation 22).
 double attention_scale(double factor, double mscale) {
   return factor <= 1.0 ? 1.0 : 0.1 * mscale * std::log(factor) + 1.0;
 }
@@ -97,7 +96,7 @@ double yarn_attention_factor(const FrequencyOptions& options) {
   return attention_scale(*options.factor, 1.0);
 }
 
-// The pair, as a real number of elements, that makes this many turns over the trained length.
+// The (fractional) index of the pair that makes this many turns over the trained length.
 double dim_of_turns(const FrequencyOptions& options, double turns) {
   const auto trained = static_cast<double>(*options.original_max_position_embeddings);
   return static_cast<double>(options.rotary_dim) *
@@ -127,7 +126,7 @@ Frequencies yarn(const FrequencyOptions& options) {
   low = std::max(low, 0.0);
   high = std::min(high, static_cast<double>(options.rotary_dim - 1));
   if (low == high) {
-    high += 0.001;  // No division by zero.
+    high += 0.001;  // Avoids division by zero.
   }
 
   const at::Tensor ramp =
@@ -196,15 +195,15 @@ Frequencies proportional(const FrequencyOptions& options) {
   TORCH_CHECK_VALUE(0 <= share && share <= 1, expected("frequencies", "partial_rotary_factor"),
                     "be in [0, 1], but got ", share);
   const std::int64_t num_pairs = options.rotary_dim / 2;
-  const auto num_turning =
+  const auto num_rotated =
       static_cast<std::int64_t>(std::floor(share * static_cast<double>(options.rotary_dim) / 2));
-  const at::Tensor turning = quotient(
-      1.0, at::pow(*options.rope_theta, exponents(num_turning, options.rotary_dim, options.dtype)));
-  const at::Tensor still = at::zeros(num_pairs - num_turning, options.dtype);
-  return {at::cat({turning, still}).div(options.factor.value_or(1.0)), 1.0};
+  const at::Tensor rotated = quotient(
+      1.0, at::pow(*options.rope_theta, exponents(num_rotated, options.rotary_dim, options.dtype)));
+  const at::Tensor constant = at::zeros(num_pairs - num_rotated, options.dtype);
+  return {at::cat({rotated, constant}).div(options.factor.value_or(1.0)), 1.0};
 }
 
-// ---- What each scheme takes ----
+// ---- The options of each scheme ----
 
 struct Scheme {
   const char* rope_type;
@@ -273,7 +272,7 @@ const Scheme& checked_scheme(const FrequencyOptions& options) {
     const bool is_required = std::ranges::find(scheme->required, name) != scheme->required.end();
     TORCH_CHECK_VALUE(member.has_value() || !is_required, expected("frequencies", name),
                       "be given for rope_type ", scheme->rope_type, ", which takes ",
-                      join(scheme->required), scheme->optional.empty() ? "" : " and, if wanted, ",
+                      join(scheme->required), scheme->optional.empty() ? "" : " and optionally ",
                       join(scheme->optional), ", but it is missing");
     if constexpr (std::is_arithmetic_v<std::remove_cvref_t<decltype(*member)>>) {
       if (member.has_value()) {
@@ -310,7 +309,7 @@ at::Tensor dynamic_frequencies(const at::Tensor& seq_len, std::int64_t rotary_di
   const at::Tensor length = seq_len.to(at::kDouble).clamp_min(max_position_embeddings);
   const at::Tensor growth =
       length.mul(factor).div(static_cast<double>(max_position_embeddings)).sub(factor - 1);
-  // The power of a tensor, since that of a number takes a product for a square, with other bits.
+  // A tensor exponent: pow with a scalar exponent of 2 multiplies, which gives other bits.
   const at::Tensor power = at::scalar_tensor(
       static_cast<double>(rotary_dim) / static_cast<double>(rotary_dim - 2), length.options());
   const at::Tensor theta = at::pow(growth, power).mul(rope_theta).to(dtype);
@@ -361,16 +360,15 @@ at::Tensor mrope_frequencies(const at::Tensor& inv_freq, at::IntArrayRef section
       continue;
     }
     TORCH_CHECK_VALUE(axis == 0 || axis + num_axes * (sections[axis] - 1) < num_pairs,
-                      expected(kFunction, "sections"), "leave axis ", axis, " within ", num_pairs,
-                      " pairs, of which it has every ", num_axes, ". one, but got ", sections);
+                      expected(kFunction, "sections"), "keep axis ", axis, " within ", num_pairs,
+                      " pairs at a stride of ", num_axes, ", but got ", sections);
     for (std::int64_t i = 0; axis > 0 && i < sections[axis]; ++i) {
       axis_of_pair[axis + num_axes * i] = axis;
     }
   }
   const at::Tensor axes = at::tensor(axis_of_pair, at::kLong).to(inv_freq.device());
-  const at::Tensor turns_with =
-      at::arange(num_axes, axes.options()).unsqueeze(-1).eq(axes);  // (A, N)
-  return at::where(turns_with, inv_freq, at::zeros({}, inv_freq.options()));
+  const at::Tensor follows = at::arange(num_axes, axes.options()).unsqueeze(-1).eq(axes);  // (A, N)
+  return at::where(follows, inv_freq, at::zeros({}, inv_freq.options()));
 }
 
 at::Tensor mixed_frequencies(std::int64_t rotary_dim, const MixedOptions& options) {
@@ -388,8 +386,8 @@ at::Tensor mixed_frequencies(std::int64_t rotary_dim, const MixedOptions& option
       at::pow(options.max_wavelength, exponents(rotary_dim / 4, rotary_dim / 2, options.dtype)));
   const at::Tensor first =
       at::rand({options.num_heads, 1}, options.generator, options.dtype).mul(2 * std::numbers::pi);
-  // (H, 2, 1) by (rotary_dim / 4): the second half of a head's pairs turns at right angles to the
-  // first.
+  // (H, 2, 1) times (rotary_dim / 4): the second half of a head's pairs uses the direction
+  // perpendicular to the first.
   const at::Tensor directions = at::stack({first, first.add(std::numbers::pi / 2)}, /*dim=*/1);
   const at::Tensor rows = at::stack({directions.cos() * magnitudes, directions.sin() * magnitudes});
   return rows.flatten(1).to(options.device);

@@ -1,5 +1,5 @@
-// The layers for torch::nn. The Python ones of the same names stand in _layers.py and
-// _side_inputs.py of python/torch_rope/.
+// The layers for torch::nn. Their Python counterparts are in _layers.py and _side_inputs.py of
+// python/torch_rope/.
 #include "rope/modules.h"
 
 #include <ATen/ATen.h>
@@ -23,7 +23,7 @@ bool is_longrope(const FrequencyOptions& scheme) { return scheme.rope_type == "l
 
 constexpr const char* kRotary = "RotaryEmbedding";
 
-// Refuses what no call would take.
+// Rejects options that are invalid for every call.
 void check_options(std::int64_t rotary_dim, const RotaryEmbeddingOptions& options) {
   TORCH_CHECK_VALUE(rotary_dim > 0 && rotary_dim % 2 == 0, expected(kRotary, "rotary_dim"),
                     "be positive and a multiple of 2, but got ", rotary_dim);
@@ -60,7 +60,7 @@ void print_value(std::ostream& stream, const std::vector<double>& values) {
   stream << all.slice(0, std::min(kShown, all.size())) << (all.size() > kShown ? "..." : "");
 }
 
-// Prints a member of a scheme that is given.
+// Prints a member of a scheme if it is set.
 template <typename Value>
 void print_if_given(std::ostream& stream, const char* name, const std::optional<Value>& value) {
   if (value.has_value()) {
@@ -106,7 +106,7 @@ RotaryEmbeddingImpl::RotaryEmbeddingImpl(std::int64_t rotary_dim, RotaryEmbeddin
   TORCH_CHECK_VALUE(
       !options.learned || !(is_dynamic(scheme) || is_longrope(scheme)),
       "rope::RotaryEmbedding(): expected learned to be false for a rope_type whose frequencies "
-      "follow the length, but got true for ",
+      "depend on the sequence length, but got true for ",
       scheme.rope_type);
   if (options.inv_freq.has_value()) {
     check_inv_freq(rotary_dim, *options.inv_freq);
@@ -220,7 +220,7 @@ void RotaryEmbeddingImpl::pretty_print(std::ostream& stream) const {
 
 namespace {
 
-// The side inputs of the handlers around what runs on this thread.
+// The side inputs of this thread's enclosing handlers.
 thread_local std::map<std::string, at::Tensor> side_inputs_here;
 
 // Provides side inputs for its lifetime.

@@ -13,13 +13,13 @@ namespace rope {
 
 namespace {
 
-// The functions take symbolic sizes: compiled programs serve every length.
+// The functions take symbolic sizes, so compiled programs work for every length.
 
 void check_defined(const char* function, const char* argument, const at::Tensor& tensor) {
   TORCH_CHECK_TYPE(tensor.defined(), expected(function, argument), "be a tensor, but got none");
 }
 
-// Whether the values lie in memory: not those of compilers' tensors, nor of vmap's.
+// Whether the values are in host memory: not for compilers' or vmap's tensors.
 bool can_be_read(const at::Tensor& tensor) {
   return tensor.device().is_cpu() && tensor.layout() == at::kStrided &&
          !at::isTensorSubclassLike(tensor) && !tensor.is_neg() && !tensor._is_zerotensor() &&
@@ -29,7 +29,7 @@ bool can_be_read(const at::Tensor& tensor) {
                                               tensor.storage_offset());
 }
 
-// Reads memory, not through operators, which tracers would record.
+// Reads memory directly: tracers would record operators.
 template <typename Integer>
 void check_ends(const at::Tensor& cu_seqlens, const c10::SymInt& total_length) {
   const std::string prefix = expected("positions_from_cu_seqlens", "cu_seqlens");
@@ -83,10 +83,10 @@ void check_mask(const at::Tensor& attention_mask) {
                     "have at least 1 dimension, but got ", attention_mask.dim());
 }
 
-// The index of a token less that of the first one of its run of equal numbers.
+// The index of each token within its run of equal numbers.
 at::Tensor number_runs(const at::Tensor& samples) {
   const at::Tensor index = at::arange(samples.sym_size(-1), samples.options());
-  // The first element is compared with the last: it begins a run at index 0 in either case.
+  // roll() compares the first element with the last; either result makes it start a run at 0.
   const at::Tensor begins = samples.ne(samples.roll(1, -1));
   const at::Tensor first = std::get<0>(begins.mul(index).cummax(-1));
   return index.sub(first).mul(samples.ne(0));
@@ -100,8 +100,8 @@ at::Tensor number_masked(const at::Tensor& attention_mask, bool packed) {
   return attention_mask.to(at::kBool).cumsum(-1, at::kLong).sub(1).clamp_min(0);
 }
 
-at::Tensor number_shared(c10::SymInt seq_len, std::int64_t rank, std::int64_t world_size,
-                         bool zigzag, at::Device device) {
+at::Tensor number_rank(c10::SymInt seq_len, std::int64_t rank, std::int64_t world_size, bool zigzag,
+                       at::Device device) {
   constexpr const char* kFunction = "context_parallel_positions";
   TORCH_CHECK_VALUE(world_size >= 1, expected(kFunction, "world_size"), "be at least 1, but got ",
                     world_size);
@@ -144,7 +144,7 @@ at::Tensor positions_from_attention_mask(const at::Tensor& attention_mask,
 at::Tensor context_parallel_positions(std::int64_t seq_len, std::int64_t rank,
                                       std::int64_t world_size,
                                       const ContextParallelOptions& options) {
-  return number_shared(seq_len, rank, world_size, options.zigzag, options.device);
+  return number_rank(seq_len, rank, world_size, options.zigzag, options.device);
 }
 
 at::Tensor grid_positions(at::IntArrayRef sizes, at::Device device) {
@@ -156,11 +156,11 @@ at::Tensor grid_positions(at::IntArrayRef sizes, at::Device device) {
 TORCH_LIBRARY_IMPL(rope, CompositeImplicitAutograd, library) {
   library.impl("_positions_from_cu_seqlens", TORCH_FN(rope::number_packed));
   library.impl("_positions_from_attention_mask", TORCH_FN(rope::number_masked));
-  library.impl("_context_parallel_positions", TORCH_FN(rope::number_shared));
+  library.impl("_context_parallel_positions", TORCH_FN(rope::number_rank));
   library.impl("_grid_positions", TORCH_FN(rope::number_grid));
 }
 
-// vmap, which would otherwise loop over the batch. The other two take no tensor.
+// Without these vmap would loop over the batch. The other two take no tensor.
 TORCH_LIBRARY_IMPL(rope, FuncTorchBatchedDecomposition, library) {
   library.impl("_positions_from_cu_seqlens", TORCH_FN(rope::number_packed));
   library.impl("_positions_from_attention_mask", TORCH_FN(rope::number_masked));

@@ -40,7 +40,7 @@ void check_offset(const char* function, std::int64_t head_dim, std::int64_t rota
                     rotary_offset);
 }
 
-// Transposes the rotated rows of each head: 2 rows of N, or where they are pairs, N of 2.
+// Transposes the rotated rows of each head: (2, N) to (N, 2) to interleave, (N, 2) to (2, N) back.
 at::Tensor permute(const char* function, const at::Tensor& weight, std::int64_t head_dim,
                    const PermuteOptions& options, bool interleave) {
   const std::int64_t offset = options.rotary_offset;
@@ -60,7 +60,7 @@ at::Tensor permute(const char* function, const at::Tensor& weight, std::int64_t 
   return at::cat({heads.slice(1, 0, offset), permuted, heads.slice(1, end)}, 1).flatten(0, 1);
 }
 
-// The operators, which have options one by one.
+// The operators, which take the options as separate arguments.
 at::Tensor to_interleaved(const at::Tensor& weight, std::int64_t head_dim,
                           std::optional<std::int64_t> rotary_dim, std::int64_t rotary_offset) {
   return permute_half_to_interleaved(weight, head_dim, {rotary_dim, rotary_offset});
@@ -90,7 +90,7 @@ TORCH_LIBRARY_IMPL(rope, CompositeImplicitAutograd, library) {
   library.impl("_permute_interleaved_to_half", TORCH_FN(rope::to_half));
 }
 
-// vmap, which would otherwise loop over the batch.
+// Without these vmap would loop over the batch.
 TORCH_LIBRARY_IMPL(rope, FuncTorchBatchedDecomposition, library) {
   library.impl("_permute_half_to_interleaved", TORCH_FN(rope::to_interleaved));
   library.impl("_permute_interleaved_to_half", TORCH_FN(rope::to_half));

@@ -214,7 +214,7 @@ def test_the_trained_length_may_be_a_key() -> None:
     [
         (
             {"head_dim": 64, "rope_scaling": {"type": "linear", "factor": 2.0}},
-            r"those of a scheme \(for a whole configuration: RotaryEmbedding.from_config\), "
+            r"of one scheme \(for a whole configuration, use RotaryEmbedding.from_config\), "
             "but got the key 'head_dim'",
         ),
         (
@@ -224,7 +224,7 @@ def test_the_trained_length_may_be_a_key() -> None:
         (LlamaConfig().to_dict(), "from_config"),
         (
             {"full_attention": {"rope_theta": 1e4}, "sliding_attention": {"rope_theta": 1e3}},
-            r"those of one type of layers \(such as rope_parameters\['full_attention'\]\)",
+            r"those of one layer type \(such as rope_parameters\['full_attention'\]\)",
         ),
         (
             {"rope_theta": 1e4, "factr": 2.0},
@@ -412,7 +412,7 @@ PLAIN = {"rope_theta": 1e4}
         (
             lambda: torch_rope.frequencies(LlamaConfig(), 128),
             "frequencies(): expected rope_parameters to be a dictionary, but got LlamaConfig "
-            "(a configuration is for RotaryEmbedding.from_config)",
+            "(for a configuration, use RotaryEmbedding.from_config)",
         ),
         (
             lambda: torch_rope.frequencies(128, PLAIN),
@@ -509,7 +509,7 @@ def test_arguments_of_other_types_are_refused_by_name(call: Any, message: str) -
     ],
 )
 def test_a_device_that_is_none_is_named(form: Any) -> None:
-    with pytest.raises(ValueError, match=r"expected device to be a device that .* got 'cpuu'"):
+    with pytest.raises(ValueError, match=r"expected device to be a valid device, but got 'cpuu'"):
         form(device="cpuu")
 
 
@@ -631,7 +631,7 @@ def test_mrope_shares_every_frequency_out_once(interleaved: bool) -> None:
     [
         ((16, 8, 7), False, r"expected sections to have the sum 32, .*, but got \[16, 8, 7\]"),
         ((40, -4, -4), False, "expected sections to hold numbers of pairs, at least 0"),
-        ((2, 2, 28), True, "expected sections to leave axis 2 within 32 pairs"),
+        ((2, 2, 28), True, "expected sections to keep axis 2 within 32 pairs"),
     ],
 )
 def test_sections_that_do_not_fit_are_refused(

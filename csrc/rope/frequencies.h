@@ -1,4 +1,4 @@
-// The frequencies of every scheme that Hugging Face configurations name, and of several axes.
+// Frequencies: every scheme of Hugging Face configurations, and builders for several axes.
 //
 //   #include <rope/frequencies.h>
 //
@@ -6,7 +6,7 @@
 //       {.rotary_dim = 128, .rope_type = "linear", .rope_theta = 5e5, .factor = 4.0});
 //   at::Tensor y = rope::apply(x, positions, {.inv_freq = inv_freq});
 //
-// All are formed on the CPU and then moved, so that every device has the same bits.
+// All are computed on the CPU and then moved, so every device has the same bits.
 #pragma once
 
 #include <ATen/core/Generator.h>
@@ -21,23 +21,23 @@
 
 namespace rope {
 
-// A scheme and its numbers, by the names of Hugging Face's rope_parameters. With N = rotary_dim / 2
-// and f[n] = rope_theta^(-2n / rotary_dim), the schemes and what each takes besides rope_theta:
+// A scheme and its numbers, with the names of Hugging Face's rope_parameters. With
+// f[n] = rope_theta^(-2n / rotary_dim), the schemes and their options besides rope_theta:
 //
 //   default       f
 //   linear        f / factor
 //   dynamic       f of a rope_theta that grows with seq_len beyond max_position_embeddings (NTK):
 //                 factor, max_position_embeddings
-//   yarn          f where wavelengths are short, f / factor where they are long, a ramp between
-//                 (arXiv 2309.00071): factor, original_max_position_embeddings; if wanted
+//   yarn          f for short wavelengths, f / factor for long ones, a ramp in between
+//                 (arXiv 2309.00071): factor, original_max_position_embeddings; optionally
 //                 attention_factor, beta_fast, beta_slow, mscale, mscale_all_dim, truncate
-//   longrope      f / long_factor where seq_len is beyond original_max_position_embeddings, else
-//                 f / short_factor (arXiv 2402.13753): the three, and factor or
+//   longrope      f / long_factor if seq_len is beyond original_max_position_embeddings, else
+//                 f / short_factor (arXiv 2402.13753): these three, and factor or
 //                 max_position_embeddings or attention_factor
-//   llama3        f / factor where wavelengths are long, f where they are short, a ramp between:
+//   llama3        f / factor for long wavelengths, f for short ones, a ramp in between:
 //                 factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
-//   proportional  f / factor for the share partial_rotary_factor of the pairs, 0 for the others; if
-//                 wanted both, which are 1 by default
+//   proportional  f / factor for the first partial_rotary_factor of the pairs, 0 for the rest;
+//                 both options default to 1
 struct FrequencyOptions {
   // The number of rotated elements, even: the result has rotary_dim / 2 frequencies.
   std::int64_t rotary_dim = 0;
@@ -50,36 +50,34 @@ struct FrequencyOptions {
   // rotary_dim / 2 divisors each.
   std::optional<std::vector<double>> short_factor = std::nullopt;
   std::optional<std::vector<double>> long_factor = std::nullopt;
-  // What rotated elements are multiplied by (yarn, longrope); derived from factor by default.
+  // Multiplies the rotated elements (yarn, longrope); derived from factor by default.
   std::optional<double> attention_factor = std::nullopt;
-  // Turns over original_max_position_embeddings between which yarn's ramp lies: 32 and 1 by
-  // default.
+  // The ends of yarn's ramp, in turns over original_max_position_embeddings: 32 and 1 by default.
   std::optional<double> beta_fast = std::nullopt;
   std::optional<double> beta_slow = std::nullopt;
-  // Both given and not 0: yarn's attention_factor is a quotient of them.
+  // If both are given and nonzero, yarn's attention_factor is the ratio of their scales.
   std::optional<double> mscale = std::nullopt;
   std::optional<double> mscale_all_dim = std::nullopt;
-  // Whether yarn's ramp begins and ends at whole pairs; true by default.
+  // Whether yarn's ramp starts and ends at whole pairs; true by default.
   std::optional<bool> truncate = std::nullopt;
-  // Only for proportional; the other schemes have it in rotary_dim.
+  // For proportional only; for the other schemes rotary_dim already includes it.
   std::optional<double> partial_rotary_factor = std::nullopt;
   std::optional<std::int64_t> max_position_embeddings = std::nullopt;
-  // The length to form frequencies for (dynamic, longrope); by default one within the trained
-  // length.
+  // The sequence length to compute the frequencies for (dynamic, longrope); by default within the
+  // trained length.
   std::optional<std::int64_t> seq_len = std::nullopt;
-  // float32 goes through the same operations as transformers, to the same bits; float64 is the
-  // formula.
+  // float32 follows transformers' operations, bit for bit; float64 follows the formula.
   at::ScalarType dtype = at::kFloat;
   at::Device device = at::kCPU;
 };
 
 struct Frequencies {
   at::Tensor inv_freq;      // (N), radians per unit of position
-  double attention_factor;  // 1 but for yarn and longrope
+  double attention_factor;  // 1 except for yarn and longrope
 };
 
-// Throws c10::ValueError for an unknown rope_type, a missing or unfit number, c10::TypeError for a
-// dtype that is neither float32 nor float64.
+// Throws c10::ValueError for an unknown rope_type or a missing or invalid number, c10::TypeError if
+// dtype is not float32 or float64.
 ROPE_API Frequencies frequencies(const FrequencyOptions& options);
 
 struct AxialOptions {
@@ -88,14 +86,14 @@ struct AxialOptions {
   at::Device device = at::kCPU;
 };
 
-// (A, N) for positions on a grid (images, video): axis a turns rotary_dims[a] elements of its own,
-// after those of the axes before it, with frequencies max_wavelength^(-2n / rotary_dims[a]).
+// (A, N) for positions on a grid (images, video): axis a rotates its own rotary_dims[a] elements,
+// one axis after the other, with frequencies max_wavelength^(-2n / rotary_dims[a]).
 ROPE_API at::Tensor axial_frequencies(at::IntArrayRef rotary_dims,
                                       const AxialOptions& options = {});
 
-// (A, N) from (N): each pair keeps its frequency and turns with one axis (M-RoPE). sections[a]
-// pairs turn with axis a: the next sections[a] ones (Qwen2-VL), or, interleaved, the pairs a, a +
-// A, a + 2A, ... and those left over with axis 0 (Qwen3-VL).
+// (A, N) from (N): each pair keeps its frequency and follows one axis (M-RoPE). Axis a gets
+// sections[a] pairs: contiguous ones, in order (Qwen2-VL), or, if interleaved, a, a + A, a + 2A,
+// ..., with the remaining pairs going to axis 0 (Qwen3-VL).
 ROPE_API at::Tensor mrope_frequencies(const at::Tensor& inv_freq, at::IntArrayRef sections,
                                       bool interleaved = false);
 
@@ -107,13 +105,12 @@ struct MixedOptions {
   at::Device device = at::kCPU;
 };
 
-// (2, num_heads * rotary_dim / 2): what learned mixed frequencies start from (RoPE-ViT, arXiv
-// 2403.13298). Each head has two orthogonal directions of its own in the plane, drawn at random.
-// For several heads, rotate x with the heads folded into the axis, x.flatten(-2), interleaved.
+// (2, num_heads * rotary_dim / 2): initial values for learned mixed frequencies (RoPE-ViT, arXiv
+// 2403.13298). Each head has its own random pair of orthogonal directions in the plane. For several
+// heads, rotate x with the heads folded into the axis, x.flatten(-2), interleaved.
 ROPE_API at::Tensor mixed_frequencies(std::int64_t rotary_dim, const MixedOptions& options = {});
 
-// The frequencies of dynamic for a length that is a tensor (0-d, on any device, never read on the
-// host).
+// The frequencies of dynamic for a length in a 0-d tensor on any device, never read on the host.
 ROPE_API at::Tensor dynamic_frequencies(const at::Tensor& seq_len, std::int64_t rotary_dim,
                                         double rope_theta, double factor,
                                         std::int64_t max_position_embeddings,

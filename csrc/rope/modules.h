@@ -31,28 +31,28 @@
 namespace rope {
 
 struct RotaryEmbeddingOptions {
-  // The scheme of the frequencies. Its rotary_dim is the module's and its rope_theta, where it has
-  // none, max_wavelength; seq_len comes with each call. Its dtype is that of the frequencies and of
-  // the angles: float32, as models were trained with, or float64, which is closer to rope::apply
-  // without inv_freq (by up to 2e-4 at position 4095 and a base of 5e5).
+  // The scheme of the frequencies. The module sets its rotary_dim and, if missing, its rope_theta
+  // (to max_wavelength); seq_len comes with each call. dtype is that of the frequencies and angles:
+  // float32, which models are trained with, or float64, which is closer to rope::apply without
+  // inv_freq (by up to 2e-4 at position 4095 with a base of 5e5).
   FrequencyOptions rope_parameters = {};
   double max_wavelength = 10000.0;
-  // Frequencies of your own in place of a scheme: (N) or (A, N), float32 or float64.
+  // Frequencies to use instead of a scheme: (N) or (A, N), float32 or float64.
   std::optional<at::Tensor> inv_freq = std::nullopt;
   // Multiplies the rotated elements; the scheme's by default.
   std::optional<double> attention_factor = std::nullopt;
-  // The frequencies are a parameter. Not for dynamic and longrope.
+  // Makes the frequencies a parameter. Not for dynamic and longrope.
   bool learned = false;
   std::int64_t embedding_axis = -1;
   std::int64_t rotary_offset = 0;
   bool interleaved = false;
 };
 
-// Holds frequencies and rotates by them. They keep their dtype whatever to(dtype) does, and are
-// saved only where they are learned. With dynamic and longrope they follow seq_len, or the greatest
-// position plus one where it is not given (found on the device, without a wait for it). A module
-// on the meta device stays there, as all of torch::nn: to(device) throws c10::NotImplementedError.
-// torch::load skips frequencies in an archive where they are not learned.
+// Holds frequencies and rotates queries and keys by them. They keep their dtype through to(dtype),
+// and are saved only if learned; torch::load skips them in an archive otherwise. For dynamic and
+// longrope they depend on seq_len, by default the greatest position plus one (computed on the
+// device without synchronisation). As everywhere in torch::nn, a module cannot leave the meta
+// device: to(device) throws c10::NotImplementedError.
 class ROPE_API RotaryEmbeddingImpl : public torch::nn::Cloneable<RotaryEmbeddingImpl> {
  public:
   explicit RotaryEmbeddingImpl(std::int64_t rotary_dim, RotaryEmbeddingOptions options = {});
@@ -72,7 +72,7 @@ class ROPE_API RotaryEmbeddingImpl : public torch::nn::Cloneable<RotaryEmbedding
 
   RotaryEmbeddingOptions options;
   at::Tensor inv_freq;
-  // Those for sequences beyond the trained length; undefined but for longrope.
+  // longrope's frequencies beyond the trained length; undefined for other schemes.
   at::Tensor long_inv_freq;
   double attention_factor = 1.0;
 
@@ -82,7 +82,7 @@ class ROPE_API RotaryEmbeddingImpl : public torch::nn::Cloneable<RotaryEmbedding
   at::Tensor inv_freq_at(const at::Tensor& positions, std::optional<std::int64_t> seq_len) const;
 };
 
-// What TORCH_MODULE defines, but that knows no overloads of forward.
+// TORCH_MODULE(RotaryEmbedding) with support for overloads of forward.
 class RotaryEmbedding : public torch::nn::ModuleHolder<RotaryEmbeddingImpl> {
  public:
   using torch::nn::ModuleHolder<RotaryEmbeddingImpl>::ModuleHolder;
@@ -99,16 +99,16 @@ struct ApplyRoPEOptions {
   double scale_factor = 1.0;
   std::optional<std::int64_t> rotary_dim = std::nullopt;
   bool interleaved = false;
-  // The tag of the side input that positions come from, where a call has none.
+  // The tag of the side input to use in calls without positions.
   std::optional<std::string> positions_tag = std::nullopt;
 };
 
-// rope::apply as a layer. Without positions, they are the side input of the tag.
+// rope::apply as a layer. Without positions it uses the side input with positions_tag.
 class ROPE_API ApplyRoPEImpl : public torch::nn::Cloneable<ApplyRoPEImpl> {
  public:
   explicit ApplyRoPEImpl(std::int64_t embedding_axis, ApplyRoPEOptions options = {});
 
-  // Throws c10::ValueError where nobody provides the tag.
+  // Throws c10::ValueError if no enclosing handler provides the tag.
   at::Tensor forward(const at::Tensor& x, const at::Tensor& positions = {});
 
   void reset() override {}
@@ -121,13 +121,13 @@ class ROPE_API ApplyRoPEImpl : public torch::nn::Cloneable<ApplyRoPEImpl> {
   FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(at::Tensor())})
 };
 
-// What TORCH_MODULE defines, with from_config.
+// TORCH_MODULE(ApplyRoPE) with from_config.
 class ApplyRoPE : public torch::nn::ModuleHolder<ApplyRoPEImpl> {
  public:
   using torch::nn::ModuleHolder<ApplyRoPEImpl>::ModuleHolder;
   using Impl = ApplyRoPEImpl;
 
-  // A layer whose positions are the side input of this tag.
+  // A layer whose positions are the side input with this tag.
   static ApplyRoPE from_config(std::string positions_tag, std::int64_t embedding_axis,
                                double max_wavelength = 10000.0) {
     return ApplyRoPE(embedding_axis, ApplyRoPEOptions{.max_wavelength = max_wavelength,
@@ -136,15 +136,15 @@ class ApplyRoPE : public torch::nn::ModuleHolder<ApplyRoPEImpl> {
 };
 
 // Runs a model with side inputs: values that reach every layer with their tag, on the same thread,
-// without passing through the layers between. Layers find those of the handlers around them; a tag
-// belongs to one.
+// without passing through the layers in between. Layers see those of all enclosing handlers, which
+// must have different tags.
 class ROPE_API WithSideInputsFromInputTupleImpl
     : public torch::nn::Cloneable<WithSideInputsFromInputTupleImpl> {
  public:
   WithSideInputsFromInputTupleImpl(torch::nn::Sequential model, std::vector<std::string> tags);
 
-  // One side input for each tag. Throws c10::ValueError where their numbers differ or a handler
-  // around this one provides a tag too.
+  // Takes one side input per tag. Throws c10::ValueError if the numbers differ, or an enclosing
+  // handler provides one of the tags too.
   at::Tensor forward(const at::Tensor& x, const std::vector<at::Tensor>& side_inputs);
 
   void reset() override {}

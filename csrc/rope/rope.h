@@ -6,8 +6,8 @@
 //   at::Tensor z = rope::apply(x, positions, {.max_wavelength = 5e5, .interleaved = true});
 //   auto [q2, k2] = rope::apply_qk(q, k, positions, {.inv_freq = inv_freq});
 //
-// The functions below call the operators rope::apply, rope::apply_qk, ... of the PyTorch
-// dispatcher: autograd, tracing, and every device work as for PyTorch's own.
+// The functions below call the operators rope::apply, rope::apply_qk, ... through the PyTorch
+// dispatcher: autograd, tracing and devices work as for PyTorch's own operators.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -24,18 +24,18 @@
 
 namespace rope {
 
-// How positions become angles, and where in x the pairs are.
+// How positions become angles, and where the pairs are in x.
 struct ApplyOptions {
   // (N) or (A, N), float32 or float64: radians per unit of position. With A rows, positions have a
-  // leading dimension of size A and the angle is the sum over the rows. Without inv_freq, pair n
-  // turns by position * max_wavelength^(-2n / rotary_dim) / scale_factor radians.
+  // leading dimension of size A and the angle is the sum over the rows. Without inv_freq, the angle
+  // of pair n is position * max_wavelength^(-2n / rotary_dim) / scale_factor radians.
   std::optional<at::Tensor> inv_freq = std::nullopt;
-  // The dimension of x that is rotated; negative counts from the end.
+  // The dimension of x to rotate; negative counts from the end.
   std::int64_t embedding_axis = -1;
-  // The number of elements that are rotated, even; by default 2 N of inv_freq, or all from
-  // rotary_offset on. 0 rotates nothing.
+  // The number of rotated elements, even; by default 2 N with inv_freq, else all from rotary_offset
+  // on. 0 rotates nothing.
   std::optional<std::int64_t> rotary_dim = std::nullopt;
-  // The first element that is rotated; elements outside come out unchanged.
+  // The first rotated element; elements outside the slice are unchanged.
   std::int64_t rotary_offset = 0;
   // The base of the frequencies (Hugging Face's rope_theta), positive. Not together with inv_freq.
   double max_wavelength = 10000.0;
@@ -45,52 +45,50 @@ struct ApplyOptions {
   double attention_factor = 1.0;
   // Pairs are (2n, 2n + 1) instead of (n, n + N).
   bool interleaved = false;
-  // Turn by the negative angle: the transpose, which is the inverse where attention_factor is 1.
+  // Rotate by the negative angle: the transpose, which is the inverse if attention_factor is 1.
   bool conjugate = false;
 };
 
-// The same for tables of cosines and sines.
+// The options for tables of cosines and sines.
 struct CosSinOptions {
-  // int32 or int64: the rows of the (P, N) tables to use. Without them the tables broadcast with x
-  // themselves.
+  // int32 or int64: the rows of the (P, N) tables to use. Without positions the tables themselves
+  // broadcast with x.
   std::optional<at::Tensor> positions = std::nullopt;
   std::int64_t embedding_axis = -1;
-  // The number of elements that are rotated follows from the tables' width; where given, it must be
-  // that.
+  // Follows from the tables' width and, if given, must match it.
   std::optional<std::int64_t> rotary_dim = std::nullopt;
   std::int64_t rotary_offset = 0;
   bool interleaved = false;
   bool conjugate = false;
-  // The tables have a column for each element of the rotated slice, in the slice's own order (2 N),
-  // as those of Hugging Face and diffusers have: element a of a pair becomes a cos_a - b sin_a, and
-  // b becomes b cos_b + a sin_b; with conjugate the transpose, a cos_a + b sin_b and b cos_b - a
-  // sin_a.
+  // The tables have 2 N columns, one per element of the rotated slice, in the slice's order, as in
+  // Hugging Face and diffusers: element a of a pair becomes a cos_a - b sin_a and b becomes
+  // b cos_b + a sin_b; with conjugate the transpose, a cos_a + b sin_b and b cos_b - a sin_a.
   bool full_width = false;
 };
 
-// Rotates pairs of elements of x, of any shape, strides and floating-point dtype. positions (int32,
-// int64, float32 or float64) broadcast with the shape of x without the embedding axis: (S, 1) for x
-// of shape (B, S, H, D), (S) for (B, H, S, D). Throws c10::ValueError, c10::TypeError or
-// c10::IndexError for arguments that do not fit.
+// Rotates pairs of elements of x, which may have any shape and strides, and dtype float64, float32,
+// float16 or bfloat16. positions (int32, int64, float32 or float64) broadcast with the shape of x
+// without the embedding axis: (S, 1) for x of shape (B, S, H, D), (S) for (B, H, S, D). Throws
+// c10::ValueError, c10::TypeError or c10::IndexError for invalid arguments.
 ROPE_API at::Tensor apply(const at::Tensor& x, const at::Tensor& positions,
                           const ApplyOptions& options = {});
 
-// Both tensors by the same angles, in one launch. They may differ in rank, sizes, strides and
-// dtype.
+// Rotates both tensors by the same angles, in one launch. They may differ in rank, sizes, strides
+// and dtype.
 ROPE_API std::tuple<at::Tensor, at::Tensor> apply_qk(const at::Tensor& q, const at::Tensor& k,
                                                      const at::Tensor& positions,
                                                      const ApplyOptions& options = {});
 
-// In place; return what they were given.
+// In place; these return their arguments.
 ROPE_API at::Tensor apply_(const at::Tensor& x, const at::Tensor& positions,
                            const ApplyOptions& options = {});
 ROPE_API std::tuple<at::Tensor, at::Tensor> apply_qk_(const at::Tensor& q, const at::Tensor& k,
                                                       const at::Tensor& positions,
                                                       const ApplyOptions& options = {});
 
-// The same with the caller's tables of any floating-point dtype: cos and sin of shape (..., N),
-// where (...) broadcasts with the shape of x without the embedding axis; or, with positions, of
-// shape (P, N). With full_width they have 2 N columns.
+// The same with the caller's tables, of any floating-point dtype: cos and sin of shape (..., N),
+// where (...) broadcasts with the shape of x without the embedding axis; with positions, of shape
+// (P, N). With full_width they have 2 N columns.
 ROPE_API at::Tensor apply_cos_sin(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
                                   const CosSinOptions& options = {});
 ROPE_API std::tuple<at::Tensor, at::Tensor> apply_cos_sin_qk(const at::Tensor& q,

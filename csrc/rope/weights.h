@@ -1,4 +1,4 @@
-// Weights of q and k projections, between the two conventions of which elements form a pair.
+// Converts weights of q and k projections between the two pair conventions.
 //
 //   #include <rope/weights.h>
 //
@@ -16,20 +16,20 @@
 namespace rope {
 
 struct PermuteOptions {
-  // How many elements of a head are rotated, even; by default all from rotary_offset on. The others
-  // stay where they are.
+  // The number of rotated elements of a head, even; by default all from rotary_offset on. The other
+  // rows keep their places.
   std::optional<std::int64_t> rotary_dim = std::nullopt;
   std::int64_t rotary_offset = 0;
 };
 
-// Orders the outputs of a projection whose pairs are halves (GPT-NeoX, Llama of Hugging Face) for
-// interleaved pairs. The weight is (num_heads * head_dim, ...), a bias (num_heads * head_dim); the
-// result is a copy. Throws c10::ValueError where head_dim is not positive or does not divide the
-// rows, rotary_dim is odd, or the slice does not lie within a head.
+// Permutes the output rows of a projection from half-split pairs (GPT-NeoX, Hugging Face's Llama)
+// to interleaved ones. The weight is (num_heads * head_dim, ...), a bias (num_heads * head_dim);
+// the result is a copy. Throws c10::ValueError if head_dim is not positive or does not divide the
+// rows, rotary_dim is odd, or the slice is not within a head.
 ROPE_API at::Tensor permute_half_to_interleaved(const at::Tensor& weight, std::int64_t head_dim,
                                                 const PermuteOptions& options = {});
 
-// The inverse, for models whose pairs are adjacent (GPT-J, Llama of Meta).
+// The inverse, for models with adjacent pairs (GPT-J, Meta's Llama).
 ROPE_API at::Tensor permute_interleaved_to_half(const at::Tensor& weight, std::int64_t head_dim,
                                                 const PermuteOptions& options = {});
 
