@@ -1,8 +1,8 @@
-# Fails where an object compiled for AVX2 or AVX512 exports anything but functions of rope::cpu.
+# Fails if an object compiled for AVX2 or AVX512 exports anything but functions of rope::cpu.
 #   cmake -DNM=nm -DOBJECT=rotate.o -DSTAMP=file -P CheckKernelSymbols.cmake
 #
-# A weak symbol (an inline function, a template of the standard library) may be the copy that the linker keeps for
-# the whole program, and a CPU without AVX then stops at an illegal instruction far from here.
+# The linker may keep a weak symbol (an inline function, a standard library template) from this object for the whole
+# program, and a CPU without AVX then fails with an illegal instruction in unrelated code.
 
 execute_process(COMMAND ${NM} --defined-only --extern-only --demangle ${OBJECT}
   OUTPUT_VARIABLE output COMMAND_ERROR_IS_FATAL ANY)

@@ -1,14 +1,14 @@
-# Chooses the CUDA compiler and the architectures, and enables the language; sets ROPE_CUDA_ENABLED.
+# Chooses the CUDA compiler and architectures, and enables the language; sets ROPE_CUDA_ENABLED.
 #
-# The compiler is the toolkit's nvcc if it is of torch's CUDA major version, else the one of the pip packages
-# cuda-toolkit[cccl,crt,nvcc,nvvm] beside torch. Without either, and where ROPE_CUDA is off, the build is CPU-only.
+# The compiler is the toolkit's nvcc if its CUDA major version is torch's, else the one of the pip packages
+# cuda-toolkit[cccl,crt,nvcc,nvvm] next to torch. Without either, or with ROPE_CUDA off, the build is CPU-only.
 
 set(ROPE_CUDA "$ENV{ROPE_CUDA}" CACHE STRING "CUDA kernels: ON, OFF, or AUTO (where torch and a compiler allow)")
 if(ROPE_CUDA STREQUAL "")
   set(ROPE_CUDA AUTO)
 endif()
 
-# Sets `result` to the version of the compiler `nvcc`, such as 13.2; empty if it does not run.
+# Sets `result` to the version of `nvcc`, such as 13.2; empty if it does not run.
 function(nvcc_version nvcc result)
   execute_process(COMMAND ${nvcc} --version OUTPUT_VARIABLE output ERROR_QUIET RESULT_VARIABLE status)
   if(status EQUAL 0 AND output MATCHES "release ([0-9]+\\.[0-9]+)")
@@ -18,7 +18,7 @@ function(nvcc_version nvcc result)
   endif()
 endfunction()
 
-# Sets CMAKE_CUDA_COMPILER to the first compiler of CUDA version `major`, if there is one.
+# Sets CMAKE_CUDA_COMPILER to the first compiler with CUDA version `major`, if any.
 function(choose_cuda_compiler major)
   find_program(ROPE_TOOLKIT_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin)
   find_program(ROPE_PIP_NVCC nvcc NO_DEFAULT_PATH PATH_SUFFIXES cu${major}/bin
@@ -31,13 +31,13 @@ function(choose_cuda_compiler major)
         set(CMAKE_CUDA_COMPILER "${candidate}" CACHE FILEPATH "" FORCE)
         return()
       endif()
-      message(STATUS "rope: ${candidate} is passed over: its CUDA version is '${version}', torch's ${major}")
+      message(STATUS "rope: skipping ${candidate}: its CUDA version is '${version}', torch's ${major}")
     endif()
   endforeach()
 endfunction()
 
-# Sets `result` to what CMAKE_CUDA_ARCHITECTURES should be: those of TORCH_CUDA_ARCH_LIST, else those torch itself
-# is built for as far as the compiler knows them, with PTX of the newest for what comes after.
+# Sets `result` to the value for CMAKE_CUDA_ARCHITECTURES: those of TORCH_CUDA_ARCH_LIST, else torch's own that the
+# compiler supports, with PTX of the newest for later GPUs.
 function(choose_cuda_architectures result)
   if(NOT "$ENV{TORCH_CUDA_ARCH_LIST}" STREQUAL "")
     set(architectures "")
@@ -53,7 +53,7 @@ function(choose_cuda_architectures result)
       endif()
     endforeach()
   else()
-    set(names sm_80 sm_90 sm_100 sm_120)  # A LibTorch folder does not tell.
+    set(names sm_80 sm_90 sm_100 sm_120)  # The default for a LibTorch folder.
     if(LibTorch_Python_FOUND AND Python_EXECUTABLE)
       execute_process(COMMAND ${Python_EXECUTABLE} -c "import torch; print(torch._C._cuda_getArchFlags())"
         OUTPUT_VARIABLE flags ERROR_QUIET)
@@ -92,7 +92,7 @@ if(ROPE_CUDA STREQUAL "AUTO" OR ROPE_CUDA)
     endif()
   endif()
   if(reason AND NOT ROPE_CUDA STREQUAL "AUTO")
-    message(FATAL_ERROR "rope: ROPE_CUDA=${ROPE_CUDA} asks for CUDA kernels, but ${reason}.")
+    message(FATAL_ERROR "rope: ROPE_CUDA=${ROPE_CUDA} requires CUDA kernels, but ${reason}.")
   endif()
 else()
   set(reason "ROPE_CUDA=${ROPE_CUDA}")
@@ -102,8 +102,8 @@ if(ROPE_CUDA_ENABLED)
   if(NOT CMAKE_CUDA_ARCHITECTURES)
     choose_cuda_architectures(CMAKE_CUDA_ARCHITECTURES)
   endif()
-  set(CMAKE_CUDA_RUNTIME_LIBRARY None)  # It is torch's, linked by path; pip's has no libcudart.so to find.
-  # CMake links a program to identify the compiler, and nvcc 13.0 of pip looks for libraries in lib64 where they are in lib.
+  set(CMAKE_CUDA_RUNTIME_LIBRARY None)  # torch's is linked by path; pip's has no libcudart.so.
+  # CMake links a program to identify the compiler, and pip's nvcc 13.0 looks for libraries in lib64 instead of lib.
   get_filename_component(cuda_bin "${CMAKE_CUDA_COMPILER}" DIRECTORY)
   set(ENV{LIBRARY_PATH} "${cuda_bin}/../lib:$ENV{LIBRARY_PATH}")
   set(CMAKE_CUDA_STANDARD 20)

@@ -1,21 +1,21 @@
-# Finds the C++ libraries of PyTorch. Unlike find_package(Torch) it needs no CUDA toolkit where torch is a CUDA build.
+# Finds PyTorch's C++ libraries. Unlike find_package(Torch), it needs no CUDA toolkit for a CUDA build of torch.
 #
-# Looked for, in this order:
+# Search order:
 #   1. LibTorch_ROOT and CMAKE_PREFIX_PATH: a LibTorch folder, or what torch.utils.cmake_prefix_path prints;
-#   2. LibTorch_HINTS: rope's package names the torch beside it, or the one it was built with;
+#   2. LibTorch_HINTS: rope's package sets this to the torch next to it, or the one it was built with;
 #   3. the torch of Python_EXECUTABLE, else of the python3 on the PATH.
-# COMPONENTS Python asks for the torch of Python_EXECUTABLE and no other.
+# With COMPONENTS Python, only the torch of Python_EXECUTABLE is considered.
 #
 # Variables: LibTorch_VERSION, LibTorch_PREFIX, LibTorch_LIBRARY_DIR; for a CUDA build of torch also
-# LibTorch_CUDA_VERSION (only the major version where nothing tells the minor) and LibTorch_CUDART_LIBRARY.
+# LibTorch_CUDA_VERSION (only the major version if the minor is unknown) and LibTorch_CUDART_LIBRARY.
 # Targets:
 #   LibTorch::LibTorch  headers and libraries
-#   LibTorch::CUDA      c10_cuda and the CUDA runtime that torch uses
+#   LibTorch::CUDA      c10_cuda and torch's CUDA runtime
 #   LibTorch::Python    torch_python (with COMPONENTS Python)
 
 include(FindPackageHandleStandardArgs)
 
-# Looks in the torch package that `python` would import. (Importing it would take seconds.)
+# Looks in the torch package that `python` would import, without importing it, which takes seconds.
 macro(_libtorch_find_in_python python)
   if(NOT LibTorch_INCLUDE_DIR AND NOT "${python}" STREQUAL "")
     execute_process(
@@ -27,7 +27,7 @@ macro(_libtorch_find_in_python python)
   endif()
 endmacro()
 
-# A library of any other prefix would be of another version.
+# Only in LibTorch_PREFIX: a library elsewhere may have another version.
 macro(_libtorch_find_library name)
   find_library(LibTorch_${name}_LIBRARY ${name} PATHS "${LibTorch_PREFIX}"
     PATH_SUFFIXES lib lib64 lib/${CMAKE_LIBRARY_ARCHITECTURE} NO_DEFAULT_PATH)
@@ -41,7 +41,7 @@ endmacro()
 if("Python" IN_LIST LibTorch_FIND_COMPONENTS)
   _libtorch_find_in_python("${Python_EXECUTABLE}")
 else()
-  # Seen from torch/share/cmake, which torch.utils.cmake_prefix_path prints, the headers are in ../../include.
+  # ../../include is relative to torch/share/cmake, which torch.utils.cmake_prefix_path prints.
   find_path(LibTorch_INCLUDE_DIR torch/script.h HINTS ${LibTorch_HINTS} PATH_SUFFIXES include ../../include)
   _libtorch_find_in_python("${Python_EXECUTABLE}")
   if(NOT LibTorch_INCLUDE_DIR)
@@ -84,7 +84,7 @@ get_filename_component(LibTorch_LIBRARY_DIR "${LibTorch_torch_LIBRARY}" DIRECTOR
 
 if(NOT TARGET LibTorch::LibTorch)
   add_library(LibTorch::LibTorch INTERFACE IMPORTED)
-  # libtorch.so is what brings torch_cuda in, and programs name no symbol of it: --as-needed would drop it.
+  # libtorch.so loads torch_cuda, but programs use no symbol of it: --as-needed would drop it.
   set_target_properties(LibTorch::LibTorch PROPERTIES
     INTERFACE_INCLUDE_DIRECTORIES "${_libtorch_include};${_libtorch_include}/torch/csrc/api/include"
     INTERFACE_LINK_LIBRARIES "LibTorch::torch;LibTorch::torch_cpu;LibTorch::c10"
@@ -97,7 +97,7 @@ endif()
 
 set(LibTorch_CUDA_VERSION "")
 if(LibTorch_torch_cuda_LIBRARY)
-  # The CUDA runtime lies in the LibTorch folder, with a hash in its name, or in a pip package beside torch.
+  # The CUDA runtime is in the LibTorch folder, with a hash in its name, or in a pip package next to torch.
   file(GLOB LibTorch_CUDART_LIBRARY
     "${LibTorch_LIBRARY_DIR}/libcudart*.so.*"
     "${LibTorch_PREFIX}/../nvidia/cu*/lib/libcudart.so.*"
@@ -115,7 +115,7 @@ if(LibTorch_torch_cuda_LIBRARY)
     add_library(LibTorch::cudart SHARED IMPORTED)
     set_target_properties(LibTorch::cudart PROPERTIES IMPORTED_LOCATION "${LibTorch_CUDART_LIBRARY}")
     add_library(LibTorch::CUDA INTERFACE IMPORTED)
-    # Kept, like libtorch.so above, where a program names no symbol of them.
+    # Kept, like libtorch.so above, even if a program uses no symbol of them.
     set_target_properties(LibTorch::CUDA PROPERTIES
       INTERFACE_LINK_LIBRARIES "LibTorch::LibTorch;LibTorch::c10_cuda;LibTorch::cudart"
       INTERFACE_LINK_OPTIONS

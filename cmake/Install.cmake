@@ -5,7 +5,7 @@ set(package_dir share/cmake/rope)
 
 file(REAL_PATH "${PROJECT_SOURCE_DIR}/python/torch_rope" editable_prefix)
 if(ROPE_PYTHON AND NOT CMAKE_INSTALL_PREFIX STREQUAL editable_prefix)
-  # A wheel: torch_rope/ lies beside torch/ (and nvidia/) in site-packages, wherever that is.
+  # A wheel: torch_rope/ is next to torch/ (and nvidia/) in site-packages, wherever that is.
   set(libtorch_hint "\${PACKAGE_PREFIX_DIR}/../torch")
   set(neighbours ../torch/lib)
   if(ROPE_CUDA_ENABLED)
@@ -15,7 +15,7 @@ if(ROPE_PYTHON AND NOT CMAKE_INSTALL_PREFIX STREQUAL editable_prefix)
   list(TRANSFORM neighbours PREPEND "$ORIGIN/" OUTPUT_VARIABLE python_rpath)
   set(rpath_use_link_path OFF)
 else()
-  # A system's prefix, or an editable install: torch stays where it was found.
+  # A system prefix, or an editable install: torch stays where it was found.
   set(libtorch_hint "${LibTorch_PREFIX}")
   set(rpath_use_link_path ON)
 endif()

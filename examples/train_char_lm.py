@@ -1,12 +1,12 @@
-"""Trains a small character model on a book, shows how its loss falls, and lets it write.
+"""Trains a small character model on a book, plots its loss, and generates text.
 
     pip install -r requirements.txt
     python train_char_lm.py
 
 Two transformer layers with ``torch_rope.RotaryEmbedding``, compiled by ``torch.compile``, learn
-"Alice's Adventures in Wonderland" (alice.txt). The loss is the mean of -log p of each character, in
-nats, on the last tenth of the book, which is not trained on. The program fails where that ends
-above ``--target-loss``.
+"Alice's Adventures in Wonderland" (alice.txt). The loss is the mean of -log p per character, in
+nats, on the last tenth of the book, which is held out. The program fails if the final loss is above
+``--target-loss``.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 BOOK = Path(__file__).with_name("alice.txt")
-CONTEXT = 128  # How many characters the model sees, with the one that it reads.
+CONTEXT = 128  # The number of characters that the model sees, including the current one.
 BATCH = 32
 LEARNING_RATE = 4e-3
 STEPS_BETWEEN_EVALUATIONS = 50
@@ -32,22 +32,22 @@ PROMPT = "'I wonder,' said Alice, "
 WRITTEN = 400
 
 
-# Gives the scores (B, S, vocabulary) of what follows each of the characters (B, S).
+# Maps characters (B, S) to the scores (B, S, vocabulary) of their successors.
 Model = Callable[[Tensor], Tensor]
 
 
 class Cache:
-    """The keys and values of the last characters that one layer has read."""
+    """The keys and values of the last characters in one layer."""
 
     def __init__(self) -> None:
-        """Begins with nothing."""
+        """Creates an empty cache."""
         self.keys_and_values: Tensor | None = None
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the last ``CONTEXT`` keys and values, with new ones of shape (B, H, S, D).
+        """Appends keys and values of shape (B, H, S, D); returns the last ``CONTEXT``.
 
-        Keys are kept rotated: what counts is how far they are from a query, and that stays right
-        where the first of them are dropped.
+        Keys are stored rotated: scores depend on relative positions only, so dropping the first
+        keys is harmless.
         """
         new = torch.stack((k, v))
         if self.keys_and_values is not None:
@@ -61,7 +61,7 @@ class Attention(nn.Module):
     """Causal attention with rotated queries and keys."""
 
     def __init__(self, width: int, heads: int) -> None:
-        """Makes the layers; a head has ``width / heads`` elements."""
+        """Creates the layers; a head has ``width / heads`` elements."""
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
@@ -69,18 +69,18 @@ class Attention(nn.Module):
         self.rotary = torch_rope.RotaryEmbedding(width // heads)
 
     def forward(self, x: Tensor, positions: Tensor, cache: Cache | None) -> Tensor:
-        """Attends.
+        """Applies attention.
 
         Args:
             x: New characters, of shape (B, S, width).
-            positions: The position of each, of shape (S,).
-            cache: What was read before, if anything may have been; S is then 1, or the cache empty.
+            positions: Their positions, of shape (S,).
+            cache: The previous characters, if any; S is then 1, or the cache is empty.
 
         Returns:
-            What to add to ``x``.
+            The update of ``x``.
         """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        # Positions (S,) broadcast with (B, H, S). That q and k are strided views costs nothing.
+        # Positions (S,) broadcast with (B, H, S). Strided views such as q and k cost nothing.
         q, k = self.rotary(q, k, positions)
         if cache is not None:
             k, v = cache.extend(k, v)
@@ -90,10 +90,10 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and a feed-forward network, each added to its input."""
+    """Attention and a feed-forward network with residual connections."""
 
     def __init__(self, width: int, heads: int) -> None:
-        """Makes the layers."""
+        """Creates the layers."""
         super().__init__()
         self.attention_norm = nn.RMSNorm(width)
         self.attention = Attention(width, heads)
@@ -102,17 +102,17 @@ class Layer(nn.Module):
         )
 
     def forward(self, x: Tensor, positions: Tensor, cache: Cache | None) -> Tensor:
-        """Returns the new ``x``; arguments as of ``Attention``."""
+        """Returns the new ``x``; arguments as for ``Attention``."""
         x = x + self.attention(self.attention_norm(x), positions, cache)
         y: Tensor = x + self.network(x)
         return y
 
 
 class CharacterModel(nn.Module):
-    """Scores which character comes next."""
+    """Predicts the next character."""
 
     def __init__(self, vocabulary: int, layers: int = 2, width: int = 128, heads: int = 4) -> None:
-        """Makes the layers."""
+        """Creates the layers."""
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.layers = nn.ModuleList([Layer(width, heads) for _ in range(layers)])
@@ -121,15 +121,15 @@ class CharacterModel(nn.Module):
     def forward(
         self, characters: Tensor, first: int = 0, caches: list[Cache] | None = None
     ) -> Tensor:
-        """Reads characters.
+        """Processes characters.
 
         Args:
             characters: int64, of shape (B, S).
-            first: The position of the first of them.
-            caches: What each layer has read before, if anything may have been.
+            first: The position of the first one.
+            caches: The cache of each layer, to continue a text.
 
         Returns:
-            The scores of what may follow each, of shape (B, S, vocabulary).
+            The scores of each one's successor, of shape (B, S, vocabulary).
         """
         positions = torch.arange(first, first + characters.shape[1], device=characters.device)
         x = self.embedding(characters)
@@ -140,14 +140,14 @@ class CharacterModel(nn.Module):
 
 
 def loss_of(model: Model, windows: Tensor) -> Tensor:
-    """Returns the mean loss of the characters of windows (B, CONTEXT + 1) but the first."""
+    """Returns the mean loss over windows (B, CONTEXT + 1), except their first characters."""
     scores = model(windows[:, :-1])
     return functional.cross_entropy(scores.flatten(0, 1), windows[:, 1:].flatten())
 
 
 @torch.no_grad()
 def evaluate(model: Model, text: Tensor) -> float:
-    """Returns the mean loss of a text, of which what fills no whole batch is left out."""
+    """Returns the mean loss of a text, dropping an incomplete last batch."""
     windows = text.unfold(0, CONTEXT + 1, CONTEXT)
     batches = [windows[i : i + BATCH] for i in range(0, len(windows) - BATCH + 1, BATCH)]
     return sum(loss_of(model, batch).item() for batch in batches) / len(batches)
@@ -159,7 +159,7 @@ def train(
     """Trains a model on random windows of a text.
 
     Returns:
-        The loss of each step, and that of ``held_out`` after some of them and the last.
+        The loss of each step, and the loss on ``held_out`` by step.
     """
     compiled = torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
@@ -183,11 +183,11 @@ def train(
 
 
 def plot(path: Path, losses: list[float], held_out_losses: dict[int, float], target: float) -> None:
-    """Draws the losses over the steps."""
+    """Plots the losses."""
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(range(1, len(losses) + 1), losses, linewidth=0.8, label="a batch of the book")
+    axes.plot(range(1, len(losses) + 1), losses, linewidth=0.8, label="batch")
     axes.plot(*zip(*held_out_losses.items(), strict=True), marker="o", label="held out")
-    axes.axhline(target, color="gray", linestyle="--", label="to be reached")
+    axes.axhline(target, color="gray", linestyle="--", label="target")
     axes.set(xlabel="step", ylabel="loss in nats a character")
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -196,7 +196,7 @@ def plot(path: Path, losses: list[float], held_out_losses: dict[int, float], tar
 
 @torch.inference_mode()
 def write(model: CharacterModel, alphabet: str, prompt: str, length: int, device: str) -> str:
-    """Draws ``length`` characters that follow a prompt, one at a time."""
+    """Samples ``length`` characters after a prompt, one at a time."""
     caches = [Cache() for _ in model.layers]
     text = prompt
     new = torch.tensor([[alphabet.index(character) for character in prompt]], device=device)
@@ -208,11 +208,11 @@ def write(model: CharacterModel, alphabet: str, prompt: str, length: int, device
 
 
 def main() -> None:
-    """Trains, draws, writes, and judges."""
+    """Trains, plots, generates text, and checks the loss."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--target-loss", type=float, default=1.7, help="to be reached, held out")
-    parser.add_argument("--plot", type=Path, default=Path("loss.png"), help="where it is drawn")
+    parser.add_argument("--target-loss", type=float, default=1.7, help="for the held-out text")
+    parser.add_argument("--plot", type=Path, default=Path("loss.png"), help="file for the plot")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
@@ -232,7 +232,7 @@ def main() -> None:
 
     loss = held_out_losses[arguments.steps]
     print(f"\n{write(model, alphabet, PROMPT, WRITTEN, device)}\n")
-    print(f"{arguments.steps} steps in {seconds:.0f} s; the losses are drawn in {arguments.plot}")
+    print(f"{arguments.steps} steps in {seconds:.0f} s; the losses are plotted in {arguments.plot}")
     verdict = "reached" if loss <= arguments.target_loss else "NOT reached"
     print(
         f"held-out loss: {loss:.3f} nats a character (untrained: {math.log(len(alphabet)):.2f}); "

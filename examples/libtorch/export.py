@@ -1,9 +1,9 @@
-"""Saves a small scripted transformer that uses the operator, and shows what it generates.
+"""Saves a small scripted transformer that uses the operator, and generates tokens with it.
 
     python export.py model.pt 3 1 4 1 5
 
-Prints the same as ``serve model.pt 3 1 4 1 5``, the C++ program beside it: the tokens given with
-those that follow, then the scores of the last step.
+Prints the same as ``serve model.pt 3 1 4 1 5``, the C++ program next to it: the prompt and the
+generated tokens, then the scores of the last step.
 """
 
 import sys
@@ -17,10 +17,10 @@ NEW_TOKENS = 12
 
 
 class Attention(nn.Module):
-    """Causal attention with rotated queries and keys, and a cache of what came before."""
+    """Causal attention with rotated queries and keys, and a key-value cache."""
 
     def __init__(self, width: int, heads: int, key_heads: int) -> None:
-        """Makes the layers; each of the ``key_heads`` serves ``heads / key_heads`` query heads."""
+        """Creates the layers; each key head serves ``heads / key_heads`` query heads."""
         super().__init__()
         self.heads = heads
         self.key_heads = key_heads
@@ -29,21 +29,21 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, positions: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
-        """Attends.
+        """Applies attention.
 
         Args:
             x: The new tokens, of shape ``(B, S, width)``.
-            positions: The position of each, of shape ``(S,)``.
-            cache: Keys and values of the T tokens before, of shape
+            positions: Their positions, of shape ``(S,)``.
+            cache: Keys and values of the T previous tokens, of shape
                 ``(2, B, key_heads, T, head_size)``.
 
         Returns:
-            What to add to ``x``, and the cache with the new tokens.
+            The update of ``x``, and the cache with the new tokens.
         """
         batch, tokens, _ = x.shape
         packed = self.input(x).view(batch, tokens, -1, self.head_size).transpose(1, 2)
         q, k, v = packed.split([self.heads, self.key_heads, self.key_heads], dim=1)
-        # Positions (S,) broadcast with (B, heads, S). That q and k are strided views costs nothing.
+        # Positions (S,) broadcast with (B, heads, S). Strided views such as q and k cost nothing.
         q, k = torch.ops.rope.apply_qk(q, k, positions, max_wavelength=10000.0)
         cache = torch.cat([cache, torch.stack([k, v])], dim=3)
         seen = torch.arange(cache.shape[3], device=x.device) <= positions[:, None]
@@ -53,10 +53,10 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and a feed-forward network, each added to its input."""
+    """Attention and a feed-forward network with residual connections."""
 
     def __init__(self, width: int, heads: int, key_heads: int) -> None:
-        """Makes the layers."""
+        """Creates the layers."""
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
         self.attention = Attention(width, heads, key_heads)
@@ -65,14 +65,14 @@ class Layer(nn.Module):
         )
 
     def forward(self, x: Tensor, positions: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the new ``x`` and the new cache; arguments as of ``Attention``."""
+        """Returns the new ``x`` and the new cache; arguments as for ``Attention``."""
         attended, cache = self.attention(self.attention_norm(x), positions, cache)
         x = x + attended
         return x + self.network(x), cache
 
 
 class Decoder(nn.Module):
-    """Scores what token comes next; its weights are random."""
+    """Predicts the next token; the weights are random."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Decoder(nn.Module):
         heads: int = 4,
         key_heads: int = 2,
     ) -> None:
-        """Makes the layers."""
+        """Creates the layers."""
         super().__init__()
         self.cache_shape = (layers, 2, key_heads, width // heads)
         self.embedding = nn.Embedding(vocabulary, width)
@@ -90,16 +90,16 @@ class Decoder(nn.Module):
         self.scores = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, vocabulary))
 
     def forward(self, tokens: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
-        """Reads new tokens.
+        """Processes new tokens.
 
         Args:
             tokens: int64, of shape ``(B, S)``.
-            cache: What the T tokens before left, of shape
+            cache: Keys and values of the T previous tokens, of shape
                 ``(layers, 2, B, key_heads, T, head_size)``.
 
         Returns:
-            The scores of what may follow the last token, of shape ``(B, vocabulary)``, and the
-            cache of T + S tokens.
+            The scores of the next token, of shape ``(B, vocabulary)``, and the cache of T + S
+            tokens.
         """
         start = cache.shape[4]
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
@@ -118,7 +118,7 @@ class Decoder(nn.Module):
 
 
 def generate(model: torch.jit.ScriptModule, prompt: list[int]) -> tuple[list[int], Tensor]:
-    """Adds the best token ``NEW_TOKENS`` times; returns all tokens and the last step's scores."""
+    """Generates ``NEW_TOKENS`` tokens greedily; returns all tokens and the last scores."""
     tokens = list(prompt)
     new = torch.tensor([prompt])
     cache = model.empty_cache(1)

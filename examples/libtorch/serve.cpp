@@ -1,9 +1,9 @@
-// Runs the model that export.py saved: no Python, and no word of the operator, which comes with
-// rope::rope.
+// Runs the model saved by export.py, without Python. The operators come from linking to rope::rope;
+// the source never names them.
 //
 //   serve model.pt 3 1 4 1 5
 //
-// Prints the tokens given with those that follow, then the scores of the last step.
+// Prints the prompt and the generated tokens, then the scores of the last step.
 #include <torch/script.h>
 
 #include <cstdint>
@@ -22,7 +22,7 @@ struct Generated {
   at::Tensor scores;  // of the last step: (vocabulary)
 };
 
-// Adds the best token kNewTokens times.
+// Generates kNewTokens tokens greedily.
 Generated generate(torch::jit::Module& model, const std::vector<std::int64_t>& prompt) {
   const c10::InferenceMode inference;
   Generated generated{prompt, {}};
