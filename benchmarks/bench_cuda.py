@@ -215,9 +215,9 @@ def report(rows: list[Row], environment: dict[str, str]) -> str:
     parts = [
         f"# {environment['device']}, {environment['date']}",
         "\n".join(f"- {name}: {value}" for name, value in environment.items()),
-        "q has 32 heads and k 8 of 128, unless the case says otherwise. A call of a graph of "
-        "back-to-back calls over buffers that exceed the L2, as a fraction of the speed of the "
-        "best copy of as many bytes: the median of replays.",
+        "q has 32 and k 8 heads of 128 unless noted. Graphs of back-to-back calls over buffers "
+        "that exceed the L2; speeds as fractions of the fastest copy of the same bytes, medians "
+        "over replays.",
         table(HEADER, [row.cells() for row in rows]),
     ]
     names = list(dict.fromkeys(name for row in rows for name in row.fractions))

@@ -116,8 +116,8 @@ def report(by_batch: dict[int, dict[str, Figures]], environment: dict[str, str])
     parts = [
         f"# Decoding: {environment['device']}, {environment['date']}",
         "\n".join(f"- {name}: {value}" for name, value in environment.items()),
-        "q: 32 heads, k: 8 heads of 128, bfloat16, one token a sequence. Targets: q and k in one "
-        "launch; on the host in place no more than layer_norm, and otherwise two empty_like more.",
+        "q: 32 heads, k: 8 heads of 128, bfloat16, one token per sequence. Targets: q and k in one "
+        "launch; host time in place at most that of layer_norm, otherwise two empty_like more.",
     ]
     header = ["call", "launches", "kernels, us", "host, us", "targets"]
     for batch, figures in by_batch.items():

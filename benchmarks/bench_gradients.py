@@ -63,7 +63,7 @@ def report(by_shape: Mapping[str, Mapping[str, Timing]], environment: dict[str, 
     parts = [
         f"# Gradients of angles: {environment['device']}, {environment['date']}",
         "\n".join(f"- {name}: {value}" for name, value in environment.items()),
-        "A backward pass that asks for these gradients and not for that of q, bfloat16.",
+        "Backward passes for these gradients only, without that of q; bfloat16.",
     ]
     for shape, timings in by_shape.items():
         copy = timings[COPY].median

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Builds, tests and measures torch-rope on the GPU of this machine, in less than eight minutes and without the network:
+# Builds, tests and measures torch-rope on this machine's GPU, in less than eight minutes and without network access:
 #   benchmarks/gpu.sh              results go to benchmarks/results/
 #   benchmarks/gpu.sh some/folder
-# PYTHON chooses the interpreter; its environment has torch with CUDA, the build's and the tests' requirements, and an nvcc of
-# torch's CUDA. ROPE_SKIP_BUILD=1 takes the torch-rope that is installed. Peers, compute-sanitizer and pytest-xdist (tests in
-# parallel) are used where they are installed. Each step has a limit of time; failures and figures are printed when they occur,
-# since a borrowed machine may be gone the next moment. After a step that fails the next still runs; the end names those that failed.
+# PYTHON selects the interpreter; its environment needs torch with CUDA, the requirements of build and tests, and an nvcc for
+# torch's CUDA. ROPE_SKIP_BUILD=1 uses the installed torch-rope. Peers, compute-sanitizer and pytest-xdist (parallel tests) are
+# used if installed. Each step has a time limit; failures and figures are printed as they occur, since the machine may go away
+# at any moment. A failed step does not stop the others; the failed ones are listed at the end.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -18,7 +18,7 @@ export PYTHONUNBUFFERED=1
 
 heading() { printf '\n===== %s (%d s) =====\n' "$*" "$SECONDS"; }
 
-# Runs a step within so many seconds, or what is left of them, and remembers whether it failed.
+# Runs a step with a limit in seconds, cut to the time left, and records whether it failed.
 step() {
   local limit=$1 name=$2 left=$((deadline - SECONDS))
   shift 2
@@ -32,7 +32,7 @@ step() {
 
 if [ -z "${ROPE_SKIP_BUILD:-}" ]; then
   heading "Build"
-  # Machine code for this card alone.
+  # Machine code for this GPU only.
   TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$python" -c '
 import torch
 print("{}.{}".format(*torch.cuda.get_device_capability()))')}
@@ -40,7 +40,7 @@ print("{}.{}".format(*torch.cuda.get_device_capability()))')}
   ROPE_CUDA=1 timeout 180 "$python" -m pip install --quiet --no-build-isolation --no-deps .
 fi
 
-# From elsewhere, so that the installed package is imported and not the sources.
+# Run from elsewhere, to import the installed package and not the sources.
 tests=$PWD/tests
 benchmarks=$PWD/benchmarks
 elsewhere=$(mktemp -d)

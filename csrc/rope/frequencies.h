@@ -36,8 +36,8 @@ namespace rope {
 //                 max_position_embeddings or attention_factor
 //   llama3        f / factor for long wavelengths, f for short ones, a ramp in between:
 //                 factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
-//   proportional  f / factor for the first partial_rotary_factor of the pairs, 0 for the rest;
-//                 both options default to 1
+//   proportional  f / factor for the first partial_rotary_factor of the pairs, 0 for the rest:
+//                 factor, partial_rotary_factor, both 1 by default
 struct FrequencyOptions {
   // The number of rotated elements, even: the result has rotary_dim / 2 frequencies.
   std::int64_t rotary_dim = 0;

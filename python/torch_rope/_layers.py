@@ -387,17 +387,17 @@ class RotaryEmbedding(nn.Module):
         self._sections: tuple[int, ...] | None = None
         self._sections_alternate = False
         if inv_freq is None:
-            formed = self._form(None, dtype, device)
+            computed = self._compute(None, dtype, device)
         else:
             copy = inv_freq.detach().clone()
-            formed = Frequencies(copy if device is None else copy.to(device), 1.0)
-        self.attention_factor = formed.attention_factor
+            computed = Frequencies(copy if device is None else copy.to(device), 1.0)
+        self.attention_factor = computed.attention_factor
         if attention_factor is not None:
             self.attention_factor = float(attention_factor)
         if learned:
-            self.inv_freq = nn.Parameter(formed.inv_freq)
+            self.inv_freq = nn.Parameter(computed.inv_freq)
         else:
-            self.register_buffer("inv_freq", formed.inv_freq, persistent=False)
+            self.register_buffer("inv_freq", computed.inv_freq, persistent=False)
 
         # The length beyond which the frequencies change: 0 if they never do, -1 if they are not set
         # yet. The rest gives the frequencies beyond it.
@@ -405,7 +405,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("long_inv_freq", None, persistent=False)
         if self.rope_type == "longrope":
             self._trained_length = self.rope_parameters["original_max_position_embeddings"]
-            self.long_inv_freq = self._form(self._trained_length + 1, dtype, device).inv_freq
+            self.long_inv_freq = self._compute(self._trained_length + 1, dtype, device).inv_freq
         elif self.rope_type == "dynamic":
             assert max_position_embeddings is not None  # Checked by frequencies().
             self._trained_length = max_position_embeddings
@@ -662,9 +662,9 @@ class RotaryEmbedding(nn.Module):
             )
         dtype = self.inv_freq.dtype
         with torch.no_grad():
-            _fill(self.inv_freq, self._form(None, dtype, "cpu").inv_freq)
+            _fill(self.inv_freq, self._compute(None, dtype, "cpu").inv_freq)
             if self.long_inv_freq is not None:
-                beyond = self._form(self._trained_length + 1, dtype, "cpu")
+                beyond = self._compute(self._trained_length + 1, dtype, "cpu")
                 _fill(self.long_inv_freq, beyond.inv_freq)
 
     def extra_repr(self) -> str:
@@ -697,10 +697,10 @@ class RotaryEmbedding(nn.Module):
             shown.append(f"dtype={self.inv_freq.dtype}")
         return ", ".join(shown)
 
-    def _form(
+    def _compute(
         self, seq_len: int | None, dtype: torch.dtype, device: torch.device | str | None
     ) -> Frequencies:
-        formed = frequencies(
+        computed = frequencies(
             self.rope_parameters,
             self.rotary_dim,
             max_position_embeddings=self.max_position_embeddings,
@@ -709,11 +709,11 @@ class RotaryEmbedding(nn.Module):
             device=device,
         )
         if self._sections is None:
-            return formed
+            return computed
         rows = mrope_frequencies(
-            formed.inv_freq, self._sections, interleaved=self._sections_alternate
+            computed.inv_freq, self._sections, interleaved=self._sections_alternate
         )
-        return Frequencies(rows, formed.attention_factor)
+        return Frequencies(rows, computed.attention_factor)
 
     # ---- From the meta device and from checkpoints ----
 
@@ -804,9 +804,9 @@ class RotaryEmbedding(nn.Module):
         if assign and not self.learned and self.rope_type is not None and self.inv_freq.is_meta:
             # Nothing else will materialise them: a state dict does not contain them.
             dtype = self.inv_freq.dtype
-            self.inv_freq = self._form(None, dtype, None).inv_freq
+            self.inv_freq = self._compute(None, dtype, None).inv_freq
             if self.long_inv_freq is not None:
-                beyond = self._form(self._trained_length + 1, dtype, None)
+                beyond = self._compute(self._trained_length + 1, dtype, None)
                 self.long_inv_freq = beyond.inv_freq
 
     def _load_own(self, saved: Tensor, assign: bool) -> None:
