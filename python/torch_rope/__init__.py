@@ -1,9 +1,9 @@
 """Rotary position embedding (arXiv 2104.09864) as PyTorch operators.
 
 ``apply`` rotates by positions, ``apply_cos_sin`` by the caller's tables; ``apply_`` and
-``apply_cos_sin_`` do so in place. The same operators are ``torch.ops.rope.apply`` and so on in
-TorchScript, and ``rope::apply`` in C++. The layers ``RotaryEmbedding`` and ``ApplyRoPE`` call them,
-with the frequencies of ``frequencies`` and its like.
+``apply_cos_sin_`` do the same in place. TorchScript calls the operators as ``torch.ops.rope.apply``
+and so on, C++ as ``rope::apply``. The layers ``RotaryEmbedding`` and ``ApplyRoPE`` are built on
+them, with frequencies from ``frequencies`` and similar functions.
 """
 
 import sys as _sys
@@ -13,7 +13,7 @@ from importlib.metadata import version as _version
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING
 
-# `python -m torch_rope` imports this file first. It needs no NumPy, and PyTorch warns without one.
+# `python -m torch_rope` imports this file first. It needs no NumPy, but PyTorch warns without it.
 if _sys.argv[:1] == ["-m"] and "torch_rope" in _sys.orig_argv:
     _warnings.filterwarnings("ignore", "Failed to initialize NumPy")
 
@@ -46,7 +46,7 @@ from torch_rope._side_inputs import WithSideInputsFromInputTuple, keep_side_inpu
 from torch_rope._subclasses import register_with_dtensor as _register_with_dtensor
 from torch_rope._weights import permute_half_to_interleaved, permute_interleaved_to_half
 
-_register_with_dtensor()  # For torch.ops.rope; the functions see to it themselves.
+_register_with_dtensor()  # For torch.ops.rope; the functions of this package do it themselves.
 
 __all__ = [
     "ApplyRoPE",
@@ -77,7 +77,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        """Imports the integrations when they are first asked for."""
+        """Imports the integrations on first use."""
         if name == "integrations":
             return _import_module("torch_rope.integrations")
         raise AttributeError(f"module 'torch_rope' has no attribute {name!r}")
@@ -89,5 +89,5 @@ def __dir__() -> list[str]:
 
 __version__ = _version("torch-rope")
 
-#: The folder for ``CMAKE_PREFIX_PATH`` with which a CMake project finds the package ``rope``.
+#: The folder to add to ``CMAKE_PREFIX_PATH`` for ``find_package(rope)``.
 cmake_prefix_path = str(_Path(__file__).parent)

@@ -1,4 +1,4 @@
-"""The first run: shows what is installed, and how fast and exact it is on this machine."""
+"""The first run: prints what is installed, and how fast and accurate it is on this machine."""
 
 import argparse
 import json
@@ -30,24 +30,24 @@ class Row:
 
     name: str
     milliseconds: float
-    gigabytes_per_second: float  # read and written
+    gigabytes_per_second: float  # reads plus writes
     max_error: float | None  # largest difference from float64; None for copies
-    max_error_ulp: float | None  # the same, in units of the last place at the length of the pair
+    max_error_ulp: float | None  # the same, in ulp at the length of the pair
 
 
 def rotate_half(x: Tensor) -> Tensor:
-    """Turns each pair of elements of x by a right angle."""
+    """Rotates each pair of elements of x by 90 degrees."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((-b, a), dim=-1)
 
 
 def rotate_eagerly(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Pair:
-    """Rotates as models without a kernel do, with tables of the dtype of q."""
+    """Rotates with tensor operations, as models do, with tables of the dtype of q."""
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
 
 def tables(positions: Tensor, dtype: torch.dtype) -> Pair:
-    """Gives the cosines and sines of each token, (S, 1, HEAD_DIM), formed in float64."""
+    """Returns the cosines and sines of each token, (S, 1, HEAD_DIM), formed in float64."""
     exponents = (
         torch.arange(0, HEAD_DIM, 2, dtype=torch.float64, device=positions.device) / HEAD_DIM
     )
@@ -57,10 +57,10 @@ def tables(positions: Tensor, dtype: torch.dtype) -> Pair:
 
 
 def ulp(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gives the distance of neighbouring numbers of a dtype at the length of each element's pair.
+    """Returns the spacing of the numbers of a dtype at the length of each element's pair.
 
-    Rounding is off by half of it at most. (At an element itself, which may be tiny where a sum
-    cancels, no computation in float32 could promise that.)
+    Rounding is off by at most half of it. (The spacing at the element itself would be too strict:
+    the element may be tiny because a sum cancels, which no computation in float32 can resolve.)
     """
     a, b = exact.chunk(2, dim=-1)
     _, exponent = torch.frexp(torch.hypot(a, b))
@@ -69,8 +69,8 @@ def ulp(exact: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def measure(device: str) -> list[Row]:
-    """Times and checks each way to rotate q and k of one layer, bfloat16, in turns."""
-    # The timer's module looks for a CUDA toolkit, and warns of one without a device.
+    """Times and checks each way to rotate q and k of one layer in bfloat16, interleaved."""
+    # The timer's module warns if it finds a CUDA toolkit but no device.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils.benchmark import Timer
 
@@ -117,7 +117,7 @@ def measure(device: str) -> list[Row]:
 
 
 def describe(versions: dict[str, Any], device: str, rows: list[Row]) -> str:
-    """Gives the report as text."""
+    """Returns the report as text."""
     milliseconds = {row.name: row.milliseconds for row in rows}
     speedup = milliseconds["eager PyTorch"] / milliseconds["torch-rope"]
     copies = milliseconds["torch-rope"] / milliseconds["copy"]

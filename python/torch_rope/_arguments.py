@@ -1,7 +1,7 @@
-"""What Python refuses before C++ can see it: arguments of a type that no operator takes.
+"""Checks of what C++ cannot see: arguments of a type that no operator takes.
 
-Messages have the form of the operators': ``rope::apply(): expected rotary_dim to be even, but got
-7``.
+Messages have the form of those of the operators, such as
+``rope::apply(): expected rotary_dim to be even, but got 7``.
 """
 
 from collections.abc import Sequence
@@ -17,32 +17,32 @@ def message(function: str, argument: str, rule: str, got: object) -> str:
     Args:
         function: The public name: ``rope::frequencies``, or ``torch_rope.RotaryEmbedding``.
         argument: The argument's name.
-        rule: What the argument is expected to do, such as ``be a tensor``.
+        rule: What is expected of the argument, such as ``be a tensor``.
         got: What was found instead.
     """
     return f"{function}(): expected {argument} to {rule}, but got {got}"
 
 
 def kind_of(value: object) -> str:
-    """Names the type of a value, and no more: a tensor's values may be many, and far away."""
+    """Names the type of a value. Values are not shown: a tensor may be large, or on a device."""
     return "None" if value is None else type(value).__name__
 
 
 def check_tensor(function: str, argument: str, value: Any, hint: str = "") -> None:
-    """Raises TypeError for what is no tensor, nor stands for one (a Proxy of ``torch.fx``)."""
-    if not (isinstance(value, Tensor) or _stands_for_another(value)):
+    """Raises TypeError unless the value is a tensor or a Proxy of ``torch.fx``."""
+    if not (isinstance(value, Tensor) or _is_proxy(value)):
         raise TypeError(message(function, argument, f"be a tensor{hint}", kind_of(value)))
 
 
 def check_integer(function: str, argument: str, value: Any) -> None:
-    """Raises TypeError for what is no integer. A bool is none, a NumPy integer is one."""
+    """Raises TypeError unless the value is an integer. NumPy integers are, bools are not."""
     if not _is_integer(value):
         raise TypeError(message(function, argument, "be an integer", kind_of(value)))
 
 
 def check_integers(function: str, argument: str, values: Any) -> None:
-    """Raises TypeError for what is no sequence of integers."""
-    if _stands_for_another(values):
+    """Raises TypeError unless the value is a sequence of integers."""
+    if _is_proxy(values):
         return
     if isinstance(values, str | bytes) or not isinstance(values, Sequence):
         raise TypeError(message(function, argument, "be a sequence of integers", kind_of(values)))
@@ -53,25 +53,25 @@ def check_integers(function: str, argument: str, values: Any) -> None:
 
 
 def check_number(function: str, argument: str, value: Any) -> None:
-    """Raises TypeError for what is no real number."""
+    """Raises TypeError unless the value is a real number."""
     if isinstance(value, bool) or not hasattr(type(value), "__float__"):
         raise TypeError(message(function, argument, "be a number", kind_of(value)))
 
 
 def check_bool(function: str, argument: str, value: Any) -> None:
-    """Raises TypeError for what is no bool."""
-    if not (isinstance(value, bool) or _stands_for_another(value)):
+    """Raises TypeError unless the value is a bool."""
+    if not (isinstance(value, bool) or _is_proxy(value)):
         raise TypeError(message(function, argument, "be a bool", kind_of(value)))
 
 
 def check_dtype(function: str, dtype: Any) -> None:
-    """Raises TypeError for what is no dtype. C++ tells which dtypes frequencies have."""
+    """Raises TypeError unless the value is a dtype. C++ checks which dtypes frequencies have."""
     if not isinstance(dtype, torch.dtype):
         raise TypeError(message(function, "dtype", "be float32 or float64", kind_of(dtype)))
 
 
-def _stands_for_another(value: Any) -> bool:
-    """Whether it is a Proxy of ``torch.fx``, whose value is not known yet."""
+def _is_proxy(value: Any) -> bool:
+    """Whether the value is a Proxy of ``torch.fx``, not yet known."""
     return not isinstance(value, Tensor) and hasattr(type(value), "__torch_function__")
 
 
@@ -80,4 +80,4 @@ def _is_integer(value: Any) -> bool:
         return False
     if isinstance(value, torch.SymInt) or hasattr(type(value), "__index__"):
         return True
-    return _stands_for_another(value)
+    return _is_proxy(value)

@@ -1,4 +1,4 @@
-"""The torch that the libraries were built for, as CMake wrote it down, and the one that is here."""
+"""Compares the torch that the libraries were built for, as recorded by CMake, with the one here."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ FILE = Path(__file__).parent / "share" / "rope" / "built_for"
 
 
 def mismatch() -> str | None:
-    """Returns why _C cannot be loaded, where that is plain, or None.
+    """Returns why _C cannot be loaded, or None if the versions match.
 
     The loader itself would only name an undefined symbol or a missing file. PyTorch's C++ interface
-    changes with its minor version, and the CUDA libraries that kernels need with the major one.
+    changes with its minor version, the CUDA libraries that the kernels need with CUDA's major one.
     """
     try:
-        words = FILE.read_text().split()  # "torch 2.15.0", and "cuda 13" where there are kernels.
+        words = FILE.read_text().split()  # "torch 2.15.0", and "cuda 13" if there are kernels.
     except OSError:
         return None
     built_for = dict(zip(words[::2], words[1::2], strict=True))

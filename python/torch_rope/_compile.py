@@ -1,4 +1,4 @@
-"""What torch.compile traces: the operators, or their plain form in ATen operators."""
+"""What torch.compile traces: the operators, or their decomposition into ATen operators."""
 
 import threading
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class _Form(threading.local):
-    """The choice of a thread; the compiler guards on it."""
+    """The choice of a thread. The compiler guards on it."""
 
     def __init__(self) -> None:
         self.is_composed = False
@@ -21,19 +21,19 @@ _form = _Form()
 
 @contextmanager
 def composed(enabled: bool = True) -> Iterator[None]:
-    """Has ``torch.compile`` and ``torch.export`` trace the rotation as plain ATen operators.
+    """Makes ``torch.compile`` and ``torch.export`` trace the rotation as ATen operators.
 
-    By default a compiled program calls the same kernels as an eager one, with the same bits. Inside
-    this context it traces ``torch.ops.rope.apply_composed`` or ``apply_cos_sin_composed`` instead,
-    which the compiler's back end takes apart and may fuse with what stands around them; an exported
-    program then needs no library at all. ``benchmarks/bench_compile.py`` compares the two.
+    By default a compiled program calls the same kernels as an eager one, and gets the same bits.
+    Inside this context it traces ``torch.ops.rope.apply_composed`` or ``apply_cos_sin_composed``
+    instead, whose ATen operators the compiler may fuse with those around them. A program exported
+    this way does not need the library. ``benchmarks/bench_compile.py`` compares the two.
 
     The context may be entered inside a compiled function or around its call: the choice is part of
-    the graph, and a function that was compiled without it is compiled anew. It holds for one
-    thread. Calls that nothing compiles use the kernels, inside it too.
+    the graph, and a function that was compiled without it is recompiled. It holds for one thread.
+    Eager calls use the kernels, inside it too.
 
     Args:
-        enabled: Whether the composed form is traced; ``False`` goes back to the kernels within an
+        enabled: Whether to trace the decomposition; ``False`` returns to the kernels within an
             outer ``composed()``.
 
     Example:
@@ -60,7 +60,7 @@ def call_traced(
     tensors: tuple[Tensor | None, ...],
     options: Mapping[str, object],
 ) -> Any:
-    """Calls an operator where a compiler follows: itself, or its composed form."""
+    """Calls an operator, or its decomposition, while a compiler traces."""
     if not _form.is_composed:
         return getattr(torch.ops.rope, name).default(*rotated, *tensors, **options)
     family = "apply_cos_sin" if name.startswith("apply_cos_sin") else "apply"

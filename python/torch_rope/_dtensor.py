@@ -1,8 +1,8 @@
-"""How DTensor runs the operators: which shards of x, positions and tables belong together.
+"""The sharding strategy for DTensor: which shards of x, positions and tables belong together.
 
-Every process rotates the part of x that it has. Only an x that is sharded along the embedding axis
-is redistributed, and what the angles are made of, which is smaller, goes where x is. The import of
-this module registers that.
+Every process rotates its shard of x. Only an x that is sharded along the embedding axis is
+redistributed; positions, frequencies and tables, which are smaller, are redistributed to match x.
+Importing this module registers the strategy.
 """
 
 from typing import NamedTuple, TypeGuard
@@ -21,7 +21,7 @@ class _Operand(NamedTuple):
     Attributes:
         name: The argument's name.
         spec: How it is placed.
-        dims: Its dimensions that broadcast with those of the other tensors, from the right.
+        dims: Its dimensions that broadcast with those of the other tensors, rightmost first.
         is_rotated: Whether it is x, q or k.
     """
 
@@ -32,7 +32,7 @@ class _Operand(NamedTuple):
 
 
 def _operands(schema: OpSchema) -> list[_Operand]:
-    """Returns the tensors of a call, in their order."""
+    """Returns the tensors of a call, in the order of the schema."""
     arguments = schema.op._schema.arguments
     specs = {
         argument.name: strategy.strategies[0].output_spec
@@ -64,7 +64,7 @@ def _is_sharded(placement: Placement) -> TypeGuard[Shard | _StridedShard]:
 
 
 def _kept(operand: _Operand, mesh_dim: int) -> Placement:
-    """Returns how a tensor to be rotated can stay placed, by itself, or else Replicate."""
+    """Returns the placement of a rotated tensor if it can stay, else Replicate."""
     placement = operand.spec.placements[mesh_dim]
     if _is_sharded(placement):
         return placement if placement.dim in operand.dims else Replicate()
@@ -75,7 +75,7 @@ def _kept(operand: _Operand, mesh_dim: int) -> Placement:
 
 
 def _placements(operands: list[_Operand], mesh_dim: int) -> list[Placement]:
-    """Returns how each tensor is to be placed along one dimension of the mesh."""
+    """Returns the placement of each tensor along one dimension of the mesh."""
     kept = [_kept(operand, mesh_dim) for operand in operands if operand.is_rotated]
     varying = {
         index
@@ -93,7 +93,7 @@ def _placements(operands: list[_Operand], mesh_dim: int) -> list[Placement]:
 
 
 def _shard_along(placement: Placement, operand: _Operand, index: int) -> Placement:
-    """Returns ``placement``, a shard, for the dimension of another tensor."""
+    """Returns the shard ``placement`` for the matching dimension of another tensor."""
     if index >= len(operand.dims):
         return Replicate()
     if isinstance(placement, _StridedShard):
@@ -102,7 +102,7 @@ def _shard_along(placement: Placement, operand: _Operand, index: int) -> Placeme
 
 
 def _strategy(schema: OpSchema) -> OpStrategy:
-    """Returns the one way in which DTensor is to run a call."""
+    """Returns the only strategy for a call."""
     operands = _operands(schema)
     mesh = schema.get_mesh_from_args()
     columns = [_placements(operands, mesh_dim) for mesh_dim in range(mesh.ndim)]

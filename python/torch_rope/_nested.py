@@ -1,8 +1,8 @@
-"""Nested tensors of the jagged layout: the operators are called on their values.
+"""Nested tensors with the jagged layout: the operators are called on their values.
 
 The values have the dimensions of the nested tensor without the batch; their ragged dimension holds
-the tokens of all sequences. What broadcasts with a nested tensor is nested in the same way, or
-dense with a ragged dimension of size 1.
+the tokens of all sequences. Positions and tables are nested in the same way, or dense with a ragged
+dimension of size 1.
 """
 
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from torch.nested._internal.nested_tensor import NestedTensor
 
 
 class _Target:
-    """What positions and tables broadcast with: a nested tensor without its embedding axis.
+    """A nested tensor without its embedding axis: positions and tables broadcast with it.
 
     Attributes:
         x: The nested tensor.
-        rank: How many dimensions it has without the axis.
-        ragged: Which of them is the ragged one.
+        rank: The number of its dimensions without the axis.
+        ragged: The index of the ragged dimension among them.
     """
 
     def __init__(self, name: str, x: NestedTensor, axis: int) -> None:
-        """Takes a tensor and its embedding axis; the operator's name is for messages."""
+        """Checks the embedding axis; the operator's name is for messages."""
         rank, ragged = x.dim(), x._ragged_idx
         if not -rank <= axis < rank:
             raise IndexError(
@@ -43,18 +43,18 @@ class _Target:
         self.ragged = ragged if ragged < axis % rank else ragged - 1
 
     def is_like(self, other: "_Target") -> bool:
-        """Whether the same broadcasts with the values of both."""
+        """Whether the same positions and tables broadcast with the values of both."""
         same_place = self.rank - self.ragged == other.rank - other.ragged
         return same_place and _same_tokens(self.x, other.x)
 
     def fit(self, argument: str, tensor: Tensor, *, leading: int = 0, trailing: int = 0) -> Tensor:
-        """Returns what broadcasts with the values as a tensor does with x.
+        """Converts a tensor that broadcasts with x to one that broadcasts with the values.
 
         Args:
-            argument: What the operator calls the tensor.
+            argument: The name of the argument, for messages.
             tensor: Positions, or a table.
-            leading: How many dimensions it has in front of those that broadcast.
-            trailing: How many behind them.
+            leading: The number of its dimensions before those that broadcast.
+            trailing: The number after them.
         """
         rank = tensor.dim() - leading - trailing
         if isinstance(tensor, NestedTensor):
@@ -85,12 +85,12 @@ class _Target:
             return tensor.squeeze(leading)
         if tensor.shape[leading] != self.x.shape[0]:
             raise self.misfit(argument, tensor)
-        # One for each sequence: its tokens take their place in the ragged dimension.
+        # One entry per sequence: repeat it for each of its tokens, in the ragged dimension.
         tokens = tensor.squeeze(ragged).index_select(leading, _sequences(self.x))
         return tokens.movedim(leading, ragged - 1)
 
     def misfit(self, argument: str, tensor: Tensor, rule: str = "") -> ValueError:
-        """Returns the error for what does not broadcast with x."""
+        """Returns the error for a tensor that does not broadcast with x."""
         return ValueError(
             f"{self.name}(): expected {argument} to be broadcastable with the shape of the nested "
             f"tensor without embedding_axis{rule}, but got {tuple(tensor.shape)} for a nested "
@@ -105,25 +105,25 @@ def _values(x: NestedTensor) -> Tensor:
 
 
 def _inner(x: Tensor) -> Tensor:
-    """Returns the values as they lie in memory; of a dense tensor, the tensor."""
+    """Returns the buffer of a nested tensor; a dense tensor itself."""
     return x._values if isinstance(x, NestedTensor) else x
 
 
 def _same_tokens(a: NestedTensor, b: NestedTensor) -> bool:
-    """Whether the values of both hold the same tokens: they share offsets, and lengths if any."""
+    """Whether both share offsets, and lengths if any: their values hold the same tokens."""
     if a._lengths is None and b._lengths is None:
         return bool(a.shape[a._ragged_idx] == b.shape[b._ragged_idx])
     return a._lengths is b._lengths and a._offsets is b._offsets
 
 
 def _sequences(x: NestedTensor) -> Tensor:
-    """Returns to which sequence each token among the values belongs."""
+    """Returns the index of the sequence of each token in the values."""
     tokens = torch.arange(x._values.shape[x._ragged_idx - 1], device=x.device)
     return torch.bucketize(tokens, x._offsets[1:-1], right=True)
 
 
 def _fit(target: _Target, angles: Sequence[Any]) -> Sequence[Any]:
-    """Returns positions and frequencies, or tables, that broadcast with the values."""
+    """Converts positions and frequencies, or tables, to broadcast with the values."""
     if "cos_sin" not in target.name:
         positions, inv_freq = (*angles, None)[:2]
         axes = 0 if inv_freq is None else inv_freq.dim() - 1
@@ -158,7 +158,7 @@ def _rotate(operator: Any, *arguments: Any, **options: Any) -> Any:
 
     targets = [_Target(name, x, axis) for x in rotated if isinstance(x, NestedTensor)]
     if len(targets) < num_rotated or not all(targets[0].is_like(target) for target in targets):
-        # Each by itself: the same positions are others for each, or do not fit both.
+        # One call each: their positions convert differently, or do not fit both.
         for target in targets:
             _fit(target, angles)
         single = name.removeprefix("rope::").removesuffix("_").removesuffix("_qk")
@@ -166,17 +166,17 @@ def _rotate(operator: Any, *arguments: Any, **options: Any) -> Any:
         results = tuple(rotate(x, *angles) for x in rotated)
         if not name.endswith("_"):
             return results
-        # Only now that both fit is the first of them changed.
+        # Nothing is written before both have passed the checks.
         _check_memory(operator, rotated)
         for x, result in zip(map(_inner, rotated), map(_inner, results), strict=True):
             x.copy_(result)
         return None
 
-    # From the end, the axes of the values are those of x; from the front, one is missing.
+    # The values lack the batch dimension: nonnegative axes shift by one.
     options["embedding_axis"] = axis if axis < 0 else axis - 1
     fitting = _fit(targets[0], angles)
     if name.endswith("_"):
-        # What values() returns is a tensor of its own to a compiler, and would hide the change.
+        # To a compiler values() returns a new tensor, which would hide the mutation.
         operator(*map(_inner, rotated), *fitting, **options)
         return None
     outputs = operator(*map(_values, rotated), *fitting, **options)
@@ -186,15 +186,15 @@ def _rotate(operator: Any, *arguments: Any, **options: Any) -> Any:
 
 
 def _check_memory(operator: Any, pair: Sequence[Tensor]) -> None:
-    """Has an operator in place say whether two tensors overlap: it rotates no column of them."""
+    """Raises if two tensors overlap, by a call in place that rotates zero columns."""
     q, k = (_inner(x).detach() for x in pair)
-    if type(q) is Tensor and type(k) is Tensor:  # not what a compiler traces
+    if type(q) is Tensor and type(k) is Tensor:  # not while a compiler traces
         sizes = ((0,), (0,)) if "cos_sin" in operator._schema.name else ((), (0,))
         operator(q, k, *(q.new_zeros(size, dtype=torch.float64) for size in sizes))
 
 
 def _check(name: str, rotated: Sequence[Tensor], angles: Sequence[Tensor | None]) -> None:
-    """Refuses what cannot be put into values."""
+    """Raises for calls that cannot be expressed in the values."""
     tensors = [*rotated, *(tensor for tensor in angles if tensor is not None)]
     if any(tensor.is_nested and not isinstance(tensor, NestedTensor) for tensor in tensors):
         raise NotImplementedError(
@@ -222,20 +222,20 @@ def _dispatch(
     arguments: tuple[Any, ...] = (),
     options: dict[str, Any] | None = None,
 ) -> Any:
-    """Does what ``__torch_dispatch__`` of a nested tensor should."""
+    """Implements ``__torch_dispatch__`` of nested tensors for an operator."""
     return _rotate(operator, *arguments, **(options or {}))
 
 
 def _above_autograd(operator: Any, *arguments: Any, **options: Any) -> Any:
-    """Has autograd see what there is to differentiate."""
+    """Makes the conversion of positions and tables to values visible to autograd."""
     name: str = operator._schema.name
     num_rotated = 2 if "_qk" in name else 1
     rotated, angles = arguments[:num_rotated], arguments[num_rotated:]
     _check(name, rotated, angles)
     if any(tensor is not None and tensor.requires_grad for tensor in angles):
-        # What happens to positions and tables on their way to the values.
+        # The conversion must be differentiated too.
         return _rotate(operator, *arguments, **options)
-    # The operator alone, which keeps no activation, as values() would.
+    # Only the operator: differentiating values() would save an activation.
     with torch._C._ExcludeDispatchKeyGuard(_ABOVE_AUTOGRAD):
         return operator(*arguments, **options)
 

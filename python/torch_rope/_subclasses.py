@@ -1,8 +1,8 @@
-"""The registration with DTensor, whose import takes a fourth of the time of torch's own.
+"""The registration with DTensor, whose import takes a quarter of the time of torch's own.
 
-That import is left to the user. If it comes after this package's, the operators are registered when
-the functions of this package are first given a tensor subclass. (``torch.ops.rope`` called before
-that raises DTensor's NotImplementedError: no sharding strategy.)
+That import is left to the user. If it comes after the import of this package, the operators are
+registered on the first call of one of this package's functions with a tensor subclass.
+(``torch.ops.rope`` called before that raises DTensor's NotImplementedError: no sharding strategy.)
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""The operators of ``torch.ops``, called by position as those of ``_C`` are.
+"""The operators of ``torch.ops``, called with positional arguments like those of ``_C``.
 
-A compiler, a tensor subclass or a mode sees these calls. Those of ``_C`` are quicker, but Python
-does not see them.
+Compilers, tensor subclasses and modes see these calls. The functions of ``_C`` are faster, but
+Python code cannot intercept them.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def _by_position(name: str) -> Callable[..., Any]:
         options = dict(zip(keywords, values[num_tensors:], strict=True))
         if is_compiling():
             if any(type(value) not in (Tensor, NoneType) for value in values[:num_tensors]):
-                register_with_dtensor()  # Here alone: the compiler guards on what it looks at.
+                register_with_dtensor()  # Only here: the compiler guards on what this reads.
             angles = values[num_rotated:num_tensors]
             return call_traced(name, values[:num_rotated], angles, options)
         for argument, value in zip(arguments, values[:num_tensors], strict=False):
