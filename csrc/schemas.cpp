@@ -3,15 +3,13 @@
 // apply, apply_cos_sin and their siblings, whose schemas follow from rotate_operators.h and
 // options.h:
 //
-// - x: the tensor to rotate; q and k: two tensors, rotated by the same angles. Any shape of at
-// least
-//   one dimension, any strides; float64, float32, float16 or bfloat16. Operators whose name ends in
-//   _ work in place and return nothing: torch.compile does not support schemas that return a
-//   mutated argument.
-// - positions: int32, int64, float32 or float64; broadcast with the shape of x without
-// embedding_axis,
-//   after a leading dimension of size A where inv_freq is (A, N). For tables: int32 or int64, rows
-//   of the (P, N) tables.
+// - x: the tensor to rotate; q and k: two tensors, rotated by the same angles. Any shape with a
+//   dimension, any strides; float64, float32, float16 or bfloat16. Operators whose name ends in _
+//   work in place and return nothing: torch.compile does not support schemas that return a mutated
+//   argument.
+// - positions: int32, int64, float32 or float64. They broadcast with the shape of x without
+//   embedding_axis, after a leading dimension of size A where inv_freq is (A, N). For tables: int32
+//   or int64, rows of the (P, N) tables.
 // - inv_freq: (N) or (A, N), float32 or float64, radians per unit of position.
 // - cos, sin: tables of shape (..., N), where (...) broadcasts with the shape of x without
 //   embedding_axis; (P, N) with positions; 2 N columns with full_width.
@@ -19,9 +17,8 @@
 //
 // _angle_gradient and _cos_sin_gradient, the sums that gradients need (gradient_sums.h):
 //
-// - grads, xs, ys: gradients of the outputs of one or two rotations, with their inputs xs or
-// outputs
-//   ys. The sums of two are added.
+// - grads, xs, ys: gradients of the outputs of one or two rotations, and their inputs xs or their
+//   outputs ys. The sums of two are added.
 // - sizes: of the sums, (tokens..., N), or (tokens..., 2 N) with full_width.
 // - factors, dim: the result is (sums * factors).sum(dim); dim counts from the end.
 // - rows, num_rows: each token's sum is added to the row of a (num_rows, N) result that it names,
@@ -32,9 +29,8 @@
 // The others, which scripted and compiled programs reach through rope/frequencies.h, positions.h
 // and weights.h:
 //
-// - seq_len: the length to form frequencies for, a 0-d tensor; or the number of tokens that all
-// ranks
-//   share.
+// - seq_len: the length to form frequencies for, a 0-d tensor; or the number of tokens of all
+//   ranks together.
 // - rope_theta, factor, max_position_embeddings: as in Hugging Face's configurations.
 // - dtype: of the frequencies, float32 or float64.
 // - cu_seqlens: (B + 1), int32 or int64, where packed sequences begin and the last one ends.
