@@ -14,6 +14,7 @@
 #include "angle.h"
 #include "checks.h"
 #include "last_results.h"
+#include "options.h"
 
 namespace rope {
 
@@ -85,9 +86,7 @@ class LaunchBuilder {
  public:
   LaunchBuilder(const Call& call, std::int64_t rotary_dim) : call_(call) {
     launch_.num_pairs = rotary_dim / 2;
-    launch_.rotary_offset = call.options.rotary_offset;
-    launch_.interleaved = call.options.interleaved;
-    launch_.conjugate = call.options.conjugate;
+    copy_options(call.options, launch_);
     launch_.uses_tables = call.uses_tables;
     if (call.uses_tables) {
       set_tables();
@@ -138,12 +137,11 @@ class LaunchBuilder {
     const auto& inv_freq = call_.options.inv_freq;
     const bool has_axes = inv_freq.has_value() && inv_freq->dim() == 2;
     PositionAngles& angles = launch_.position_angles;
+    copy_options(call_.options, angles);
     angles.positions = positions.const_data_ptr();
     angles.positions_dtype = positions.scalar_type();
     angles.num_axes = has_axes ? static_cast<int>(inv_freq->size(0)) : 1;
     angles.positions_axis_stride = has_axes ? positions.stride(0) : 0;
-    angles.scale_factor = call_.options.scale_factor;
-    angles.attention_factor = call_.options.attention_factor;
     if (inv_freq.has_value()) {
       angles.inv_freq = inv_freq->const_data_ptr();
       angles.inv_freq_dtype = inv_freq->scalar_type();
@@ -153,7 +151,6 @@ class LaunchBuilder {
       angles.inv_freq_dtype = at::kDouble;
       angles.wavelength_frequencies =
           wavelength_frequencies(call_.options.max_wavelength, rotary_dim);
-      angles.max_wavelength = call_.options.max_wavelength;
     }
     add_token_dims(positions, has_axes ? 1 : 0, positions.dim(), positions);
   }
@@ -162,10 +159,10 @@ class LaunchBuilder {
     const at::Tensor& cos = call_.cos;
     const at::Tensor& sin = call_.sin;
     TableAngles& angles = launch_.table_angles;
+    copy_options(call_.options, angles);
     angles.cos = cos.const_data_ptr();
     angles.sin = sin.const_data_ptr();
     angles.dtype = cos.scalar_type();
-    angles.full_width = call_.options.full_width;
     angles.cos_stride = cos.stride(-1);
     angles.sin_stride = sin.stride(-1);
     if (call_.positions.defined()) {

@@ -16,6 +16,7 @@
 #include "cuda/rotate_kernel.h"
 #include "cuda/sum_kernel.h"
 #include "launch.h"
+#include "options.h"
 #include "unsupported_dtype.h"
 
 namespace rope::cuda {
@@ -147,7 +148,7 @@ RotateParams<Index> rotate_params(const Launch& launch, const Plan& plan, const 
   params.blocks = device_blocks<Index>(plan.blocks);
   params.operands = device_operands<Index>(launch);
   params.angles.source = angle_source(launch);
-  params.angles.conjugate = launch.conjugate;
+  copy_options(launch, params.angles);
   if (launch.uses_tables) {
     params.angles.table_angles = launch.table_angles;
     if (launch.table_angles.rows != nullptr) {
@@ -166,8 +167,12 @@ RotateParams<Index> rotate_params(const Launch& launch, const Plan& plan, const 
 
 template <typename Index>
 SumParams<Index> sum_params(const Launch& launch, const Plan& plan, const Sums& sums) {
-  return {device_blocks<Index>(plan.blocks), device_operands<Index>(launch), launch.conjugate,
-          sums};
+  SumParams<Index> params{};
+  params.blocks = device_blocks<Index>(plan.blocks);
+  params.operands = device_operands<Index>(launch);
+  params.sums = sums;
+  copy_options(launch, params);
+  return params;
 }
 
 }  // namespace rope::cuda
