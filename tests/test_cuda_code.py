@@ -1,4 +1,4 @@
-"""The machine code of the CUDA kernels, read from the built library: no GPU is needed."""
+"""The machine code of the CUDA kernels, read from the built library. Needs no GPU."""
 
 import re
 import shutil
@@ -11,18 +11,18 @@ from typing import NamedTuple
 import pytest
 import torch_rope
 
-# Elements of 16 bytes, and pairs that a thread of each kernel has at a time.
+# Elements in 16 bytes, which is also the number of pairs in a thread's column.
 PAIRS_OF_A_VECTOR = {"c10::BFloat16": 8, "c10::Half": 8, "float": 4, "double": 2}
 
-# Processors have 65,536 registers. csrc/cuda has blocks of at most 256 threads, 2 to a processor,
-# for usual calls 4 (3 on 10.0 and later); where rows are few, of 128 threads, 4 to a processor.
+# An SM has 65,536 registers. Blocks have at most 256 threads, 2 blocks per SM, or 4 for usual calls
+# (3 on 10.0 and later). For few rows they have 128 threads, 4 blocks per SM.
 MOST_REGISTERS = 128
 MOST_REGISTERS_OF_USUAL_CALLS = {"sm_80": 64, "sm_90": 64}
 MOST_REGISTERS_OF_USUAL_CALLS_LATER = 80
 
 
 class Kernel(NamedTuple):
-    """What tells a kernel from the others."""
+    """What identifies a kernel."""
 
     work: str  # "rotate", "rotate_few_rows" or "sum"; "scatter" or "groups"
     dtype: str
@@ -43,13 +43,13 @@ class Kernel(NamedTuple):
 
     @property
     def first_loads(self) -> int:
-        """How many vectors of rows a thread asks for before it uses the first."""
+        """How many vectors of rows a thread loads before it uses the first."""
         rows = 2
         return rows * (4 if self.work == "sum" else 2)  # a sum's rows have gradients too
 
     @property
     def is_usual(self) -> bool:
-        """Whether most calls take it: one cosine a pair, few dimensions, no float64."""
+        """Whether most calls use it: one cosine per pair, few dimensions, no float64."""
         return (
             self.work == "rotate"
             and self.dtype != "double"
@@ -60,7 +60,7 @@ class Kernel(NamedTuple):
 
 @cache
 def cuobjdump(*options: str) -> str:
-    """Runs cuobjdump, of a toolkit or of Triton, on the library; skips where there is none."""
+    """Runs cuobjdump, from a toolkit or from Triton, on the library; skips if there is none."""
     if not torch_rope._C.has_cuda:
         pytest.skip("torch-rope was built without its CUDA kernels")
     tool = shutil.which("cuobjdump")
@@ -85,7 +85,7 @@ def architectures() -> tuple[str, ...]:
 
 
 def kernel_of(name: str) -> Kernel:
-    """Returns which kernel a mangled name is."""
+    """Returns the kernel of a mangled name."""
     if found := re.search(r"\d(scatter|groups)_kernelI([fd])E", name):
         return Kernel(found[1], "float" if found[2] == "f" else "double")
     found = re.search(
@@ -141,7 +141,7 @@ def count(code: Counter[str], operation: str, modifier: str = "") -> int:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Runs a test for each architecture that the library should have, or does."""
+    """Runs a test for each architecture that the library should have code for."""
     if "architecture" in metafunc.fixturenames:
         metafunc.parametrize("architecture", ("sm_80", "sm_90", "sm_100", "sm_120"))
 
@@ -192,12 +192,12 @@ def test_every_kernel_leaves_registers_for_the_blocks_planned(architecture: str)
 
 
 def test_parameters_are_read_as_constants(architecture: str) -> None:
-    """A reference to a part of them that is not known beforehand would be read by LD, slowly."""
+    """Parameters selected by a reference at run time would be read by LD, which is slow."""
     for kernel, code in instructions(architecture).items():
         assert count(code, "LD") == count(code, "ST") == 0, kernel
 
 
-def test_rows_are_loaded_and_stored_by_16_bytes(architecture: str) -> None:
+def test_rows_are_loaded_and_stored_16_bytes_at_a_time(architecture: str) -> None:
     for kernel, lines in listings(architecture).items():
         if not kernel.has_vectors:
             continue
@@ -206,7 +206,7 @@ def test_rows_are_loaded_and_stored_by_16_bytes(architecture: str) -> None:
         assert all(name.endswith(".128") for name in rows), kernel
 
 
-def test_rows_leave_the_caches_first(architecture: str) -> None:
+def test_rows_are_loaded_and_stored_by_streaming_accesses(architecture: str) -> None:
     for kernel, code in instructions(architecture).items():
         if not kernel.has_rows:
             continue
@@ -215,25 +215,25 @@ def test_rows_leave_the_caches_first(architecture: str) -> None:
             assert count(code, "STG", "EF") == count(code, "STG") > 0, kernel
 
 
-def test_the_first_rows_are_asked_for_before_any_of_them_is_used(architecture: str) -> None:
+def test_the_first_rows_are_loaded_before_any_of_them_is_used(architecture: str) -> None:
     for kernel, lines in listings(architecture).items():
         if not kernel.has_vectors:
             continue
         is_row = re.compile(r"LDG\.E\.EF\S*\.128")
         loads = [i for i, line in enumerate(lines) if is_row.match(line)][: kernel.first_loads]
-        on_their_way: set[int] = set()
+        in_flight: set[int] = set()
         for line in lines[loads[0] : loads[-1] + 1]:
             registers = [int(number) for number in re.findall(r"\bR(\d+)\b", line)]
-            assert on_their_way.isdisjoint(registers), (kernel, line)
+            assert in_flight.isdisjoint(registers), (kernel, line)
             if is_row.match(line):
-                on_their_way.update(range(registers[0], registers[0] + 4))
+                in_flight.update(range(registers[0], registers[0] + 4))
 
 
-def test_tensors_are_touched_only_after_the_kernels_in_front(architecture: str) -> None:
-    """Before griddepcontrol.wait only frequencies may be read, which no kernel in front writes."""
+def test_tensors_are_accessed_only_after_the_previous_kernels(architecture: str) -> None:
+    """Before griddepcontrol.wait only frequencies may be read: no previous kernel writes them."""
     can_wait = int(re.sub(r"\D", "", architecture)) >= 90
     for kernel, lines in listings(architecture).items():
-        if not kernel.has_rows:  # They do not start early.
+        if not kernel.has_rows:  # These do not start early.
             continue
         waits = [i for i, line in enumerate(lines) if line.startswith("ACQBULK")]
         starts = [i for i, line in enumerate(lines) if line.startswith("PREEXIT")]

@@ -1,4 +1,4 @@
-// Calls as the operators make them, and what a CUDA device would be given for them.
+// Calls as the operators make them, and the launches and plans of a CUDA device for them.
 #pragma once
 
 #include <functional>
@@ -47,7 +47,7 @@ inline Call apply_cos_sin(const at::Tensor& cos, const at::Tensor& sin,
 
 using VisitPlan = std::function<void(const rope::Launch&, const rope::cuda::Plan&)>;
 
-// Visits each kernel that the call would start, in order.
+// Visits each kernel that the call would launch, in order.
 inline void for_each_plan(const rope::Call& call, const rope::Outputs& outputs,
                           const VisitPlan& visit, std::int64_t few_rows = rope::cuda::kFewRows) {
   rope::check(call);

@@ -1,4 +1,4 @@
-// The threads of the CUDA kernels, run on the host, and tensors to run them on.
+// Runs the threads of the CUDA kernels on the host, and makes tensors to run them on.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -15,10 +15,10 @@
 
 namespace host {
 
-// Elements around a tensor that nothing may write.
+// Elements on each side of a tensor that nothing may write.
 constexpr std::int64_t kGuard = 64;
 
-// How the threads of a launch are run; all ways must give the same bits.
+// How the threads of a launch are run. The bits must not depend on it.
 struct Running {
   bool last_thread_first = false;  // in each phase, and the last block first
   bool index_is_64bit = false;     // also where 32 bits are enough
@@ -26,7 +26,7 @@ struct Running {
 };
 
 // Runs every thread of the blocks [first_block, last_block), counted over both dimensions of the
-// grid: all threads of a block through one phase, then all through the next, as a barrier has them.
+// grid. All threads of a block run one phase before the next, as between barriers.
 template <typename Thread, typename BeginBlock, typename... Phases>
 void run_blocks(const typename Thread::Params& params, const rope::cuda::Plan& plan,
                 std::int64_t first_block, std::int64_t last_block, const Running& running,
@@ -54,7 +54,7 @@ void run_blocks(const typename Thread::Params& params, const rope::cuda::Plan& p
   }
 }
 
-// Shared memory of a block: NaN, so that nothing is used that was not put there; and guarded.
+// Shared memory of a block, filled with NaN to expose uninitialized reads, and guarded.
 template <typename Thread>
 class SharedMemory {
  public:
@@ -84,7 +84,7 @@ class SharedMemory {
   Real* memory_;
 };
 
-// All that is in the storage of x.
+// The whole storage of x.
 inline at::Tensor storage_of(const at::Tensor& x) {
   return at::empty({0}, x.options()).set_(x.storage());
 }
@@ -93,7 +93,7 @@ inline at::Tensor with_storage(const at::Tensor& flat, const at::Tensor& like) {
   return flat.as_strided(like.sizes(), like.strides(), like.storage_offset());
 }
 
-// A view of the given strides into a larger buffer of random numbers.
+// A view with the given strides of a larger buffer of random numbers.
 inline at::Tensor strided_values(at::IntArrayRef sizes, at::IntArrayRef strides,
                                  std::int64_t offset = 0, at::ScalarType dtype = at::kFloat) {
   std::int64_t reach = offset + 1;
@@ -112,7 +112,7 @@ void for_each_dtype(const Run& run) {
   }
 }
 
-// The two orders of pairs and the two directions.
+// Both orders of pairs and both directions.
 template <typename Run>
 void for_each_form(const Run& run) {
   for (const bool interleaved : {false, true}) {

@@ -34,8 +34,8 @@ class Draw {
   std::mt19937_64 random_;
 };
 
-// Numbers like those of `values`, in memory of any order of dimensions, with gaps and steps,
-// aligned or not, and some dimensions expanded.
+// A copy of `values` with random strides: permuted, with gaps and steps, aligned or not, and with
+// some dimensions expanded.
 inline at::Tensor in_any_layout(Draw& draw, const at::Tensor& values) {
   const std::int64_t dims = values.dim();
   if (dims == 0 || draw.one_in(4)) {
@@ -77,7 +77,7 @@ inline at::Tensor in_any_layout(Draw& draw, const at::Tensor& values) {
   return result;
 }
 
-// The sizes of two tensors without their embedding axis, and of what makes their angles.
+// The sizes of two tensors without their embedding axis, and of their positions or tables.
 struct Shapes {
   Sizes q, k, tokens;
 };
@@ -85,7 +85,7 @@ struct Shapes {
 inline Shapes random_shapes(Draw& draw) {
   Shapes shapes;
   const std::int64_t dims = draw.between(0, 4);
-  // One dimension is long now and then: blocks of several tokens, and rows cut into groups.
+  // Sometimes one dimension is long: blocks of several tokens, and rows divided into groups.
   const std::int64_t long_dim = draw.one_in(3) ? draw.between(0, 3) : -1;
   for (std::int64_t d = 0; d < dims; ++d) {
     shapes.q.push_back(d == long_dim ? draw.one_of({33, 70, 300, 700}) : draw.between(1, 4));
@@ -109,13 +109,13 @@ inline Sizes with_dim(Sizes sizes, std::int64_t size, std::int64_t axis) {
   return sizes;
 }
 
-// Of an axis that both q and k have, counted from the end.
+// An axis of both q and k, counted from the end.
 inline std::int64_t random_axis(Draw& draw, const Shapes& shapes) {
   const auto most = static_cast<std::int64_t>(std::min(shapes.q.size(), shapes.k.size())) + 1;
   return draw.one_in(2) ? -1 : -draw.between(1, most);
 }
 
-// What of an axis is rotated: in half of all calls whole vectors, and whole vectors around it.
+// The rotated slice. In half of all calls it and the elements outside it are whole vectors.
 struct RandomSlice {
   explicit RandomSlice(Draw& draw) : step(draw.one_of({1, 8})) {
     num_pairs = draw.one_in(20) ? 0 : draw.one_in(20) ? 264 : length(draw, 1, 24);

@@ -1,5 +1,5 @@
-// The rotation in float64, written plainly from its formula, and the error that an output may have.
-// It shares no code with the library; from rope/rope.h it has the structs of the options.
+// The rotation in float64, straight from its formula, and the error allowed in an output. Shares no
+// code with the library but the option structs of rope/rope.h.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -23,13 +23,13 @@ inline constexpr double kFloat32Error = 0x1p-21;
 inline constexpr double kFloat64ErrorOfTables = 4 * 0x1p-53;
 // cos and sin are within 1e-12, which moves a pair of norm 1 by at most sqrt(2) times that.
 inline constexpr double kFloat64Error = 1.4143e-12 + kFloat64ErrorOfTables;
-// An exponent, a power, a quotient and a product with a position, each rounded to float64, in an
-// order that the formula leaves open.
+// An exponent, a power, a quotient and a product with a position, each rounded to float64, in any
+// order.
 inline constexpr double kErrorOfFormedAngle = 0x1p-51;
 
 struct Expected {
   at::Tensor values;     // float64
-  at::Tensor tolerance;  // before rounding to the dtype; 0 where an element must come out as it is
+  at::Tensor tolerance;  // before rounding to the dtype; 0 for elements that are copied
 };
 
 // Where the pairs of x are.
@@ -39,13 +39,12 @@ struct Slice {
   bool interleaved;
 };
 
-// What turns the first element of each pair, and the second.
+// The cosines and sines for the first element of each pair, and for the second.
 struct Angles {
   at::Tensor cos_a, sin_a, cos_b, sin_b;
 };
 
-// Angles and error have one column for each
-// pair, and broadcast with x without the embedding axis.
+// Angles and error have one column per pair, and broadcast with x without the embedding axis.
 inline Expected rotate(const at::Tensor& x, const Angles& angle, const at::Tensor& error,
                        const Slice& slice) {
   const std::int64_t num_pairs = angle.cos_a.size(-1);
@@ -150,7 +149,7 @@ inline Expected apply_cos_sin(const at::Tensor& x, const at::Tensor& cos, const 
   return rotate(x, angle, at::full_like(cos_a, error_of_tables), slice);
 }
 
-// The most that rounding a number of this magnitude to the dtype can change it.
+// The largest error of rounding a number of this magnitude to the dtype.
 inline at::Tensor half_ulp(const at::Tensor& magnitude, at::ScalarType dtype) {
   double epsilon = std::numeric_limits<double>::epsilon();
   double smallest = std::numeric_limits<double>::min();

@@ -1,6 +1,5 @@
-// Runs a package of AOTInductor: run_package MODEL.pt2 INPUTS OUTPUTS, where the last two are lists
-// of tensors, as torch.save writes them. The program names nothing of the library: it only links to
-// it.
+// Runs an AOTInductor package: run_package MODEL.pt2 INPUTS OUTPUTS, where the last two are lists
+// of tensors written by torch.save. References no symbol of the library, only links to it.
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/serialize.h>
 

@@ -28,7 +28,7 @@ const c10::FunctionSchema& schema_of(const std::string& name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(("rope::" + name).c_str(), "").schema();
 }
 
-// The members of the options by the names that the schemas give them.
+// The members of the options, by their names in the schemas.
 std::map<std::string, c10::IValue> members(const rope::ApplyOptions& options) {
   return {{"inv_freq", options.inv_freq},
           {"embedding_axis", options.embedding_axis},
@@ -48,7 +48,7 @@ std::map<std::string, c10::IValue> members(const rope::CosSinOptions& options) {
           {"full_width", options.full_width}};
 }
 
-// The arguments of a schema that have a default, with it.
+// The arguments of a schema that have a default, and the default.
 std::map<std::string, c10::IValue> defaults(const c10::FunctionSchema& schema) {
   std::map<std::string, c10::IValue> result;
   for (const c10::Argument& argument : schema.arguments()) {
@@ -272,7 +272,7 @@ TEST(ApplyCosSin, RotatesPairsAndInPlaceAlike) {
   EXPECT_TRUE(same_bits(k, k_expected));
 }
 
-// That a call throws exactly this, of exactly this kind.
+// Expects a call to throw exactly this message, as exactly this type.
 template <typename Error>
 void expect_error(const std::function<void()>& call, const std::string& message) {
   try {
@@ -372,7 +372,7 @@ TEST(Errors, TellThatATensorIsMissing) {
   expect([&] { rope::apply_(none, at::arange(7)); }, "rope::apply_(): expected x");
   expect([&] { rope::apply_cos_sin(x, none, table); }, "rope::apply_cos_sin(): expected cos");
   expect([&] { rope::apply_cos_sin(x, table, none); }, "rope::apply_cos_sin(): expected sin");
-  // Without any tensor the dispatcher finds no operator to ask.
+  // Without a defined tensor the dispatcher has no key to dispatch on.
   EXPECT_THROW(rope::apply(none, none), c10::Error);
   EXPECT_THROW(rope::apply_cos_sin_qk_(none, none, none, none), c10::Error);
 }

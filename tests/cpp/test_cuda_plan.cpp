@@ -1,5 +1,4 @@
-// How launches are cut into blocks for a CUDA device. No memory is touched: addresses are
-// made up.
+// How launches are divided into blocks. No memory is accessed: the addresses are made up.
 #include <cmath>
 #include <numbers>
 
@@ -16,13 +15,13 @@ using rope::cuda::Plan;
 constexpr std::int64_t kMostBlocks = (std::int64_t{1} << 31) - 1;  // of a grid's first dimension
 constexpr std::int64_t kGiga = std::int64_t{1} << 30;
 
-// Where tensors seem to lie, far from each other: multiples of 2 MiB.
+// Addresses of fake tensors, far apart, multiples of 2 MiB.
 constexpr std::int64_t kInput = std::int64_t{1} << 40;
 constexpr std::int64_t kKey = std::int64_t{1} << 39;
 constexpr std::int64_t kOutput = std::int64_t{1} << 41;
 constexpr std::int64_t kPositions = std::int64_t{1} << 42;
 
-// A tensor that looks like one of a device.
+// A tensor without memory.
 at::Tensor fake(at::IntArrayRef sizes, at::ScalarType dtype = at::kBFloat16,
                 std::int64_t address = kInput, at::OptionalIntArrayRef strides = std::nullopt) {
   std::vector<std::int64_t> contiguous(sizes.size(), 1);
@@ -60,7 +59,7 @@ Call by_tokens(std::int64_t tokens, const rope::ApplyOptions& options = {}) {
 TEST(CudaPlan, ParametersAreSmall) {
   EXPECT_LE(sizeof(rope::cuda::RotateParams<std::int32_t>), 512);
   EXPECT_LE(sizeof(rope::cuda::SumParams<std::int32_t>), 512);
-  // What every device takes.
+  // The limit of every device.
   EXPECT_LE(sizeof(rope::cuda::RotateParams<std::int64_t>), 4096);
   EXPECT_LE(sizeof(rope::cuda::SumParams<std::int64_t>), 4096);
 }
@@ -74,7 +73,7 @@ TEST(CudaPlan, IsOneLaunchForAPairOfDifferentHeads) {
   EXPECT_EQ(one.blocks.columns, 8);  // 8 pairs of bfloat16 are two 16-byte vectors.
 }
 
-// The shapes that were measured on an H200 (benchmarks/results/2026-11-27-nvidia-h200.md).
+// The shapes measured on an H200 (benchmarks/results/2026-11-27-nvidia-h200.md).
 TEST(CudaPlan, HasTheBlocksThatWereMeasured) {
   struct Case {
     std::int64_t tokens;
@@ -246,7 +245,7 @@ TEST(CudaPlan, IsOneLaunchForAnyNumberOfPairs) {
   EXPECT_EQ(plan(host::apply_cos_sin(table, table).on(x)).blocks.rotated_columns, 2048 / 8);
 }
 
-// Whether the blocks of a plan have every token, column and row, within the limits of a card.
+// Whether the blocks cover every token, column and row, within the limits of the hardware.
 void expect_complete(const Plan& some, std::int64_t tokens, std::int64_t rows) {
   const auto& blocks = some.blocks;
   const std::int64_t groups = blocks.column_groups.divisor;
@@ -281,7 +280,7 @@ TEST(CudaPlan, StaysWithinTheGridUpTo2To33Elements) {
             }
             const at::Tensor x = fake({tokens, heads, size}, dtype, kInput + offset);
             expect_complete(plan(by_tokens(tokens).on(x)), tokens, heads);
-            // One token, and so many rows.
+            // One token with all rows.
             const Call one_token = host::apply(fake({}, at::kLong, kPositions));
             expect_complete(plan(one_token.on(x)), 1, tokens * heads);
             // Threads along tokens, and along heads.
@@ -339,7 +338,7 @@ TEST(CudaPlan, CountsIn64BitsWhereDimensionsAreMany) {
     return plan(host::apply(p).on(fake({2, 3, 4, 5, 64}, at::kBFloat16, kInput, strides)))
         .index_is_64bit;
   };
-  // Two dimensions of tokens, or two of rows, are described with 32-bit indices.
+  // With 32-bit indices, tokens and heads may have two dimensions each.
   EXPECT_FALSE(index_is_64bit({2, 3, 4, 5}, {{3840, 1280, 320, 64, 1}}));
   EXPECT_FALSE(index_is_64bit({2, 1, 4, 1}, {{3840, 1280, 320, 64, 1}}));
   EXPECT_TRUE(index_is_64bit({2, 3, 4, 5}, {{38400, 8000, 640, 64, 1}}));
@@ -378,7 +377,7 @@ TEST(CudaPlan, LaysThreadsAlongContiguousMemory) {
   EXPECT_EQ(columns.block_x, 32);
 }
 
-// The bytes that the threads of a plan load, and store again, by its own count.
+// The bytes that the threads of a plan load, which are also those they store.
 std::int64_t bytes_of(const Plan& plan, at::ScalarType dtype) {
   const std::int64_t pairs = plan.uses_vectors ? rope::cuda::vector_elements(dtype) : 1;
   return plan.blocks.tokens * plan.blocks.rows * plan.blocks.columns * 2 * pairs *
@@ -416,7 +415,7 @@ TEST(CudaPlan, MovesEachElementOnceWithinTheLimitsOfACard) {
 }
 
 TEST(CudaPlan, HasSharedMemoryWithoutAsking) {
-  // 48 KiB are a block's without an attribute of the kernel.
+  // A block may use 48 KiB without setting an attribute of the kernel.
   for (const at::ScalarType dtype : {at::kDouble, at::kFloat, at::kBFloat16}) {
     for (const std::int64_t size : {2, 16, 64, 80, 128, 512, 4096, 65536}) {
       for (const std::int64_t heads : {1, 5, 8, 40, 1000}) {
@@ -446,7 +445,7 @@ TEST(CudaPlan, HasSharedMemoryWithoutAsking) {
   }
 }
 
-// The plan of the sums of x and a gradient, by tokens (tokens..., N).
+// The plan for sums of x and a gradient; sizes is (tokens..., N).
 Plan sum_plan(const at::Tensor& grad, const at::Tensor& x, at::IntArrayRef sizes,
               const rope::CosSinOptions& options = {}) {
   const at::Tensor like_sums =
@@ -509,7 +508,7 @@ TEST(CudaSumPlan, CountsIn64BitsExactlyWhereSomeOffsetNeedsThem) {
   };
   EXPECT_FALSE(index_is_64bit(2 * kGiga - 1 - 191));
   EXPECT_TRUE(index_is_64bit(2 * kGiga - 191));
-  // More rows, and more sums, than 32 bits count.
+  // Too many rows, or sums, for 32 bits.
   const std::vector<std::int64_t> sizes = {2 * kGiga, 2};
   const at::Tensor still = fake(sizes, at::kBFloat16, kInput, {{0, 1}});
   EXPECT_TRUE(sum_plan(still, still, {1}).index_is_64bit);

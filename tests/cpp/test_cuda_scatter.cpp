@@ -1,5 +1,5 @@
-// What is made of the sums that gradients take: the operators of csrc/gradients.cpp as a CUDA
-// device would run them, with every thread of the kernels run on the host.
+// Adding sums up to gradients (csrc/gradient_sums.cpp), with every thread of the CUDA kernels run
+// on the host.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
@@ -72,7 +72,7 @@ void run_scatter(const TableSums& sums, const Running& running = {}) {
 
 }  // namespace
 
-// In the place of csrc/cuda/scatter.cu.
+// Replaces csrc/cuda/scatter.cu.
 namespace rope::cuda {
 
 void scatter_rows(const TableSums& sums, int) { run_scatter(sums); }
@@ -81,7 +81,7 @@ void scatter_rows(const TableSums& sums, int) { run_scatter(sums); }
 
 namespace {
 
-// Sums of one table or of two, and which rows the tokens name.
+// Sums of one or two tables, and the row index of each token.
 struct Case {
   std::vector<at::Tensor> sums;  // (groups, tokens, columns)
   at::Tensor rows;               // undefined: token t has row t
@@ -304,7 +304,7 @@ Tables table_gradients(const Slice& of, const std::optional<at::Tensor>& rows,
                            rows, num_rows, dtype, output_mask);
 }
 
-// q and k of a few tokens, which a launch cuts into groups of rows, or of more.
+// q and k. With few tokens, a launch divides the rows into groups.
 Slice q_and_k(std::int64_t tokens, std::int64_t batch, at::ScalarType dtype, bool full_width) {
   const auto values = [&](std::int64_t heads, int seed) {
     return random_values({batch, tokens, heads, 16}, dtype, seed);
@@ -315,7 +315,7 @@ Slice q_and_k(std::int64_t tokens, std::int64_t batch, at::ScalarType dtype, boo
           full_width};
 }
 
-// Sums of so many products, which the device and ATen add in different orders.
+// Up to the rounding of sums, which the device and ATen add in different orders.
 void expect_close(const at::Tensor& actual, const at::Tensor& wanted, at::ScalarType of_x) {
   ASSERT_EQ(actual.scalar_type(), wanted.scalar_type());
   ASSERT_EQ(actual.sizes(), wanted.sizes());

@@ -1,5 +1,5 @@
-// The sums that gradients of cosines, sines and angles take: the operators of csrc/gradients.cpp as
-// a CUDA device would run them, with every thread of the kernel run on the host.
+// The sums for gradients of cosines, sines and angles (csrc/gradient_sums.cpp), with every thread
+// of the CUDA kernel run on the host.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
@@ -49,7 +49,7 @@ void run_sums(const Launch& launch, const Sums& sums, const Running& running = {
 
 }  // namespace
 
-// In the place of csrc/cuda/sum.cu.
+// Replaces csrc/cuda/sum.cu.
 namespace rope::cuda {
 
 bool has_kernels() { return true; }
@@ -84,11 +84,11 @@ struct Arguments {
 };
 
 struct Result {
-  at::Tensor cos;  // undefined where it is not asked for
+  at::Tensor cos;  // undefined if not requested
   at::Tensor sin;
 };
 
-// Calls an operator as it is for a device, on tensors of the CPU.
+// Calls the kernel of an operator for a device, on CPU tensors.
 template <typename Output, typename... Rest>
 Output call(const char* name, const Arguments& arguments, c10::DispatchKey key, Rest... rest) {
   const reference::Slice& slice = arguments.slice;
@@ -117,7 +117,7 @@ Result call_angle(const Arguments& arguments, c10::DispatchKey key = c10::Dispat
                                               {}, std::nullopt)};
 }
 
-// The launch by which the sums of a call are found.
+// Visits the launch of the sums of a call.
 void for_each_launch(const Arguments& arguments, const std::function<void(const Launch&)>& visit) {
   const reference::Slice& slice = arguments.slice;
   const auto real = at::toOpMathType(arguments.x.scalar_type());
@@ -136,7 +136,7 @@ void for_each_launch(const Arguments& arguments, const std::function<void(const 
   }
 }
 
-// The sums by the threads of one launch, written between guards that stay as they were.
+// The sums by the threads of one launch, written between guards.
 Result run_guarded(const Arguments& arguments, const Running& running) {
   const auto real = at::toOpMathType(arguments.x.scalar_type());
   const std::int64_t numel = c10::multiply_integers(arguments.sizes);
@@ -175,14 +175,14 @@ Result run_guarded(const Arguments& arguments, const Running& running) {
 
 struct Expected {
   at::Tensor value;      // float64
-  at::Tensor magnitude;  // the sum of what is added, without signs
+  at::Tensor magnitude;  // the sum of the absolute values
 };
 
 Expected operator+(const Expected& left, const Expected& right) {
   return {left.value + right.value, left.magnitude + right.magnitude};
 }
 
-// The sums of one tensor by their formula, of cosines and of sines.
+// The sums of one tensor by their formula, for cosines and for sines.
 std::pair<Expected, Expected> formula(const Arguments& arguments, const at::Tensor& grad,
                                       const at::Tensor& x) {
   const reference::Slice& slice = arguments.slice;
@@ -227,7 +227,7 @@ std::pair<Expected, Expected> formula(const Arguments& arguments) {
   return {of_x.first + of_k.first, of_x.second + of_k.second};
 }
 
-// Each addition rounds once, here and in the formula.
+// Each addition rounds once, in the kernel and in the formula.
 testing::AssertionResult is_sum(const at::Tensor& actual, const Expected& expected,
                                 const Arguments& arguments) {
   const auto real = at::toOpMathType(arguments.x.scalar_type());
@@ -255,8 +255,8 @@ void expect_same_bits(const Result& actual, const Result& wanted, const std::str
   }
 }
 
-// All that must hold for every call: the sums are right, the inputs stay as they were, and the same
-// bits come out however the threads are run.
+// What must hold for every call: the sums are right, the inputs are unchanged, and the bits do not
+// depend on how the threads are run.
 void expect_right(const Arguments& arguments) {
   const at::Tensor grad_before = storage_of(arguments.grad).clone();
   const at::Tensor x_before = storage_of(arguments.x).clone();

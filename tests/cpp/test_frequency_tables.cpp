@@ -1,4 +1,4 @@
-// Tables of frequencies in device memory, on a device whose uploads complete when a test says so.
+// Tables of frequencies on a fake device, whose uploads complete when a test lets them.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -230,7 +230,7 @@ TEST(FrequencyTables, AreFoundWhileAnotherThreadMakesOne) {
   std::promise<void> may_end;
   tables.device.in_the_next_start = [&] {
     has_begun.set_value();
-    may_end.get_future().wait_for(std::chrono::seconds(10));  // not for ever, if the test fails
+    may_end.get_future().wait_for(std::chrono::seconds(10));  // not forever if the test fails
   };
   std::thread maker([&] { tables.find(0, key_of(1), kValues); });
   has_begun.get_future().wait();
@@ -243,7 +243,7 @@ TEST(FrequencyTables, AreFoundWhileAnotherThreadMakesOne) {
 }
 
 TEST(FrequencyTables, AreRightAndMadeOnceForManyThreads) {
-  // Many devices, so that threads that look for the same table often miss it at the same time.
+  // Many devices, so that threads often miss the same table at the same time.
   constexpr int kDevices = 1000;
   constexpr int kKeys = 2;
   Tables tables;

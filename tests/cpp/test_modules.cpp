@@ -1,5 +1,5 @@
-// Frequencies and layers as a C++ program uses them. That frequencies are right is for
-// tests/test_frequencies.py: Python calls the same functions.
+// Frequencies and layers from C++. tests/test_frequencies.py tests the values: Python calls the
+// same functions.
 #include <gtest/gtest.h>
 #include <torch/nn/modules/activation.h>
 #include <torch/nn/modules/container/functional.h>

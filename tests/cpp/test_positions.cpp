@@ -1,5 +1,5 @@
-// Positions and weights as a C++ program makes them. That they are right is for
-// tests/test_positions.py and test_weights.py: Python calls the same functions.
+// Positions and weights from C++. tests/test_positions.py and test_weights.py test the values:
+// Python calls the same functions.
 #include <gtest/gtest.h>
 
 #include "reference.h"

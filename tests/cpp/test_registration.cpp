@@ -1,5 +1,5 @@
-// A program that names no symbol of the library, only links to it and runs TorchScript: the
-// operators are there.
+// A program that references no symbol of the library, but links to it and runs TorchScript, has the
+// operators.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <gtest/gtest.h>
 #include <torch/csrc/jit/frontend/resolver.h>
@@ -12,7 +12,7 @@
 
 namespace {
 
-// TorchScript's name `rope`, which Python writes torch.ops.rope.
+// `rope` in TorchScript: torch.ops.rope in Python.
 struct Operators : torch::jit::Resolver {
   std::shared_ptr<torch::jit::SugaredValue> resolveValue(
       const std::string& name, torch::jit::GraphFunction& method,
