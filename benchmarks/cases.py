@@ -95,6 +95,7 @@ VARIANTS = (
     Case("", tokens=1365, head_dim=96, variant="D 96"),
     Case("", tokens=512, head_dim=256, variant="D 256"),
     Case("", tokens=20480, q_heads=1, k_heads=1, variant="one head"),
+    Case("", layout="BDS", batch=5, tokens=4096, variant="strided axis"),
     Case("", angles="inv_freq", variant="inv_freq (N)"),
     Case("", angles="axes", variant="inv_freq (3, N)"),
     Case("", angles="tables", variant="tables"),

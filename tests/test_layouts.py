@@ -47,6 +47,44 @@ def test_rotation_keeps_the_strides_of_a_transposed_embedding_axis(device: str) 
     assert torch_rope.apply(x, torch.arange(9, device=device)).stride() == x.stride()
 
 
+def stored(x: Tensor, order: tuple[int, ...], step: int) -> Tensor:
+    """Returns a copy of x whose dimensions are in this order in memory, with steps in the last."""
+    sizes = [x.shape[d] for d in order]
+    buffer = torch.zeros(*sizes[:-1], step * sizes[-1], dtype=x.dtype, device=x.device)
+    copy = buffer[..., ::step].permute([order.index(d) for d in range(x.dim())])
+    return copy.copy_(x)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (3, 0, 1, 2), (1, 3, 2, 0)])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_every_order_of_dimensions_in_memory_gives_the_same_bits(
+    device: str, dtype: torch.dtype, interleaved: bool, order: tuple[int, ...], step: int
+) -> None:
+    shape = [2, 5, 3, 70]
+    shape[order[-1]] = 150 if order[-1] < 3 else 70
+    x = random_values(tuple(shape), dtype, device)
+    positions = torch.arange(shape[1], device=device)[:, None]
+    cos, sin = random_values((2, shape[1], 1, 62), device=device)
+
+    def results(x: Tensor) -> tuple[Tensor, Tensor]:
+        by_position = torch_rope.apply(
+            x, positions, rotary_dim=62, rotary_offset=3, interleaved=interleaved
+        )
+        by_tables = torch_rope.apply_cos_sin(x, cos, sin, interleaved=interleaved, full_width=True)
+        return by_position, by_tables
+
+    expected = results(x)
+    y = stored(x, order, step)
+    for actual, wanted in zip(results(y), expected, strict=True):
+        assert_same_bits(actual, wanted)
+    torch_rope.apply_(y, positions, rotary_dim=62, rotary_offset=3, interleaved=interleaved)
+    assert_same_bits(y, expected[0])
+    pair = torch_rope.apply((stored(x, order, step), x), positions, interleaved=interleaved)
+    assert_same_bits(pair[0], pair[1])
+
+
 def test_rotation_keeps_channels_last(device: str) -> None:
     x = random_values((2, 64, 5, 7), device=device).to(memory_format=torch.channels_last)
     rotated = torch_rope.apply(x, torch.arange(7, device=device), embedding_axis=1)

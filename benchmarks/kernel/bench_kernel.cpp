@@ -90,18 +90,15 @@ void rotate(benchmark::State& state, Kernel kernel, const Case& x) {
 
   const std::int64_t length = padded(launch.num_pairs);
   Aligned<double> cos(kMaxBlockTokens * length), sin(kMaxBlockTokens * length);
-  Aligned<double> angles(length), padded_frequencies(length), row(2 * length);
+  Aligned<double> sums(length), factors(length), row(2 * length);
   std::vector<std::int64_t> token_offsets(kMaxBlockTokens * kTokenArrays);
-  std::vector<std::int64_t> shared_offsets(kSharedChunk * 2);
-  double frequency_sum = 0;
-  const Workspace workspace{
-      cos.data(),          sin.data(), angles.data(),        padded_frequencies.data(),
-      &frequency_sum,      row.data(), token_offsets.data(), shared_offsets.data(),
-      /*may_stream=*/false};
+  std::vector<std::int64_t> head_offsets(kMaxHeads * 2);
+  const Workspace workspace{cos.data(),          sin.data(),          sums.data(),
+                            factors.data(),      row.data(),          token_offsets.data(),
+                            head_offsets.data(), /*may_stream=*/false};
   for ([[maybe_unused]] auto _ : state) {
     for (std::int64_t begin = 0; begin < x.tokens; begin += kMaxBlockTokens) {
-      kernel(launch, workspace,
-             {begin, std::min(begin + kMaxBlockTokens, x.tokens), x.tokens, 0, 1});
+      kernel(launch, workspace, {begin, std::min(begin + kMaxBlockTokens, x.tokens), 0, 1});
     }
   }
   using benchmark::Counter;

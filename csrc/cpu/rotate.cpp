@@ -11,6 +11,10 @@
 
 #include "cpu/kernel.h"
 
+#ifdef __unix__
+#include <unistd.h>
+#endif
+
 namespace rope::cpu {
 
 namespace {
@@ -51,17 +55,28 @@ Kernel choose_kernel(const Launch& launch) {
              : kernels.any_row;
 }
 
-// Cosines and sines of the tokens of one block: few enough to stay in a second-level cache.
+// Cosines and sines of the tokens of one block: a quarter of the smallest L2 of a CPU with AVX2.
 constexpr std::int64_t kBlockBytes = 64 * 1024;
 
 // Elements that are worth a thread of their own: ATen's own number (at::internal::GRAIN_SIZE).
 constexpr std::int64_t kGrainElements = 32768;
 
-// Outputs of more bytes than this are written past the caches. Measured with a last-level cache of
-// 32 MiB, by one thread and by two, with and without a reader that follows, and with the inputs in
-// the caches and not: 10 MiB streamed take up to twice the time, 12.5 MiB as long or less. A
-// constant, since what a virtual machine says of its caches is of no use.
-constexpr std::int64_t kCachedBytes = 12 << 20;
+// Outputs of more bytes than this take non-temporal stores: 3/8 of the last-level cache, which also
+// has the input. What is reported counts up to 96 MiB, the most that cores of one die share.
+// Virtual machines report the caches of all guests: where 260 MiB were reported, results of 8 MiB
+// and more were streamed faster, with a reader that follows.
+std::int64_t streaming_bound() {
+  static const std::int64_t bound = [] {
+    constexpr std::int64_t kMost = 96 << 20;
+    constexpr std::int64_t kAssumed = 32 << 20;
+    std::int64_t bytes = 0;
+#ifdef _SC_LEVEL3_CACHE_SIZE
+    bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+    return (0 < bytes && bytes <= kMost ? bytes : kAssumed) / 8 * 3;
+  }();
+  return bound;
+}
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -106,7 +121,7 @@ Plan plan(const Launch& launch, std::int64_t row_bytes) {
       std::max<std::int64_t>(kGrainElements / std::max<std::int64_t>(elements_per_block, 1), 1);
   const std::int64_t column =
       plan.num_tokens * static_cast<std::int64_t>(c10::elementSize(launch.dtype));
-  plan.may_stream = fresh_per_token * column > kCachedBytes;
+  plan.may_stream = fresh_per_token * column > streaming_bound();
   return plan;
 }
 
@@ -130,19 +145,29 @@ std::byte* thread_memory(std::int64_t bytes) {
   return memory.get();
 }
 
+// Whether vectors run along tokens, whose row of angles has a place for each token of a block.
+bool may_run_along_tokens(const Launch& launch) {
+  for (int i = 0; i < launch.num_operands; ++i) {
+    if (launch.operands[i].in_axis_stride != 1 || launch.operands[i].out_axis_stride != 1) {
+      return true;
+    }
+  }
+  return false;
+}
+
 // The workspace of the thread that asks, each piece of it at a cache line of its own.
 Workspace thread_workspace(const Launch& launch, const Plan& plan, std::int64_t row_bytes) {
-  const std::int64_t frequencies = launch.uses_tables ? 0 : launch.position_angles.num_axes;
-  const std::int64_t row = padded(launch.num_pairs) * static_cast<std::int64_t>(sizeof(double));
+  const bool along_tokens = may_run_along_tokens(launch);
+  const std::int64_t num_factors = launch.uses_tables ? 4 : launch.position_angles.num_axes;
+  const std::int64_t length =
+      std::max(padded(launch.num_pairs), along_tokens ? kMaxBlockTokens : 0);
+  const std::int64_t rows = along_tokens ? padded(plan.block_tokens) : plan.block_tokens;
+  constexpr auto kWide = static_cast<std::int64_t>(sizeof(double));
   const std::int64_t sizes[] = {
-      plan.block_tokens * row_bytes,
-      plan.block_tokens * row_bytes,
-      row,
-      frequencies * row,
-      frequencies * static_cast<std::int64_t>(sizeof(double)),
-      2 * row,
-      plan.block_tokens * kTokenArrays * static_cast<std::int64_t>(sizeof(std::int64_t)),
-      kSharedChunk * 2 * static_cast<std::int64_t>(sizeof(std::int64_t)),
+      rows * row_bytes,      rows * row_bytes,
+      length * kWide,        num_factors * length * kWide,
+      2 * length * kWide,    plan.block_tokens * kTokenArrays * kWide,
+      kMaxHeads * 2 * kWide,
   };
   std::int64_t total = 0;
   std::int64_t begins[std::size(sizes)];
@@ -153,12 +178,11 @@ Workspace thread_workspace(const Launch& launch, const Plan& plan, std::int64_t 
   std::byte* base = thread_memory(total);
   return {base + begins[0],
           base + begins[1],
-          reinterpret_cast<double*>(base + begins[2]),
+          base + begins[2],
           base + begins[3],
-          reinterpret_cast<double*>(base + begins[4]),
-          base + begins[5],
+          base + begins[4],
+          reinterpret_cast<std::int64_t*>(base + begins[5]),
           reinterpret_cast<std::int64_t*>(base + begins[6]),
-          reinterpret_cast<std::int64_t*>(base + begins[7]),
           plan.may_stream};
 }
 
@@ -168,14 +192,13 @@ void rotate(const Launch& launch) {
   const Kernel kernel = choose_kernel(launch);
   const auto real_size = static_cast<std::int64_t>(
       launch.dtype == c10::ScalarType::Double ? sizeof(double) : sizeof(float));
-  const std::int64_t row_bytes = angles_length(launch) * real_size;
+  const std::int64_t row_bytes = angles_per_pair(launch) * padded(launch.num_pairs) * real_size;
   const Plan blocks = plan(launch, row_bytes);
   at::parallel_for(0, blocks.num_blocks, blocks.grain, [&](std::int64_t begin, std::int64_t end) {
     const Workspace workspace = thread_workspace(launch, blocks, row_bytes);
     for (std::int64_t i = begin; i < end; ++i) {
       kernel(launch, workspace,
-             {blocks.token_begin(i), blocks.token_end(i), blocks.token_end(end - 1),
-              i % blocks.num_parts, blocks.num_parts});
+             {blocks.token_begin(i), blocks.token_end(i), i % blocks.num_parts, blocks.num_parts});
     }
   });
 }
