@@ -309,6 +309,10 @@ ROPE_INLINE void rotate_run(const scalar_t* a_in, const scalar_t* b_in, scalar_t
     const auto b = S::loaded(load_part<Stored>(b_in + i, bytes));
     __builtin_prefetch(a_in + i + prefetch_distance);
     __builtin_prefetch(b_in + i + prefetch_distance);
+    if (!streams) {
+      __builtin_prefetch(a_out + i + prefetch_distance, /*write=*/1);
+      __builtin_prefetch(b_out + i + prefetch_distance, /*write=*/1);
+    }
     const auto [a_result, b_result] = rotate_step</*interleaved=*/false>(a, b, angle);
     if (bytes == sizeof(Stored)) {
       store_vector(a_result, a_out + i, streams);
