@@ -1,12 +1,12 @@
-"""The C++ tests of tests/cpp, built with the installed package: each of their cases is a test."""
+"""The C++ tests of tests/cpp: each of their cases is a subtest."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,27 +15,10 @@ from reference import assert_same_bits, random_positions, random_values
 from torch import Tensor
 from torch.export import Dim, export
 
-SOURCES = Path(__file__).parent / "cpp"
-PROGRAMS = {
-    "test_api": ("test_api.cpp",),
-    "test_modules": ("test_modules.cpp", "test_positions.cpp"),
-    "test_registration": ("test_registration.cpp",),
-    "test_cuda": (
-        "test_cuda_plan.cpp",
-        "test_cuda_threads.cpp",
-        "test_cuda_sums.cpp",
-        "test_cuda_scatter.cpp",
-        "test_frequency_tables.cpp",
-        "test_last_results.cpp",
-        "test_unsupported_dtype.cpp",
-    ),
-}
-
-
-def cases_in_sources(program: str) -> list[str]:
-    """Lists the cases of a program, as Suite.Name, in the order of its sources."""
-    text = "".join((SOURCES / source).read_text() for source in PROGRAMS[program])
-    return [".".join(names) for names in re.findall(r"^TEST\((\w+),\s*(\w+)\)", text, re.MULTILINE)]
+ROOT = Path(__file__).parents[1]
+SOURCES = ROOT / "tests" / "cpp"
+CONSUMERS = ("test_api", "test_modules", "test_registration")  # of the installed package
+INTERNAL = ("test_cuda",)  # with the objects of librope.so, for what that hides
 
 
 def run(*command: str | Path, timeout: float = 1200) -> str:
@@ -48,84 +31,102 @@ def run(*command: str | Path, timeout: float = 1200) -> str:
     return completed.stdout
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Builds the programs, once; returns the folder that they are in."""
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if shutil.which("cmake") is None or compiler is None:
-        pytest.skip("the C++ tests need CMake and a C++ compiler, and one of them is not here")
-    build = tmp_path_factory.mktemp("cpp")
+def build(source: Path, build: Path, prefix: str, *options: str, target: str = "all") -> None:
+    """Configures and builds a project."""
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     # -O1 takes the least time in sum to build and to run.
-    options = ["-DCMAKE_BUILD_TYPE=Quick", "-DCMAKE_CXX_FLAGS_QUICK=-O1"]
-    prefix = f"-DCMAKE_PREFIX_PATH={torch_rope.cmake_prefix_path}"
-    run("cmake", "-S", SOURCES, "-B", build, prefix, *generator, *options)
-    run("cmake", "--build", build, "--parallel", str(len(os.sched_getaffinity(0))))
-    return build
+    quick = ["-DCMAKE_BUILD_TYPE=Quick", "-DCMAKE_CXX_FLAGS_QUICK=-O1"]
+    prefix = f"-DCMAKE_PREFIX_PATH={prefix}"
+    run("cmake", "-S", source, "-B", build, prefix, *generator, *quick, *options)
+    jobs = str(len(os.sched_getaffinity(0)))
+    run("cmake", "--build", build, "--parallel", jobs, "--target", target)
 
 
 @pytest.fixture(scope="session")
-def output_of(folder: Path) -> Callable[[str], str]:
-    """Returns a function that runs all cases of a program, once, and returns what it printed."""
-
-    @cache
-    def output(program: str) -> str:
-        completed = subprocess.run(
-            [folder / program, "--gtest_color=no"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=600,
-        )
-        return f"{completed.stdout}\n{program} ended with exit status {completed.returncode}"
-
-    return output
+def compiler() -> None:
+    """Skips what needs a compiler where there is none."""
+    found = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if shutil.which("cmake") is None or found is None:
+        pytest.skip("the C++ tests need CMake and a C++ compiler, and one of them is not here")
 
 
-@pytest.mark.parametrize(
-    ("program", "case"),
-    [(program, case) for program in PROGRAMS for case in cases_in_sources(program)],
-)
-def test_case_passes(output_of: Callable[[str], str], program: str, case: str) -> None:
-    output = output_of(program)
-    # From the line where the case begins to the one that has its result, or to the end of a crash.
-    name = re.escape(case)
-    ran = re.search(
-        rf"^\[ RUN      \] {name}$.*?(^\[ +(OK|SKIPPED|FAILED) +\] {name} \(|\Z)",
-        output,
-        re.MULTILINE | re.DOTALL,
+@pytest.fixture(scope="session")
+def folder(compiler: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Builds the programs that use the installed package; returns the folder that they are in."""
+    folder = tmp_path_factory.mktemp("cpp")
+    build(SOURCES, folder, torch_rope.cmake_prefix_path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def internal(compiler: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Builds the tests of what the library hides; returns the folder of the build."""
+    folder = tmp_path_factory.mktemp("internal")
+    options = ("-DROPE_TESTS=ON", "-DROPE_CUDA=OFF")
+    (target,) = INTERNAL
+    build(ROOT, folder, torch.utils.cmake_prefix_path, *options, target=target)
+    return folder
+
+
+def cases_of(folder: Path) -> dict[Path, list[str]]:
+    """Lists the cases that ctest discovers, as Suite.Name, by program."""
+    shown = json.loads(run("ctest", "--test-dir", folder, "--show-only=json-v1"))
+    cases: dict[Path, list[str]] = {}
+    for test in shown["tests"]:
+        cases.setdefault(Path(test["command"][0]), []).append(test["name"])
+    return cases
+
+
+def results_of(program: Path) -> tuple[dict[str, Any], str]:
+    """Runs all cases of a program; returns what it reports of each, and what it printed."""
+    report = program.with_suffix(".json")
+    completed = subprocess.run(
+        [program, "--gtest_color=no", f"--gtest_output=json:{report}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=600,
     )
-    if ran is None:
-        pytest.fail(f"{case} did not run:\n{output}", pytrace=False)
-    elif ran[2] == "SKIPPED":
-        pytest.skip(ran[0].splitlines()[-2])
-    elif ran[2] != "OK":
-        pytest.fail(ran[0], pytrace=False)
+    output = f"{completed.stdout}\n{program.name} ended with exit status {completed.returncode}"
+    suites = json.loads(report.read_text())["testsuites"] if report.exists() else []
+    results = {
+        f"{suite['name']}.{case['name']}": case for suite in suites for case in suite["testsuite"]
+    }
+    return results, output
+
+
+@pytest.mark.parametrize("project", ["folder", "internal"])
+def test_every_case_passes(
+    project: str, request: pytest.FixtureRequest, subtests: pytest.Subtests
+) -> None:
+    programs = cases_of(request.getfixturevalue(project))
+    names = CONSUMERS if project == "folder" else INTERNAL
+    assert sorted(program.name for program in programs) == sorted(names)
+    for program, cases in programs.items():
+        results, output = results_of(program)
+        for case in cases:
+            with subtests.test(case):
+                # After a crash there are no results: the end of the output shows in which case.
+                assert case in results, "\n".join(output.splitlines()[-30:])
+                if failures := results[case].get("failures"):
+                    pytest.fail("\n".join(each["failure"] for each in failures), pytrace=False)
+                if results[case]["result"] == "SKIPPED":
+                    shown = output.partition(f"[ RUN      ] {case}\n")[2]
+                    pytest.skip(shown.partition("[  SKIPPED ]")[0].strip())
 
 
 def test_every_source_belongs_to_a_program() -> None:
-    sources = {source for sources in PROGRAMS.values() for source in sources}
-    assert sources == {path.name for path in SOURCES.glob("test_*.cpp")}
-
-
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_the_program_has_the_cases_that_its_sources_show(folder: Path, program: str) -> None:
-    cases = []
-    suite = ""
-    for line in run(folder / program, "--gtest_list_tests").splitlines():
-        if re.fullmatch(r"\w+\.", line):
-            suite = line
-        elif re.fullmatch(r"  \w+", line):
-            cases.append(suite + line.strip())
-    assert sorted(cases) == sorted(cases_in_sources(program))
+    lists = [SOURCES / "CMakeLists.txt", SOURCES / "internal" / "CMakeLists.txt"]
+    named = "".join(path.read_text() for path in lists)
+    assert [path.name for path in SOURCES.glob("test_*.cpp") if path.name not in named] == []
 
 
 def test_no_switch_over_dtypes_takes_one_for_another() -> None:
     """A dtype that is new to the checks must not be read as what a ``default`` stands for."""
     statements = {
         (path.name, statement)
-        for path in (SOURCES.parents[1] / "csrc").rglob("*")
+        for path in (ROOT / "csrc").rglob("*")
         if path.is_file()
         for statement in re.findall(r"^\s*default:\s*(\w+)", path.read_text(), re.MULTILINE)
     }
@@ -164,9 +165,7 @@ def test_a_program_has_what_the_library_needs_of_cuda(folder: Path) -> None:
     assert of_cuda <= set(libraries_of(folder / "test_registration"))
 
 
-@pytest.mark.parametrize(
-    "program", ["test_api", "test_modules", "test_registration", "run_package"]
-)
+@pytest.mark.parametrize("program", [*CONSUMERS, "run_package"])
 def test_the_program_does_not_need_python(folder: Path, program: str) -> None:
     file = folder / program
     linked = re.findall(r"=> (/\S+)", run("ldd", file))
