@@ -27,15 +27,28 @@ namespace rope {
 //                   divided by scale_factor beforehand
 //   at::Tensor      all pairs of all tokens, in the decomposition
 
+// The sum including the product of `axis`. The CPU kernel loops over axes outside, over pairs
+// inside.
+template <typename Number>
+C10_HOST_DEVICE inline Number add_product(int axis, const Number& sum, const Number& position,
+                                          const Number& inv_freq) {
+  return axis == 0 ? position * inv_freq : sum + position * inv_freq;
+}
+
 // position(axis) and inv_freq(axis) give the factors.
 template <typename Number, typename Position, typename InvFreq>
 C10_HOST_DEVICE inline Number sum_products(int num_axes, const Position& position,
                                            const InvFreq& inv_freq) {
   Number sum = position(0) * inv_freq(0);
   for (int axis = 1; axis < num_axes; ++axis) {
-    sum = sum + position(axis) * inv_freq(axis);
+    sum = add_product<Number>(axis, sum, position(axis), inv_freq(axis));
   }
   return sum;
+}
+
+template <typename Number>
+C10_HOST_DEVICE inline Number divide_by_scale(const Number& sum, double scale_factor) {
+  return scale_factor == 1.0 ? sum : Number(sum / scale_factor);
 }
 
 // In radians. Scalars become float64; a tensor keeps its dtype, which is float64 already if there
@@ -46,7 +59,7 @@ C10_HOST_DEVICE inline auto form_angle(int num_axes, const Position& position,
   static_assert(!std::is_integral_v<Number>, "the sum of products in turns is the angle");
   using Angle = std::conditional_t<std::is_floating_point_v<Number>, double, Number>;
   const auto sum = static_cast<Angle>(sum_products<Number>(num_axes, position, inv_freq));
-  return scale_factor == 1.0 ? sum : sum / scale_factor;
+  return divide_by_scale(sum, scale_factor);
 }
 
 // inv_freq of pair n where the caller gives max_wavelength, in radians per unit of position.

@@ -156,20 +156,12 @@ ROPE_INLINE void angles_of_positions(const Launch& launch, const Workspace& work
     for (int axis = 0; axis < source.num_axes; ++axis) {
       const Frequency factor = along_tokens ? frequency(axis, row) : position(axis, row);
       const Frequency* __restrict others = factors + axis * length;
-      if (axis == 0) {
-        for (std::int64_t i = 0; i < length; ++i) {
-          sums[i] = factor * others[i];
-        }
-      } else {
-        for (std::int64_t i = 0; i < length; ++i) {
-          sums[i] = sums[i] + factor * others[i];
-        }
+      for (std::int64_t i = 0; i < length; ++i) {
+        sums[i] = add_product<Frequency>(axis, sums[i], factor, others[i]);
       }
     }
-    if (source.scale_factor != 1.0) {
-      for (std::int64_t i = 0; i < length; ++i) {
-        sums[i] = sums[i] / static_cast<Frequency>(source.scale_factor);
-      }
+    for (std::int64_t i = 0; i < length && source.scale_factor != 1.0; ++i) {
+      sums[i] = static_cast<Frequency>(divide_by_scale<double>(sums[i], source.scale_factor));
     }
     rotations_of_angles(launch, sums, length, rows.cos + row * rows.stride,
                         rows.sin + row * rows.stride);
