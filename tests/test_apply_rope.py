@@ -13,15 +13,6 @@ from torch_rope import ApplyRoPE
 
 NAMES = ("batch", "sequence", "heads", "head_dim")
 
-has_named_tensors = pytest.mark.skipif(
-    not hasattr(Tensor, "names"), reason="PyTorch has no named tensors since 2.13"
-)
-
-
-def named(values: Tensor, names: tuple[str | None, ...]) -> Any:
-    """Gives the dimensions of a tensor names."""
-    return values.rename(*names)  # type: ignore[attr-defined]
-
 
 def inputs(device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Returns x (B, S, H, D) and positions (B, S)."""
@@ -200,30 +191,6 @@ def test_a_layer_with_names_compiles(device: str) -> None:
     assert_same_bits(compiled(x, positions), expected)
 
 
-@has_named_tensors
-@pytest.mark.filterwarnings("ignore:Named tensors:UserWarning")
-@pytest.mark.parametrize(("positions_names", "order"), ORDERS)
-def test_dimensions_are_aligned_by_the_names_of_the_tensors(
-    device: str, positions_names: tuple[str, ...], order: tuple[int, ...]
-) -> None:
-    x, names, positions, expected = case(positions_names, order, device)
-    rotated = ApplyRoPE("head_dim")(named(x, names), named(positions, positions_names))
-    assert rotated.names == names
-    assert_same_bits(rotated.rename(None), expected)
-
-
-@has_named_tensors
-@pytest.mark.filterwarnings("ignore:Named tensors:UserWarning")
-def test_gradients_pass_named_tensors() -> None:
-    x, positions = inputs()
-    x.requires_grad_()
-    layer = ApplyRoPE("head_dim")
-    layer(named(x, NAMES), named(positions, ("batch", "sequence"))).rename(
-        None
-    ).square().sum().backward()
-    torch.testing.assert_close(x.grad, 2 * x.detach())
-
-
 BAD_NAMES = [
     (
         "feature",
@@ -255,25 +222,6 @@ def test_names_that_do_not_fit_are_refused(
         layer(*inputs())
 
 
-@has_named_tensors
-@pytest.mark.filterwarnings("ignore:Named tensors:UserWarning")
-@pytest.mark.parametrize(("embedding_axis", "names", "positions_names", "message"), BAD_NAMES)
-def test_names_of_tensors_that_do_not_fit_are_refused(
-    embedding_axis: str, names: tuple[str, ...], positions_names: tuple[str, ...], message: str
-) -> None:
-    x, positions = inputs()
-    with pytest.raises(ValueError, match=message):
-        ApplyRoPE(embedding_axis)(named(x, names), named(positions, positions_names))
-
-
-@has_named_tensors
-@pytest.mark.filterwarnings("ignore:Named tensors:UserWarning")
-def test_a_dimension_of_positions_without_a_name_is_refused() -> None:
-    x, positions = inputs()
-    with pytest.raises(ValueError, match=r"expected every name of positions .* but got None"):
-        ApplyRoPE("head_dim")(named(x, NAMES), named(positions, ("batch", None)))
-
-
 def test_names_of_another_number_than_dimensions_are_refused() -> None:
     x, positions = inputs()
     layer = ApplyRoPE("head_dim", names=NAMES[1:], positions_names=("batch", "sequence"))
@@ -281,7 +229,8 @@ def test_names_of_another_number_than_dimensions_are_refused() -> None:
         layer(x, positions)
 
 
-@pytest.mark.skipif(hasattr(Tensor, "names"), reason="this PyTorch has named tensors")
-def test_names_are_asked_for_where_tensors_have_none() -> None:
-    with pytest.raises(ValueError, match="expected names to be given for a named embedding_axis"):
+def test_names_are_required_for_a_named_axis() -> None:
+    with pytest.raises(
+        ValueError, match="expected names to be given for a named embedding_axis, but got None"
+    ):
         ApplyRoPE("head_dim")(*inputs())

@@ -46,9 +46,8 @@ class ApplyRoPE(nn.Module):
     The enclosing :class:`WithSideInputsFromInputTuple` hands a side input directly to the layer;
     the layers in between do not see it.
 
-    If dimensions are named, positions are aligned with the input by name, in any order. Names come
-    from the options ``names`` and ``positions_names``, or from the tensors themselves (PyTorch had
-    named tensors up to 2.12).
+    If dimensions are named, by ``names`` and ``positions_names``, positions are aligned with the
+    input by name, in any order.
 
     Args:
         embedding_axis: The dimension to rotate: its index or its name.
@@ -58,8 +57,8 @@ class ApplyRoPE(nn.Module):
         interleaved: Whether pairs are adjacent elements instead of the two halves.
         positions_tag: The tag of the side input to use as positions in calls without any; any
             hashable but None.
-        names: The names of the input's dimensions, if ``embedding_axis`` is a name.
-        positions_names: The names of the dimensions of the positions.
+        names: The names of the input's dimensions, required if ``embedding_axis`` is a name.
+        positions_names: The names of the dimensions of the positions, likewise.
 
     Raises:
         ValueError: If names are given with an integer ``embedding_axis``, or a name is repeated.
@@ -171,21 +170,20 @@ class ApplyRoPE(nn.Module):
         if isinstance(self.embedding_axis, int):
             return self._rotate(x, positions, self.embedding_axis)
 
-        plain_x, names = _without_names(x, self.names, "names", "x")
-        plain_positions, positions_names = _without_names(
-            positions, self.positions_names, "positions_names", "positions"
-        )
+        names = _given("names", self.names)
+        positions_names = _given("positions_names", self.positions_names)
+        x = _check_dims(x, names, "x")
+        positions = _check_dims(positions, positions_names, "positions")
         _check_names(names, positions_names, self.embedding_axis)
         axis = names.index(self.embedding_axis)
         others = names[:axis] + names[axis + 1 :]
-        aligned = plain_positions.permute(
+        aligned = positions.permute(
             [positions_names.index(name) for name in others if name in positions_names]
         )
         for dim, name in enumerate(others):
             if name not in positions_names:
                 aligned = aligned.unsqueeze(dim)
-        rotated: Any = self._rotate(plain_x, aligned, axis)
-        return rotated if self.names is not None else rotated.rename(*names)  # type: ignore[no-any-return]
+        return self._rotate(x, aligned, axis)
 
     def _rotate(self, x: Tensor, positions: Tensor, embedding_axis: int) -> Tensor:
         return apply(
@@ -228,6 +226,13 @@ def _check_strings(option: str, names: Any) -> None:
             raise ValueError(message(_APPLY_ROPE, option, "be distinct", f"{name!r} twice"))
 
 
+def _given(option: str, names: tuple[str, ...] | None) -> tuple[str, ...]:
+    if names is None:
+        rule = "be given for a named embedding_axis"
+        raise ValueError(message(_APPLY_ROPE, option, rule, "None"))
+    return names
+
+
 @torch.fx.wrap  # torch.fx cannot trace tensor.dim().
 def _check_dims(tensor: Tensor, names: tuple[str, ...], argument: str) -> Tensor:
     check_tensor(_APPLY_ROPE, argument, tensor)
@@ -235,22 +240,6 @@ def _check_dims(tensor: Tensor, names: tuple[str, ...], argument: str) -> Tensor
         rule = f"have a dimension for each of {names}"
         raise ValueError(message(_APPLY_ROPE, argument, rule, f"shape {tuple(tensor.shape)}"))
     return tensor
-
-
-def _without_names(
-    tensor: Any, given: tuple[str, ...] | None, option: str, argument: str
-) -> tuple[Tensor, tuple[str, ...]]:
-    """Returns the tensor without names, and its names: the given ones, else its own."""
-    if given is not None:
-        return _check_dims(tensor, given, argument), given
-    expected = "torch_rope.ApplyRoPE(): expected"
-    check_tensor(_APPLY_ROPE, argument, tensor)
-    if not hasattr(tensor, "names"):
-        raise ValueError(
-            f"{expected} {option} to be given for a named embedding_axis, since this "
-            "version of PyTorch has no named tensors, but got None"
-        )
-    return tensor.rename(None), tensor.names
 
 
 def _check_names(
@@ -268,7 +257,7 @@ def _check_names(
             f"but got {embedding_axis!r}"
         )
     for name in positions_names:
-        if name is None or name not in names:
+        if name not in names:
             raise ValueError(
                 f"{expected} every name of positions to be among those of x, {names}, but got "
                 f"{name!r}"
