@@ -33,6 +33,10 @@ struct AngleParams {
   };
 };
 
+inline void set_options(const Launch& launch, AngleParams& params) {
+  params.conjugate = launch.conjugate;
+}
+
 // ---- From positions ----
 
 // The position of a token if the source is kTurns, else 0.

@@ -16,7 +16,6 @@
 #include "cuda/rotate_kernel.h"
 #include "cuda/sum_kernel.h"
 #include "launch.h"
-#include "options.h"
 #include "unsupported_dtype.h"
 
 namespace rope::cuda {
@@ -148,7 +147,7 @@ RotateParams<Index> rotate_params(const Launch& launch, const Plan& plan, const 
   params.blocks = device_blocks<Index>(plan.blocks);
   params.operands = device_operands<Index>(launch);
   params.angles.source = angle_source(launch);
-  copy_options(launch, params.angles);
+  set_options(launch, params.angles);
   if (launch.uses_tables) {
     params.angles.table_angles = launch.table_angles;
     if (launch.table_angles.rows != nullptr) {
@@ -171,7 +170,7 @@ SumParams<Index> sum_params(const Launch& launch, const Plan& plan, const Sums& 
   params.blocks = device_blocks<Index>(plan.blocks);
   params.operands = device_operands<Index>(launch);
   params.sums = sums;
-  copy_options(launch, params);
+  set_options(launch, params);
   return params;
 }
 

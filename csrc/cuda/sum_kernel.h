@@ -35,6 +35,11 @@ struct SumParams {
   Sums sums;
 };
 
+template <typename Index>
+void set_options(const Launch& launch, SumParams<Index>& params) {
+  params.conjugate = launch.conjugate;
+}
+
 template <typename scalar_t, int kPairs, bool kInterleaved, typename Index, bool kFullWidth>
 class SumThread {
  public:
