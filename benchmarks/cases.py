@@ -24,7 +24,8 @@ class Case:
         layout: ``"BSHD"`` or ``"BHSD"``: the order of batch, sequence, heads and head_dim; or
             ``"BDS"``, with a strided embedding axis and no heads.
         tokens: The sequence length.
-        batch: The number of sequences; more than one means decoding, each at its own position.
+        batch: The number of sequences; more than one means decoding, each at its own position
+            (in ``"BDS"`` they share positions).
         q_heads: The number of query heads.
         k_heads: The number of key heads; with 0 there is no key.
         head_dim: The size of a head.
@@ -145,7 +146,7 @@ class Problem:
             return buffer[case.storage_offset :].view(shape).requires_grad_(requires_grad)
 
         self.q, self.k = random(case.q_heads), random(case.k_heads)
-        if case.batch > 1:
+        if case.batch > 1 and case.layout != "BDS":
             sequence = torch.randint(4096, (case.batch, case.tokens), device=device)
         else:
             sequence = torch.arange(case.tokens, device=device)[None]

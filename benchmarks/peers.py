@@ -30,10 +30,10 @@ def require(condition: bool) -> None:
         raise Unsupported
 
 
-def rotate_half(x: Tensor) -> Tensor:
+def rotate_half(x: Tensor, dim: int = -1) -> Tensor:
     """Rotates half-split pairs by 90 degrees."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((-b, a), dim=-1)
+    a, b = x.chunk(2, dim=dim)
+    return torch.cat((-b, a), dim=dim)
 
 
 def rotate_every_two(x: Tensor) -> Tensor:
@@ -61,22 +61,35 @@ def as_tensors(pair: Any) -> Pair:
     return q, k
 
 
+def rotate_strided_axis(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, _: bool) -> Pair:
+    """The same along dimension 1, with tables (..., D, S)."""
+    return q * cos + rotate_half(q, 1) * sin, k * cos + rotate_half(k, 1) * sin
+
+
 def eager(problem: Problem) -> Call:
     """PyTorch without a kernel."""
+    rotate, (cos, sin) = eager_function(problem)
+    return lambda: rotate(problem.q, problem.k, cos, sin, problem.case.interleaved)
+
+
+def eager_function(problem: Problem) -> tuple[Callable[..., Pair], Pair]:
+    """Returns the function for the layout of a case, and its tables."""
     cos, sin = problem.full_tables
-    return lambda: rotate_eagerly(problem.q, problem.k, cos, sin, problem.case.interleaved)
+    if problem.case.layout == "BDS":
+        return rotate_strided_axis, (cos.mT.contiguous(), sin.mT.contiguous())
+    return rotate_eagerly, (cos, sin)
 
 
 def compiled(problem: Problem) -> Call:
     """The same, compiled for the shapes of the case."""
-    cos, sin = problem.full_tables
+    function, (cos, sin) = eager_function(problem)
     torch.compiler.reset()
     # One cache per ATEN_CPU_CAPABILITY: TorchInductor does not distinguish them, and code for
     # another one writes past the end of its outputs.
     capability = torch.backends.cpu.get_cpu_capability()
     folder = f"torch-rope-{getpass.getuser()}-{capability}"
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir(), folder))
-    rotate = torch.compile(rotate_eagerly, dynamic=False)
+    rotate = torch.compile(function, dynamic=False)
     return lambda: rotate(problem.q, problem.k, cos, sin, problem.case.interleaved)
 
 
@@ -152,7 +165,7 @@ def onnx_runtime(problem: Problem) -> Call:
 
     case = problem.case
     require(case.dtype != "bfloat16" and problem.q.device.type == "cpu")
-    require(not problem.q.requires_grad and case.angles != "axes")
+    require(not problem.q.requires_grad and case.angles != "axes" and case.layout != "BDS")
     element = TensorProto.FLOAT if case.dtype == "float32" else TensorProto.FLOAT16
 
     # One table row per token, selected by index: any angles will do.
