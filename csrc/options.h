@@ -1,5 +1,5 @@
 // The one list of the operators' options. Saving for backward, packing, the Python module and the
-// schemas all follow it.
+// schemas all follow it. Not for .cu files: nvcc 13.0 rejects lambdas in constexpr functions.
 #pragma once
 
 #include <tuple>
