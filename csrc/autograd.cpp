@@ -299,8 +299,7 @@ bool is_plain(const at::Tensor& tensor) {
 
 // In C++, because register_autograd is Python only.
 TORCH_LIBRARY_IMPL(rope, Autograd, library) {
-  rope::FunctionalOperators::implement_forwarding<rope::DifferentiateOrForward>(library);
-  rope::InPlaceOperators::implement_forwarding<rope::DifferentiateOrForward>(library);
+  rope::AllOperators::implement_forwarding<rope::DifferentiateOrForward>(library);
 }
 
 // Without a kernel here, backward would silently use a saved tensor that was overwritten.

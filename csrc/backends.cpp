@@ -74,28 +74,23 @@ Outputs refuse_strided_nested(const Call& call) {
 }  // namespace rope
 
 TORCH_LIBRARY_IMPL(rope, CPU, library) {
-  rope::FunctionalOperators::implement<rope::rotate_on_cpu>(library);
-  rope::InPlaceOperators::implement<rope::rotate_on_cpu>(library);
+  rope::AllOperators::implement<rope::rotate_on_cpu>(library);
 }
 
 TORCH_LIBRARY_IMPL(rope, CUDA, library) {
-  rope::FunctionalOperators::implement<rope::rotate_on_cuda>(library);
-  rope::InPlaceOperators::implement<rope::rotate_on_cuda>(library);
+  rope::AllOperators::implement<rope::rotate_on_cuda>(library);
 }
 
 // Without these, the fallback of the key would give another error than the operators do elsewhere.
 TORCH_LIBRARY_IMPL(rope, NestedTensorCPU, library) {
-  rope::FunctionalOperators::implement<rope::refuse_strided_nested>(library);
-  rope::InPlaceOperators::implement<rope::refuse_strided_nested>(library);
+  rope::AllOperators::implement<rope::refuse_strided_nested>(library);
 }
 
 TORCH_LIBRARY_IMPL(rope, NestedTensorCUDA, library) {
-  rope::FunctionalOperators::implement<rope::refuse_strided_nested>(library);
-  rope::InPlaceOperators::implement<rope::refuse_strided_nested>(library);
+  rope::AllOperators::implement<rope::refuse_strided_nested>(library);
 }
 
 // Fake tensors get the checks, messages and strides of the backends.
 TORCH_LIBRARY_IMPL(rope, Meta, library) {
-  rope::FunctionalOperators::implement<rope::check_and_allocate<rope::empty_like>>(library);
-  rope::InPlaceOperators::implement<rope::check_and_allocate<rope::empty_like>>(library);
+  rope::AllOperators::implement<rope::check_and_allocate<rope::empty_like>>(library);
 }

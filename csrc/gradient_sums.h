@@ -64,6 +64,14 @@ struct SumCall {
   const char* xs_name() const { return uses_tables ? "xs" : "ys"; }
 };
 
+// The arguments that both operators begin with.
+constexpr auto sum_arguments(const char* xs_name) {
+  return std::tuple{
+      argument<at::TensorList>("grads", [](auto& call) -> auto& { return call.grads; }),
+      argument<at::TensorList>(xs_name, [](auto& call) -> auto& { return call.xs; }),
+      argument<c10::SymIntArrayRef>("sizes", [](auto& call) -> auto& { return call.sizes; })};
+}
+
 // The two operators: see NOTE [ Operators ] in operator.h.
 struct AngleGradientTraits {
   using Call = SumCall;
@@ -74,10 +82,7 @@ struct AngleGradientTraits {
 
   static constexpr auto arguments() {
     return std::tuple_cat(
-        std::tuple{
-            argument<at::TensorList>("grads", [](auto& call) -> auto& { return call.grads; }),
-            argument<at::TensorList>("ys", [](auto& call) -> auto& { return call.xs; }),
-            argument<c10::SymIntArrayRef>("sizes", [](auto& call) -> auto& { return call.sizes; })},
+        sum_arguments("ys"),
         option_arguments<AngleSumOptions>([](auto& call) -> auto& { return call.options; }, false),
         std::tuple{argument<const std::optional<at::Tensor>&>(
                        "factors", [](auto& call) -> auto& { return call.finish.factors; }, "None"),
@@ -99,10 +104,7 @@ struct CosSinGradientTraits {
 
   static constexpr auto arguments() {
     return std::tuple_cat(
-        std::tuple{
-            argument<at::TensorList>("grads", [](auto& call) -> auto& { return call.grads; }),
-            argument<at::TensorList>("xs", [](auto& call) -> auto& { return call.xs; }),
-            argument<c10::SymIntArrayRef>("sizes", [](auto& call) -> auto& { return call.sizes; })},
+        sum_arguments("xs"),
         option_arguments<SumOptions>([](auto& call) -> auto& { return call.options; }, false),
         std::tuple{
             argument<const std::optional<at::Tensor>&>(

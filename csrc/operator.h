@@ -228,6 +228,11 @@ struct Operator<OperatorTraits, std::tuple<Arguments...>> {
 
 template <typename... Operators>
 struct OperatorList {
+  template <typename... More>
+  constexpr OperatorList<Operators..., More...> operator+(OperatorList<More...>) const {
+    return {};
+  }
+
   static void define(torch::Library& library) {
     (library.def(Operators::schema().c_str(), {at::Tag::pt2_compliant_tag}), ...);
   }

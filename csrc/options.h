@@ -33,11 +33,6 @@ constexpr auto all_options() {
 
 #undef ROPE_OPTION
 
-template <typename Options, typename Get>
-constexpr bool has_option(const Option<Get>&) {
-  return std::is_invocable_v<const Get&, Options&>;
-}
-
 // Calls visit(name, member) for each option that Options has.
 template <typename Options, typename Visit>
 void visit_options(Options& options, const Visit& visit) {

@@ -225,8 +225,7 @@ at::Tensor mixed_frequencies(std::int64_t rotary_dim, std::int64_t num_heads, do
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.doc() = "The operators of torch-rope. Use them through the functions of torch_rope.";
   module.attr("has_cuda") = rope::cuda::has_kernels();
-  define_all(module, rope::FunctionalOperators());
-  define_all(module, rope::InPlaceOperators());
+  define_all(module, rope::AllOperators());
   module.def("frequencies", torch::wrap_pybind_function(frequencies));
   module.def("axial_frequencies", torch::wrap_pybind_function(axial_frequencies));
   module.def("mrope_frequencies", torch::wrap_pybind_function(mrope_frequencies));

@@ -115,6 +115,7 @@ using InPlaceOperators = OperatorList<RotateOperator<AnglesFromPositions, Form::
                                       RotateOperator<AnglesFromPositions, Form::kPairInPlace>,
                                       RotateOperator<AnglesFromTables, Form::kSingleInPlace>,
                                       RotateOperator<AnglesFromTables, Form::kPairInPlace>>;
+using AllOperators = decltype(FunctionalOperators() + InPlaceOperators());
 using DecomposedOperators = OperatorList<RotateOperator<AnglesFromPositions, Form::kDecomposed>,
                                          RotateOperator<AnglesFromTables, Form::kDecomposed>>;
 

@@ -59,8 +59,7 @@ void define(torch::Library& library, const std::string& schema) {
 }  // namespace
 
 TORCH_LIBRARY(rope, library) {
-  rope::FunctionalOperators::define(library);
-  rope::InPlaceOperators::define(library);
+  rope::AllOperators::define(library);
   rope::DecomposedOperators::define(library);
   rope::SumOperators::define(library);
 

@@ -43,8 +43,7 @@ template <typename scalar_t, typename Visit>
 ROPE_INLINE void for_each_slot(Along along, bool interleaved, std::int64_t count,
                                const Visit& visit) {
   constexpr std::int64_t kSize = Step<scalar_t>::kSize;
-  const bool deinterleaved = Step<scalar_t>::kDeinterleaved &&
-                             (along == Along::kTokens || (along == Along::kAxis && !interleaved));
+  const bool deinterleaved = is_deinterleaved<scalar_t>(along, interleaved);
   for (std::int64_t step = 0; step < count; step += kSize) {
     const bool is_shifted = along == Along::kAxis && step + kSize > count && count > kSize;
     const std::int64_t begin = is_shifted ? count - kSize : step;

@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
+#include <ATen/ceil_div.h>
 
 #include <algorithm>
 #include <cstddef>
@@ -78,8 +79,6 @@ std::int64_t streaming_bound() {
   return bound;
 }
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 // How a launch is cut into blocks.
 struct Plan {
   std::int64_t num_tokens;
@@ -111,12 +110,12 @@ Plan plan(const Launch& launch, std::int64_t row_bytes) {
   const std::int64_t threads = at::get_num_threads();
   const std::int64_t fitting = kBlockBytes / std::max<std::int64_t>(2 * row_bytes, 1);
   plan.block_tokens = std::clamp<std::int64_t>(
-      std::min(fitting, ceil_div(plan.num_tokens, threads)), 1, kMaxBlockTokens);
-  const std::int64_t token_blocks = ceil_div(plan.num_tokens, plan.block_tokens);
+      std::min(fitting, at::ceil_div(plan.num_tokens, threads)), 1, kMaxBlockTokens);
+  const std::int64_t token_blocks = at::ceil_div(plan.num_tokens, plan.block_tokens);
   plan.num_parts = std::clamp<std::int64_t>(threads / token_blocks, 1, most_shared);
   plan.num_blocks = token_blocks * plan.num_parts;
   const std::int64_t elements_per_block =
-      ceil_div(plan.block_tokens * elements_per_token, plan.num_parts);
+      at::ceil_div(plan.block_tokens * elements_per_token, plan.num_parts);
   plan.grain =
       std::max<std::int64_t>(kGrainElements / std::max<std::int64_t>(elements_per_block, 1), 1);
   const std::int64_t column =
@@ -173,7 +172,7 @@ Workspace thread_workspace(const Launch& launch, const Plan& plan, std::int64_t 
   std::int64_t begins[std::size(sizes)];
   for (std::size_t i = 0; i < std::size(sizes); ++i) {
     begins[i] = total;
-    total += ceil_div(sizes[i], kAlignment) * kAlignment;
+    total += at::ceil_div(sizes[i], kAlignment) * kAlignment;
   }
   std::byte* base = thread_memory(total);
   return {base + begins[0],
