@@ -1,6 +1,7 @@
 // Derivatives. Rotation is linear in x: its backward is the same operator with conjugate flipped,
-// and saves no activation. Gradients of positions, inv_freq, cos and sin are computed only when
-// needed (gradients.h).
+// and saves no activation. What also normalizes saves x and the weights, and has operators of its
+// own for their gradients (norm_operators.h). Gradients of positions, inv_freq, cos and sin are
+// computed only when needed (gradients.h).
 #include "autograd.h"
 
 #include <ATen/ATen.h>
@@ -14,6 +15,7 @@
 #include "checks.h"
 #include "decomposition.h"
 #include "gradients.h"
+#include "norm_operators.h"
 #include "options.h"
 #include "rotate_operators.h"
 
@@ -27,15 +29,40 @@ using torch::autograd::variable_list;
 // -------------------------------------------------------------------------------------------------
 // The autograd function
 
-void save_options(AutogradContext* ctx, const CallOptions& options) {
+template <typename Options>
+void save(AutogradContext* ctx, const Options& options) {
   visit_options(options,
                 [&](const char* name, const auto& member) { ctx->saved_data[name] = member; });
 }
 
-void load_options(AutogradContext* ctx, CallOptions& options) {
+template <typename Options>
+void load(AutogradContext* ctx, Options& options) {
   visit_options(options, [&](const char* name, auto& member) {
     member = ctx->saved_data[name].to<std::decay_t<decltype(member)>>();
   });
+}
+
+// What a call is apart from its tensors.
+void save_call(AutogradContext* ctx, const Call& call) {
+  ctx->saved_data["uses_tables"] = call.uses_tables;
+  ctx->saved_data["normalizes"] = call.normalizes;
+  if (call.normalizes) {
+    save<CallOptions>(ctx, call.options);
+  } else {
+    save<RotateOptions>(ctx, call.options);
+  }
+}
+
+Call load_call(AutogradContext* ctx) {
+  Call call;
+  call.uses_tables = ctx->saved_data["uses_tables"].toBool();
+  call.normalizes = ctx->saved_data["normalizes"].toBool();
+  if (call.normalizes) {
+    load<CallOptions>(ctx, call.options);
+  } else {
+    load<RotateOptions>(ctx, call.options);
+  }
+  return call;
 }
 
 using OptionalTensor = std::optional<at::Tensor>;
@@ -47,14 +74,21 @@ bool angles_require_grad(const Call& call) {
          requires_grad(inv_freq_of(call));
 }
 
+bool q_requires_grad(const Call& call) {
+  return requires_grad(call.q) || requires_grad(call.q_weight);
+}
+bool k_requires_grad(const Call& call) {
+  return requires_grad(call.k) || requires_grad(call.k_weight);
+}
+
 // Where only one tensor of a pair requires grad (LoRA on q alone), the other's output must not.
 variable_list outputs_without_grad(const Call& call, const Outputs& outputs) {
   variable_list constant;
   if (!angles_require_grad(call)) {
-    if (!requires_grad(call.q)) {
+    if (!q_requires_grad(call)) {
       constant.push_back(outputs.q);
     }
-    if (call.is_pair && !requires_grad(call.k)) {
+    if (call.is_pair && !k_requires_grad(call)) {
       constant.push_back(outputs.k);
     }
   }
@@ -65,12 +99,23 @@ struct Rotate : torch::autograd::Function<Rotate> {
   static constexpr bool is_traceable = true;
 
   // The order of the tensors among the arguments of forward, the saved tensors and the gradients.
-  enum Argument : std::size_t { kQ, kK, kPositions, kInvFreq, kCos, kSin, kNumArguments };
+  enum Argument : std::size_t {
+    kQ,
+    kK,
+    kQWeight,
+    kKWeight,
+    kPositions,
+    kInvFreq,
+    kCos,
+    kSin,
+    kNumArguments
+  };
 
   // The tensors are those of `call`, passed separately because autograd only sees arguments.
   // `to_run` is the call to carry out: another one, or null, where an in-place pair is recorded as
   // two nodes. Sets *context to the node's context.
   static variable_list forward(AutogradContext* ctx, const at::Tensor& q, const OptionalTensor& k,
+                               const OptionalTensor& q_weight, const OptionalTensor& k_weight,
                                const OptionalTensor& positions, const OptionalTensor& inv_freq,
                                const OptionalTensor& cos, const OptionalTensor& sin,
                                const Call& call, const Call* to_run, AutogradContext** context) {
@@ -92,16 +137,20 @@ struct Rotate : torch::autograd::Function<Rotate> {
     }
     ctx->mark_non_differentiable(outputs_without_grad(call, outputs));
     ctx->set_materialize_grads(false);
-    save_options(ctx, call.options);
-    ctx->saved_data["uses_tables"] = call.uses_tables;
+    save_call(ctx, call);
 
-    // Gradients of angles need the output, gradients of tables the input, the gradient of x
-    // neither.
+    // Of what only rotates, gradients of angles need the output, gradients of tables the input, the
+    // gradient of x neither. What normalizes needs the input.
     variable_list saved(kNumArguments);
-    if (angles_require_grad(call)) {
-      saved[kQ] = call.uses_tables ? q : outputs.q;
-      saved[kK] = call.uses_tables ? k.value_or(at::Tensor()) : outputs.k;
+    if (call.normalizes || (angles_require_grad(call) && call.uses_tables)) {
+      saved[kQ] = q;
+      saved[kK] = k.value_or(at::Tensor());
+    } else if (angles_require_grad(call)) {
+      saved[kQ] = outputs.q;
+      saved[kK] = outputs.k;
     }
+    saved[kQWeight] = q_weight.value_or(at::Tensor());
+    saved[kKWeight] = k_weight.value_or(at::Tensor());
     saved[kPositions] = positions.value_or(at::Tensor());
     saved[kInvFreq] = inv_freq.value_or(at::Tensor());
     saved[kCos] = cos.value_or(at::Tensor());
@@ -112,9 +161,7 @@ struct Rotate : torch::autograd::Function<Rotate> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
-    Call call;
-    load_options(ctx, call.options);
-    call.uses_tables = ctx->saved_data["uses_tables"].toBool();
+    Call call = load_call(ctx);
     call.positions = saved[kPositions];
     call.cos = saved[kCos];
     call.sin = saved[kSin];
@@ -137,7 +184,19 @@ struct Rotate : torch::autograd::Function<Rotate> {
     variable_list results(kNumArguments + 3);  // the last three for call, to_run and context
     const bool wants_q = grad_q.defined() && wants[kQ];
     const bool wants_k = grad_k.defined() && wants[kK];
-    if (wants_q || wants_k) {
+    if (call.normalizes) {
+      call = grads.size() > 1 ? on(call, saved[kQ], saved[kK]) : on(call, saved[kQ]);
+      call.q_weight = saved[kQWeight];
+      call.k_weight = saved[kKWeight];
+      NormGradientCall gradient_call{call, grad_q, grad_k};
+      gradient_call.wants = {wants_q, wants_k, grad_q.defined() && wants[kQWeight],
+                             grad_k.defined() && wants[kKWeight]};
+      const NormGradients gradients = norm_gradients(gradient_call);
+      results[kQ] = gradients.q;
+      results[kK] = gradients.k;
+      results[kQWeight] = gradients.q_weight;
+      results[kKWeight] = gradients.k_weight;
+    } else if (wants_q || wants_k) {
       Call transposed = call;
       transposed.options.conjugate = !call.options.conjugate;
       if (wants_q && wants_k) {
@@ -152,9 +211,11 @@ struct Rotate : torch::autograd::Function<Rotate> {
     }
 
     if (wants[kPositions] || wants[kInvFreq] || wants[kCos] || wants[kSin]) {
-      const at::TensorList kept = at::TensorList(saved).slice(kQ, grads.size());
-      const AngleGradients gradients = angle_gradients(
-          call, grads, kept, {wants[kPositions], wants[kInvFreq], wants[kCos], wants[kSin]});
+      const WantedGradients wanted{wants[kPositions], wants[kInvFreq], wants[kCos], wants[kSin]};
+      const AngleGradients gradients =
+          call.normalizes
+              ? angle_gradients_of_norm(call, grads, wanted)
+              : angle_gradients(call, grads, at::TensorList(saved).slice(kQ, grads.size()), wanted);
       results[kPositions] = gradients.positions;
       results[kInvFreq] = gradients.inv_freq;
       results[kCos] = gradients.cos;
@@ -168,7 +229,8 @@ struct Rotate : torch::autograd::Function<Rotate> {
 // The kernel of the Autograd key
 
 bool any_has_tangent(const Call& call) {
-  return has_tangent(call.q) || has_tangent(call.k) || has_tangent(call.positions) ||
+  return has_tangent(call.q) || has_tangent(call.k) || has_tangent(call.q_weight) ||
+         has_tangent(call.k_weight) || has_tangent(call.positions) ||
          has_tangent(inv_freq_of(call)) || has_tangent(call.cos) || has_tangent(call.sin);
 }
 
@@ -184,7 +246,8 @@ void check_may_change(const at::Tensor& x) {
 Outputs record(const Call& call, const Call* to_run) {
   AutogradContext* context = nullptr;
   const variable_list outputs =
-      Rotate::apply(call.q, as_optional(call.k), as_optional(call.positions), call.options.inv_freq,
+      Rotate::apply(call.q, as_optional(call.k), as_optional(call.q_weight),
+                    as_optional(call.k_weight), as_optional(call.positions), call.options.inv_freq,
                     as_optional(call.cos), as_optional(call.sin), call, to_run, &context);
   // Both have taken effect, and compiled autograd only accepts nodes without them.
   context->mark_dirty({});
@@ -197,7 +260,7 @@ Outputs rotate_with_autograd(const Call& call) {
   const bool tangent = any_has_tangent(call);
   const bool angles = angles_require_grad(call);
   const bool records =
-      at::GradMode::is_enabled() && (angles || requires_grad(call.q) || requires_grad(call.k));
+      at::GradMode::is_enabled() && (angles || q_requires_grad(call) || k_requires_grad(call));
   if (call.in_place) {
     // Check before anything is written: more than one call may follow.
     check(call);
@@ -207,7 +270,7 @@ Outputs rotate_with_autograd(const Call& call) {
     if (call.is_pair) {
       torch::autograd::check_inplace(call.k, records);
     }
-    if (angles || tangent) {
+    if (angles || tangent || call.normalizes) {
       return rotate_and_copy(call);
     }
   }

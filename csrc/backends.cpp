@@ -8,7 +8,9 @@
 #include "cpu/memory.h"
 #include "cpu/rotate.h"
 #include "cuda/kernels.h"
+#include "decomposition.h"
 #include "make_launch.h"
+#include "norm_operators.h"
 #include "rotate_operators.h"
 
 namespace rope {
@@ -33,6 +35,17 @@ at::Tensor empty_like_on_cpu(const at::Tensor& x) {
              : at::empty_like(x);
 }
 
+Outputs normalize_decomposed(const Call& call, const Outputs& outputs) {
+  Call functional = call;
+  functional.in_place = false;
+  const Outputs results = rotate_decomposed(functional);
+  outputs.q.copy_(results.q);
+  if (call.is_pair) {
+    outputs.k.copy_(results.k);
+  }
+  return outputs;
+}
+
 Outputs rotate_on_cpu(const Call& call) {
   Outputs outputs = check_and_allocate<empty_like_on_cpu>(call);
   check_rows_exist(call);
@@ -41,6 +54,9 @@ Outputs rotate_on_cpu(const Call& call) {
     if (call.is_pair) {
       cpu::prefer_huge_pages(outputs.k);
     }
+  }
+  if (call.normalizes) {
+    return normalize_decomposed(call, outputs);
   }
   for_each_launch(call, outputs, cpu::rotate);
   return outputs;
@@ -57,6 +73,9 @@ Outputs rotate_on_cuda(const Call& call) {
       "the pip packages cuda-toolkit[cccl,crt,nvcc,nvvm]: ROPE_CUDA=1 pip install "
       "--no-build-isolation .");
   Outputs outputs = check_and_allocate<empty_like>(call);
+  if (call.normalizes) {
+    return normalize_decomposed(call, outputs);
+  }
   for_each_launch(call, outputs,
                   [&](const Launch& launch) { cuda::rotate(launch, call.q.get_device()); });
   return outputs;
@@ -75,10 +94,12 @@ Outputs refuse_strided_nested(const Call& call) {
 
 TORCH_LIBRARY_IMPL(rope, CPU, library) {
   rope::AllOperators::implement<rope::rotate_on_cpu>(library);
+  rope::NormGradientOperators::implement<rope::decomposed_norm_gradients>(library);
 }
 
 TORCH_LIBRARY_IMPL(rope, CUDA, library) {
   rope::AllOperators::implement<rope::rotate_on_cuda>(library);
+  rope::NormGradientOperators::implement<rope::decomposed_norm_gradients>(library);
 }
 
 // Without these, the fallback of the key would give another error than the operators do elsewhere.

@@ -2,46 +2,41 @@
 
 #include <utility>
 
+#include "options.h"
 #include "rotate_operators.h"
 
 namespace rope {
 
 namespace {
 
-template <typename Angles>
+template <typename Family>
 Outputs dispatch_family(const Call& call) {
   if (call.in_place) {
     if (call.is_pair) {
-      RotateOperator<Angles, Form::kPairInPlace>::dispatch(call);
+      RotateOperator<Family, Form::kPairInPlace>::dispatch(call);
     } else {
-      RotateOperator<Angles, Form::kSingleInPlace>::dispatch(call);
+      RotateOperator<Family, Form::kSingleInPlace>::dispatch(call);
     }
     return {call.q, call.k};
   }
   if (call.is_pair) {
-    auto [q, k] = RotateOperator<Angles, Form::kPair>::dispatch(call);
+    auto [q, k] = RotateOperator<Family, Form::kPair>::dispatch(call);
     return {std::move(q), std::move(k)};
   }
-  return {RotateOperator<Angles, Form::kSingle>::dispatch(call), {}};
+  return {RotateOperator<Family, Form::kSingle>::dispatch(call), {}};
 }
 
-}  // namespace
-
-std::string Call::name() const {
-  std::string name = uses_tables ? "apply_cos_sin" : "apply";
-  name += is_pair ? "_qk" : "";
-  name += in_place ? "_" : "";
-  return name;
-}
-
-Call make_call(const at::Tensor& positions, const ApplyOptions& options) {
+template <typename Options>
+Call call_with_positions(const at::Tensor& positions, const Options& options) {
   Call call;
   call.positions = positions;
-  static_cast<ApplyOptions&>(call.options) = options;
+  call.options.inv_freq = options.inv_freq;
+  copy_options(options, call.options);
   return call;
 }
 
-Call make_call(const at::Tensor& cos, const at::Tensor& sin, const CosSinOptions& options) {
+template <typename Options>
+Call call_with_tables(const at::Tensor& cos, const at::Tensor& sin, const Options& options) {
   Call call;
   call.uses_tables = true;
   call.cos = cos;
@@ -49,6 +44,37 @@ Call make_call(const at::Tensor& cos, const at::Tensor& sin, const CosSinOptions
   call.positions = options.positions.value_or(at::Tensor());
   copy_options(options, call.options);
   return call;
+}
+
+Call normalizing(Call call) {
+  call.normalizes = true;
+  return call;
+}
+
+}  // namespace
+
+std::string Call::name() const {
+  std::string name = normalizes ? "norm_" : "";
+  name += uses_tables ? "apply_cos_sin" : "apply";
+  name += is_pair ? "_qk" : "";
+  name += in_place ? "_" : "";
+  return name;
+}
+
+Call make_call(const at::Tensor& positions, const ApplyOptions& options) {
+  return call_with_positions(positions, options);
+}
+
+Call make_call(const at::Tensor& cos, const at::Tensor& sin, const CosSinOptions& options) {
+  return call_with_tables(cos, sin, options);
+}
+
+Call make_call(const at::Tensor& positions, const NormOptions& options) {
+  return normalizing(call_with_positions(positions, options));
+}
+
+Call make_call(const at::Tensor& cos, const at::Tensor& sin, const NormCosSinOptions& options) {
+  return normalizing(call_with_tables(cos, sin, options));
 }
 
 Call on(Call call, const at::Tensor& x) {
@@ -66,12 +92,24 @@ Call on(Call call, const at::Tensor& q, const at::Tensor& k) {
   return call;
 }
 
+Call on_q(const Call& call) { return on(call, call.q); }
+
+Call on_k(const Call& call) {
+  Call one = on(call, call.k);
+  one.q_weight = call.k_weight;
+  return one;
+}
+
 Call in_place(Call call) {
   call.in_place = true;
   return call;
 }
 
 Outputs dispatch(const Call& call) {
+  if (call.normalizes) {
+    return call.uses_tables ? dispatch_family<Normalized<AnglesFromTables>>(call)
+                            : dispatch_family<Normalized<AnglesFromPositions>>(call);
+  }
   return call.uses_tables ? dispatch_family<AnglesFromTables>(call)
                           : dispatch_family<AnglesFromPositions>(call);
 }

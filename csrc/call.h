@@ -3,7 +3,10 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
+#include <optional>
 #include <string>
+#include <vector>
 
 #include "rope/rope.h"
 
@@ -11,8 +14,15 @@ namespace rope {
 
 // The options of all operators. A call leaves those that its operator does not have at their
 // defaults.
-struct CallOptions : ApplyOptions {
+struct RotateOptions : ApplyOptions {
   bool full_width = CosSinOptions().full_width;
+};
+
+struct CallOptions : RotateOptions {
+  double eps = NormOptions().eps;
+  double weight_offset = NormOptions().weight_offset;
+  std::optional<std::vector<std::int64_t>> norm_axes = NormOptions().norm_axes;
+  bool norm_last = NormOptions().norm_last;
 };
 
 struct Call {
@@ -21,6 +31,9 @@ struct Call {
   bool is_pair = false;
   bool in_place = false;
   bool uses_tables = false;
+  bool normalizes = false;  // norm_apply and its siblings
+  at::Tensor q_weight;      // weight, where the call has one tensor; undefined: none
+  at::Tensor k_weight;
   at::Tensor positions;  // undefined where tables broadcast with x themselves
   at::Tensor cos;        // cos and sin are undefined where angles come from positions
   at::Tensor sin;
@@ -33,10 +46,16 @@ struct Call {
 // A call without the tensors to rotate.
 Call make_call(const at::Tensor& positions, const ApplyOptions& options);
 Call make_call(const at::Tensor& cos, const at::Tensor& sin, const CosSinOptions& options);
+Call make_call(const at::Tensor& positions, const NormOptions& options);
+Call make_call(const at::Tensor& cos, const at::Tensor& sin, const NormCosSinOptions& options);
 
-// The call, made functional, on other tensors: one or two.
+// The call, made functional, on other tensors: one, with the weight of q, or two.
 Call on(Call call, const at::Tensor& x);
 Call on(Call call, const at::Tensor& q, const at::Tensor& k);
+
+// The call for q alone, or for k alone, made functional.
+Call on_q(const Call& call);
+Call on_k(const Call& call);
 
 // The call in place.
 Call in_place(Call call);

@@ -9,9 +9,11 @@
 #include <cmath>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "gradient_sums.h"
 #include "messages.h"
+#include "norm_operators.h"
 #include "overlap.h"
 
 namespace rope {
@@ -30,6 +32,8 @@ bool is_supported_float(at::ScalarType dtype) {
   return dtype == at::kDouble || dtype == at::kFloat || dtype == at::kHalf ||
          dtype == at::kBFloat16;
 }
+
+const char* weight_name(const Call& call) { return call.is_pair ? "q_weight" : "weight"; }
 
 // Whether inv_freq or the tables determine rotary_dim.
 bool has_columns(const Call& call) { return call.uses_tables || call.options.inv_freq.has_value(); }
@@ -248,9 +252,65 @@ void check_finite(const Call& call, const char* argument, double value) {
   TORCH_CHECK_VALUE(std::isfinite(value), expected(call, argument), "be finite, but got ", value);
 }
 
+void check_not_negative(const Call& call, const char* argument, double value) {
+  TORCH_CHECK_VALUE(value >= 0 && std::isfinite(value), expected(call, argument),
+                    "be at least 0 and finite, but got ", value);
+}
+
 void check_positive(const Call& call, const char* argument, double value) {
   TORCH_CHECK_VALUE(value > 0 && std::isfinite(value), expected(call, argument),
                     "be positive and finite, but got ", value);
+}
+
+// The weight of one of the rotated tensors, x, which has been checked.
+void check_weight(const Call& call, const at::Tensor& weight, const char* argument,
+                  const at::Tensor& x, const char* x_name) {
+  if (!weight.defined()) {
+    return;
+  }
+  TORCH_CHECK_TYPE(is_supported_float(weight.scalar_type()), expected(call, argument),
+                   "be float64, float32, float16 or bfloat16, but got ",
+                   name_of(weight.scalar_type()));
+  check_device(call, weight, argument);
+  const c10::SymIntArrayRef sizes = weight.sym_sizes();
+  const c10::SymInt size = x.sym_size(call.options.embedding_axis);
+  TORCH_CHECK_VALUE(!sizes.empty() && holds(sizes.back().sym_eq(size)), expected(call, argument),
+                    "have a last dimension of size ", size, ", that of ", x_name,
+                    " along embedding_axis, but got ", sizes);
+  const c10::SymDimVector target = batch_sizes(x, call.options.embedding_axis);
+  TORCH_CHECK_VALUE(broadcasts_to(sizes.slice(0, sizes.size() - 1), target),
+                    expected(call, argument), "be broadcastable, without the last dimension, with ",
+                    c10::SymIntArrayRef(target), ", the shape of ", x_name,
+                    " without embedding_axis, but got ", sizes);
+}
+
+// The dimensions of one of the rotated tensors, x, that share a mean.
+void check_norm_axes(const Call& call, const at::Tensor& x, const char* x_name) {
+  if (!call.options.norm_axes.has_value()) {
+    return;
+  }
+  const at::IntArrayRef axes = *call.options.norm_axes;
+  const std::int64_t dims = x.dim();
+  std::vector<bool> is_shared(dims);
+  for (const std::int64_t axis : axes) {
+    TORCH_CHECK_INDEX(-dims <= axis && axis < dims, expected(call, "norm_axes"), "be in [", -dims,
+                      ", ", dims - 1, "] for the dimensions of ", x_name, ", but got ", axes);
+    const std::int64_t d = c10::maybe_wrap_dim(axis, dims);
+    TORCH_CHECK_VALUE(!is_shared[d], expected(call, "norm_axes"), "be distinct dimensions of ",
+                      x_name, ", but got ", axes);
+    is_shared[d] = true;
+  }
+  TORCH_CHECK_VALUE(is_shared[c10::maybe_wrap_dim(call.options.embedding_axis, dims)],
+                    expected(call, "norm_axes"), "contain embedding_axis, ",
+                    call.options.embedding_axis, ", but got ", axes);
+}
+
+void check_norm(const Call& call, const at::Tensor& x, const char* x_name, const at::Tensor& weight,
+                const char* weight_name) {
+  if (call.normalizes) {
+    check_norm_axes(call, x, x_name);
+    check_weight(call, weight, weight_name, x, x_name);
+  }
 }
 
 // The sizes of positions that broadcast with x: without the leading dimension for an (A, N)
@@ -379,7 +439,9 @@ void check_memory(const Call& call, const at::Tensor& x, const char* argument) {
   for (const auto& [other, name] : {std::pair(&call.positions, "positions"),
                                     {&inv_freq, "inv_freq"},
                                     {&call.cos, "cos"},
-                                    {&call.sin, "sin"}}) {
+                                    {&call.sin, "sin"},
+                                    {&call.q_weight, weight_name(call)},
+                                    {&call.k_weight, "k_weight"}}) {
     TORCH_CHECK_VALUE(!other->defined() || !are_known_to_overlap(x, *other),
                       expected(call, argument), "share no memory with ", name,
                       ", but got overlapping tensors");
@@ -469,9 +531,14 @@ c10::SymInt rotary_dim(const Call& call, const at::Tensor& x) {
 void check(const Call& call) {
   const char* q_name = call.is_pair ? "q" : "x";
   const at::Tensor inv_freq = call.options.inv_freq.value_or(at::Tensor());
-  const std::pair<const at::Tensor&, const char*> tensors[] = {
-      {call.q, q_name},       {call.k, "k"},     {call.positions, "positions"},
-      {inv_freq, "inv_freq"}, {call.cos, "cos"}, {call.sin, "sin"}};
+  const std::pair<const at::Tensor&, const char*> tensors[] = {{call.q, q_name},
+                                                               {call.k, "k"},
+                                                               {call.positions, "positions"},
+                                                               {inv_freq, "inv_freq"},
+                                                               {call.cos, "cos"},
+                                                               {call.sin, "sin"},
+                                                               {call.q_weight, weight_name(call)},
+                                                               {call.k_weight, "k_weight"}};
   for (const auto& [tensor, argument] : tensors) {
     if (tensor.defined()) {
       check_layout(call, tensor);
@@ -479,6 +546,10 @@ void check(const Call& call) {
     }
   }
   check_defined(call, call.q, q_name);
+  if (call.normalizes) {
+    check_not_negative(call, "eps", call.options.eps);
+    check_finite(call, "weight_offset", call.options.weight_offset);
+  }
   if (call.uses_tables) {
     check_tables(call);
   } else {
@@ -500,9 +571,11 @@ void check(const Call& call) {
                                : call.cos.sym_sizes().slice(0, call.cos.dim() - 1);
   check_rotated(call, call.q, q_name);
   check_broadcasts(call, broadcast_sizes, call.q, q_name);
+  check_norm(call, call.q, q_name, call.q_weight, weight_name(call));
   if (call.is_pair) {
     check_rotated(call, call.k, "k");
     check_broadcasts(call, broadcast_sizes, call.k, "k");
+    check_norm(call, call.k, "k", call.k_weight, "k_weight");
     if (!call.options.rotary_dim.has_value() && !has_columns(call)) {
       const c10::SymInt q_dim = rotary_dim(call, call.q);
       const c10::SymInt k_dim = rotary_dim(call, call.k);
@@ -519,6 +592,27 @@ void check(const Call& call) {
       TORCH_CHECK_VALUE(!are_known_to_overlap(call.q, call.k), expected(call, "q and k"),
                         "share no element, but got overlapping views of one memory");
     }
+  }
+}
+
+void check(const NormGradientCall& call) {
+  check(static_cast<const Call&>(call));
+  const auto check_grad = [&](const at::Tensor& grad, const char* argument, const at::Tensor& x,
+                              const char* x_name) {
+    check_defined(call, grad, argument);
+    check_storage(call, grad, argument);
+    TORCH_CHECK_TYPE(grad.scalar_type() == x.scalar_type() && grad.device() == x.device(),
+                     expected(call, argument), "be ", name_of(x.scalar_type()), " on ", x.device(),
+                     ", as ", x_name, " is, but got ", name_of(grad.scalar_type()), " on ",
+                     grad.device());
+    TORCH_CHECK_VALUE(have_same_shape(grad, x), expected(call, argument), "have the shape of ",
+                      x_name, ", ", x.sym_sizes(), ", but got ", grad.sym_sizes());
+  };
+  if (call.is_pair) {
+    check_grad(call.q_grad, "grad_q", call.q, "q");
+    check_grad(call.k_grad, "grad_k", call.k, "k");
+  } else {
+    check_grad(call.q_grad, "grad", call.q, "x");
   }
 }
 

@@ -7,12 +7,14 @@
 
 namespace rope {
 
+struct NormGradientCall;
 struct SumCall;
 
 // Throws the contract's error if an argument is invalid. Sizes may be symbolic.
 void check(const Call& call);
 
-// The same for the operators of gradient_sums.h.
+// The same for the operators of norm_operators.h and gradient_sums.h.
+void check(const NormGradientCall& call);
 void check(const SumCall& call);
 
 // Guards memory on the CPU, where values can be read: every row of a table that positions name

@@ -73,7 +73,69 @@ at::Tensor rotate_one(const Call& call) {
   return at::cat({before, rotated, after}, -1).movedim(-1, options.embedding_axis);
 }
 
+at::Tensor normalize_and_rotate_one(const Call& call) {
+  const at::Tensor x = call.q.to(at::toOpMathType(call.q.scalar_type()));
+  const Norm norm(call);
+  const at::Tensor result =
+      call.options.norm_last
+          ? norm.weight(norm.normalize(rotate_decomposed(rotation_of(call, x)).q))
+          : rotate_decomposed(rotation_of(call, norm.weight(norm.normalize(x)))).q;
+  return result.to(call.q.scalar_type());
+}
+
+at::Tensor decompose_one(const Call& call) {
+  return call.normalizes ? normalize_and_rotate_one(call) : rotate_one(call);
+}
+
 }  // namespace
+
+Call rotation_of(const Call& call, const at::Tensor& x) {
+  Call rotation = on(call, x);
+  rotation.normalizes = false;
+  rotation.q_weight = at::Tensor();
+  return rotation;
+}
+
+Call norm_of(const Call& call, const at::Tensor& x) {
+  Call norm;
+  norm.normalizes = true;
+  norm.q = x;
+  norm.q_weight = call.q_weight;
+  norm.positions = x.new_zeros({}, at::kLong);
+  norm.options.embedding_axis = call.options.embedding_axis;
+  norm.options.rotary_dim = 0;
+  norm.options.eps = call.options.eps;
+  norm.options.weight_offset = call.options.weight_offset;
+  norm.options.norm_axes = call.options.norm_axes;
+  return norm;
+}
+
+Norm::Norm(const Call& call) : options_(call.options), axes_{call.options.embedding_axis} {
+  if (options_.norm_axes.has_value()) {
+    axes_ = *options_.norm_axes;
+  }
+  if (call.q_weight.defined()) {
+    // The dimensions of x, with the embedding axis in its place.
+    at::Tensor weight = call.q_weight.to(at::toOpMathType(call.q.scalar_type()));
+    while (weight.dim() < call.q.dim()) {
+      weight = weight.unsqueeze(0);
+    }
+    gain_ = weight.movedim(-1, options_.embedding_axis);
+    if (options_.weight_offset != 0) {
+      gain_ = gain_ + options_.weight_offset;
+    }
+  }
+}
+
+at::Tensor Norm::reciprocal_root(const at::Tensor& x) const {
+  return (mean(x * x) + options_.eps).rsqrt();
+}
+
+at::Tensor Norm::mean(const at::Tensor& x) const { return x.mean(axes_, /*keepdim=*/true); }
+
+at::Tensor Norm::normalize(const at::Tensor& x) const { return x * reciprocal_root(x); }
+
+at::Tensor Norm::weight(const at::Tensor& x) const { return gain_.defined() ? x * gain_ : x; }
 
 at::Tensor frequencies(const Call& call) {
   const ApplyOptions& options = call.options;
@@ -112,7 +174,7 @@ at::Tensor slice_of(const Pair<at::Tensor>& pairs, bool interleaved) {
 
 Outputs rotate_decomposed(const Call& call) {
   check(call);
-  return {rotate_one(on(call, call.q)), call.is_pair ? rotate_one(on(call, call.k)) : at::Tensor()};
+  return {decompose_one(on_q(call)), call.is_pair ? decompose_one(on_k(call)) : at::Tensor()};
 }
 
 Outputs rotate_copies(const Call& call) {

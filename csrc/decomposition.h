@@ -2,6 +2,7 @@
 // to fusion by a compiler.
 #pragma once
 
+#include <ATen/core/DimVector.h>
 #include <ATen/core/Tensor.h>
 
 #include "call.h"
@@ -19,6 +20,31 @@ Outputs rotate_and_copy(const Call& call);
 // The two steps of rotate_and_copy. The first writes nothing; the second copies what it returned.
 Outputs rotate_copies(const Call& call);
 Outputs copy_back(const Call& call, const Outputs& outputs);
+
+// The rotation of a call that also normalizes, on one tensor.
+Call rotation_of(const Call& call, const at::Tensor& x);
+
+// The norm of a call that also rotates, on one tensor: one that rotates no elements.
+Call norm_of(const Call& call, const at::Tensor& x);
+
+// The RMSNorm of a call on one tensor, in its steps. They take tensors of the opmath type.
+class Norm {
+ public:
+  explicit Norm(const Call& call);
+
+  // 1 / sqrt(mean(x^2) + eps)
+  at::Tensor reciprocal_root(const at::Tensor& x) const;
+  // Over the elements that share a mean.
+  at::Tensor mean(const at::Tensor& x) const;
+  at::Tensor normalize(const at::Tensor& x) const;
+  // Multiplies by weight_offset + weight, where there is a weight.
+  at::Tensor weight(const at::Tensor& x) const;
+
+ private:
+  const CallOptions& options_;
+  at::DimVector axes_;
+  at::Tensor gain_;
+};
 
 // Radians per unit of position, (N) or (A, N): inv_freq, or those of max_wavelength in float64, not
 // yet divided by scale_factor.

@@ -1,6 +1,7 @@
 #include "gradients.h"
 
 #include <ATen/ATen.h>
+#include <c10/util/SmallVector.h>
 #include <c10/util/irange.h>
 
 #include <algorithm>
@@ -12,6 +13,7 @@
 #include "checks.h"
 #include "decomposition.h"
 #include "gradient_sums.h"
+#include "norm_operators.h"
 #include "options.h"
 
 namespace rope {
@@ -141,6 +143,27 @@ AngleGradients angle_gradients(const Call& call, at::TensorList grads, at::Tenso
   }
   return wanted.positions ? AngleGradients{.positions = sums(of_positions(one)).sin}
                           : AngleGradients{.inv_freq = sums(of_inv_freq(one)).sin};
+}
+
+AngleGradients angle_gradients_of_norm(const Call& call, at::TensorList grads,
+                                       const WantedGradients& wanted) {
+  c10::SmallVector<at::Tensor, 2> rotated_grads;
+  c10::SmallVector<at::Tensor, 2> kept;
+  for (const auto i : c10::irange(grads.size())) {
+    const Call one = i == 0 ? on_q(call) : on_k(call);
+    const at::Tensor& grad = grads[i];
+    if (!call.options.norm_last) {
+      rotated_grads.push_back(grad);
+      kept.push_back(dispatch(call.uses_tables ? norm_of(one, one.q) : one).q);
+      continue;
+    }
+    const at::Tensor rotated = dispatch(rotation_of(one, one.q)).q;
+    NormGradientCall of_norm{norm_of(one, rotated), grad};
+    of_norm.wants = {grad.defined(), false, false, false};
+    rotated_grads.push_back(norm_gradients(of_norm).q);
+    kept.push_back(call.uses_tables ? one.q : rotated);
+  }
+  return angle_gradients(rotation_of(call, kept[0]), rotated_grads, kept, wanted);
 }
 
 }  // namespace rope

@@ -27,4 +27,9 @@ struct AngleGradients {
 AngleGradients angle_gradients(const Call& call, at::TensorList grads, at::TensorList kept,
                                const WantedGradients& wanted);
 
+// The same for a call that normalizes, with its tensors. The rotation's input or output is computed
+// again.
+AngleGradients angle_gradients_of_norm(const Call& call, at::TensorList grads,
+                                       const WantedGradients& wanted);
+
 }  // namespace rope

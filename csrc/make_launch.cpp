@@ -262,8 +262,8 @@ void for_each_launch(const Call& call, const Outputs& outputs,
       return;
     }
   }
-  launch_one(on(call, call.q), outputs.q, dim, launch);
-  launch_one(on(call, call.k), outputs.k, dim, launch);
+  launch_one(on_q(call), outputs.q, dim, launch);
+  launch_one(on_k(call), outputs.k, dim, launch);
 }
 
 }  // namespace rope

@@ -18,6 +18,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/util/OptionalArrayRef.h>
 #include <c10/util/StringUtil.h>
 #include <torch/library.h>
 
@@ -28,6 +29,7 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "options.h"
 
@@ -52,6 +54,8 @@ inline constexpr const char* kSchemaType<std::optional<std::int64_t>> = "int?";
 template <>
 inline constexpr const char* kSchemaType<at::IntArrayRef> = "int[]";
 template <>
+inline constexpr const char* kSchemaType<at::OptionalIntArrayRef> = "int[]?";
+template <>
 inline constexpr const char* kSchemaType<const std::optional<c10::SymInt>&> = "SymInt?";
 template <>
 inline constexpr const char* kSchemaType<c10::SymIntArrayRef> = "SymInt[]";
@@ -62,17 +66,31 @@ inline constexpr const char* kSchemaType<bool> = "bool";
 template <>
 inline constexpr const char* kSchemaType<std::array<bool, 2>> = "bool[2]";
 template <>
+inline constexpr const char* kSchemaType<std::array<bool, 4>> = "bool[4]";
+template <>
 inline constexpr const char* kSchemaType<std::optional<at::ScalarType>> = "ScalarType?";
 
-template <typename ArgumentType, typename Get, bool is_option = false>
+// The type of the argument for an option, whose member has type Member.
+template <typename Member>
+using ArgumentType =
+    std::conditional_t<std::is_same_v<Member, std::optional<std::vector<std::int64_t>>>,
+                       at::OptionalIntArrayRef, Member>;
+
+template <typename TypeInSignature, typename Get, bool is_option = false>
 struct Argument {
-  using Type = ArgumentType;
+  using Type = TypeInSignature;
   static constexpr bool kIsOption = is_option;  // its default is that of the member
   const char* name;
   Get get;
   const char* default_text = nullptr;  // null: that of an option, or none
-  const char* schema_type = kSchemaType<ArgumentType>;
+  const char* schema_type = kSchemaType<TypeInSignature>;
   bool is_keyword = false;
+
+  constexpr Argument as_keyword() const {
+    Argument keyword = *this;
+    keyword.is_keyword = true;
+    return keyword;
+  }
 };
 
 template <typename Type, typename Get>
@@ -94,7 +112,7 @@ constexpr auto option_arguments(GetOptions get_options, bool are_keywords) {
   const auto argument_of = [=](const auto& option) {
     using GetOption = decltype(option.get);
     if constexpr (std::is_invocable_v<GetOption, Options&>) {
-      using Type = std::decay_t<std::invoke_result_t<GetOption, Options&>>;
+      using Type = ArgumentType<std::decay_t<std::invoke_result_t<GetOption, Options&>>>;
       const auto get = [get_option = option.get, get_options](auto& call) -> auto& {
         return get_option(get_options(call));
       };
@@ -118,6 +136,10 @@ void store(Member& member, const Value& value) {
     if (value.has_value()) {
       member = *value;
     }
+  } else if constexpr (std::is_same_v<Value, at::OptionalIntArrayRef>) {
+    if (value.has_value()) {
+      member = value->vec();
+    }
   } else {
     member = value;
   }
@@ -133,6 +155,8 @@ decltype(auto) load(const Member& member) {
   if constexpr (std::is_same_v<Type, const std::optional<at::Tensor>&> &&
                 std::is_same_v<Member, at::Tensor>) {
     return as_optional(member);
+  } else if constexpr (std::is_same_v<Type, at::OptionalIntArrayRef>) {
+    return member.has_value() ? at::OptionalIntArrayRef(*member) : at::OptionalIntArrayRef();
   } else {
     return static_cast<Type>(member);
   }
@@ -212,6 +236,9 @@ struct Operator<OperatorTraits, std::tuple<Arguments...>> {
   static std::string to_text(bool value) { return value ? "True" : "False"; }
   static std::string to_text(std::int64_t value) { return std::to_string(value); }
   static std::string to_text(double value) { return c10::str(value); }
+  static std::string to_text(const std::vector<std::int64_t>& values) {
+    return c10::str(at::IntArrayRef(values));
+  }
   template <typename Value>
   static std::string to_text(const std::optional<Value>& value) {
     return value.has_value() ? to_text(*value) : "None";
@@ -220,8 +247,11 @@ struct Operator<OperatorTraits, std::tuple<Arguments...>> {
   static const char* result_type() {
     if constexpr (std::is_void_v<Result>) {
       return "()";
+    } else if constexpr (std::is_same_v<Result, at::Tensor>) {
+      return "Tensor";
     } else {
-      return std::is_same_v<Result, at::Tensor> ? "Tensor" : "(Tensor, Tensor)";
+      return std::tuple_size_v<Result> == 2 ? "(Tensor, Tensor)"
+                                            : "(Tensor, Tensor, Tensor, Tensor)";
     }
   }
 };

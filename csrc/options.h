@@ -25,9 +25,13 @@ Option(const char*, Get) -> Option<Get>;
 // In the order of the schemas: each operator takes those that its struct of options has.
 constexpr auto all_options() {
   return std::tuple{
-      ROPE_OPTION(embedding_axis), ROPE_OPTION(rotary_dim),   ROPE_OPTION(rotary_offset),
-      ROPE_OPTION(max_wavelength), ROPE_OPTION(scale_factor), ROPE_OPTION(attention_factor),
-      ROPE_OPTION(interleaved),    ROPE_OPTION(conjugate),    ROPE_OPTION(full_width),
+      ROPE_OPTION(embedding_axis), ROPE_OPTION(rotary_dim),
+      ROPE_OPTION(rotary_offset),  ROPE_OPTION(max_wavelength),
+      ROPE_OPTION(scale_factor),   ROPE_OPTION(attention_factor),
+      ROPE_OPTION(interleaved),    ROPE_OPTION(conjugate),
+      ROPE_OPTION(full_width),     ROPE_OPTION(eps),
+      ROPE_OPTION(weight_offset),  ROPE_OPTION(norm_axes),
+      ROPE_OPTION(norm_last),
   };
 }
 

@@ -36,6 +36,9 @@ constexpr const char* kRule<std::int64_t> = "be an integer";
 template <>
 constexpr const char* kRule<std::optional<std::int64_t>> = "be an integer or None";
 template <>
+constexpr const char* kRule<std::optional<std::vector<std::int64_t>>> =
+    "be a sequence of integers or None";
+template <>
 constexpr const char* kRule<double> = "be a number";
 template <>
 constexpr const char* kRule<bool> = "be a bool";
@@ -88,16 +91,21 @@ bool is_subclass(const Value&) {
   return false;
 }
 
+// What holds an argument of a function's type while the function runs.
+template <typename Value>
+using Held = std::conditional_t<std::is_same_v<Value, at::OptionalIntArrayRef>,
+                                std::optional<std::vector<std::int64_t>>, Value>;
+
 // An argument, converted.
 template <typename Value>
 struct ReadArgument {
-  py::detail::make_caster<Value> caster;
-
   ReadArgument(const std::string& function, const char* name, py::handle value) {
     if (!load(value)) [[unlikely]] {
       throw_type_error(function, name, kRule<Value>, value);
     }
   }
+
+  const Value& value() { return py::detail::cast_op<const Value&>(caster_); }
 
  private:
   bool load(py::handle value) {
@@ -107,8 +115,10 @@ struct ReadArgument {
         return false;
       }
     }
-    return caster.load(value, /*convert=*/true);
+    return caster_.load(value, /*convert=*/true);
   }
+
+  py::detail::make_caster<Value> caster_;
 };
 
 // Defines an operator as a Python function, which takes arguments by position: keywords cost time.
@@ -117,14 +127,14 @@ void define(py::module_& module, Result (*)(Values...), std::index_sequence<inde
   const std::string name = Operator::name();
   const auto call = [=](FromPython<Values>... values) -> Result {
     constexpr auto kArguments = Operator::Traits::arguments();
-    std::tuple<ReadArgument<std::decay_t<Values>>...> read{
-        ReadArgument<std::decay_t<Values>>(name, std::get<index>(kArguments).name, values)...};
-    if ((is_subclass(py::detail::cast_op<Values>(std::get<index>(read).caster)) || ...))
-        [[unlikely]] {
+    std::tuple<ReadArgument<Held<std::decay_t<Values>>>...> read{
+        ReadArgument<Held<std::decay_t<Values>>>(name, std::get<index>(kArguments).name,
+                                                 values)...};
+    if ((is_subclass(std::get<index>(read).value()) || ...)) [[unlikely]] {
       py::module_::import("torch_rope._subclasses").attr("register_with_dtensor")();
     }
     const py::gil_scoped_release no_gil;
-    return Operator::handle().call(py::detail::cast_op<Values>(std::get<index>(read).caster)...);
+    return Operator::handle().call(rope::load<Values>(std::get<index>(read).value())...);
   };
   module.def(name.c_str(), torch::wrap_pybind_function(call));
 }

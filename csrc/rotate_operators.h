@@ -16,8 +16,10 @@ namespace rope {
 // How a family of operators forms its angles: its name, the tensors that follow x, its options.
 struct AnglesFromPositions {
   using Options = ApplyOptions;
+  using NormOptions = rope::NormOptions;
   static constexpr const char* kName = "apply";
   static constexpr bool kUsesTables = false;
+  static constexpr bool kNormalizes = false;
 
   static constexpr auto tensors() {
     return std::tuple{
@@ -30,8 +32,10 @@ struct AnglesFromPositions {
 
 struct AnglesFromTables {
   using Options = CosSinOptions;
+  using NormOptions = NormCosSinOptions;
   static constexpr const char* kName = "apply_cos_sin";
   static constexpr bool kUsesTables = true;
+  static constexpr bool kNormalizes = false;
 
   static constexpr auto tensors() {
     return std::tuple{
@@ -42,6 +46,28 @@ struct AnglesFromTables {
   }
 };
 
+// The family that also normalizes: norm_apply and norm_apply_cos_sin.
+template <typename Angles>
+struct Normalized : Angles {
+  using Options = typename Angles::NormOptions;
+  static constexpr bool kNormalizes = true;
+};
+
+// The weights follow x, or q and k.
+template <typename Family, bool is_pair>
+constexpr auto weight_arguments() {
+  using Weight = const std::optional<at::Tensor>&;
+  constexpr auto kOfQ = [](auto& call) -> auto& { return call.q_weight; };
+  constexpr auto kOfK = [](auto& call) -> auto& { return call.k_weight; };
+  if constexpr (!Family::kNormalizes) {
+    return std::tuple{};
+  } else if constexpr (is_pair) {
+    return std::tuple{argument<Weight>("q_weight", kOfQ), argument<Weight>("k_weight", kOfK)};
+  } else {
+    return std::tuple{argument<Weight>("weight", kOfQ)};
+  }
+}
+
 enum class Form {
   kSingle,         // apply
   kPair,           // apply_qk
@@ -50,7 +76,7 @@ enum class Form {
   kDecomposed,     // apply_composed
 };
 
-template <typename Angles, Form form>
+template <typename Family, Form form>
 struct RotateTraits {
   using Call = rope::Call;
   static constexpr bool kInPlace = form == Form::kSingleInPlace || form == Form::kPairInPlace;
@@ -59,21 +85,22 @@ struct RotateTraits {
       kInPlace, void, std::conditional_t<kIsPair, std::tuple<at::Tensor, at::Tensor>, at::Tensor>>;
 
   static std::string name() {
-    return c10::str(Angles::kName, kIsPair ? "_qk" : "", kInPlace ? "_" : "",
-                    form == Form::kDecomposed ? "_composed" : "");
+    return c10::str(Family::kNormalizes ? "norm_" : "", Family::kName, kIsPair ? "_qk" : "",
+                    kInPlace ? "_" : "", form == Form::kDecomposed ? "_composed" : "");
   }
 
   static Call empty_call() {
     Call call;
     call.is_pair = kIsPair;
     call.in_place = kInPlace;
-    call.uses_tables = Angles::kUsesTables;
+    call.uses_tables = Family::kUsesTables;
+    call.normalizes = Family::kNormalizes;
     return call;
   }
 
   static constexpr auto arguments() {
-    return std::tuple_cat(rotated(), Angles::tensors(),
-                          option_arguments<typename Angles::Options>(
+    return std::tuple_cat(rotated(), weight_arguments<Family, kIsPair>(), Family::tensors(),
+                          option_arguments<typename Family::Options>(
                               [](auto& call) -> auto& { return call.options; }, true));
   }
 
@@ -104,19 +131,22 @@ struct RotateTraits {
   }
 };
 
-template <typename Angles, Form form>
-using RotateOperator = Operator<RotateTraits<Angles, form>>;
+template <typename Family, Form form>
+using RotateOperator = Operator<RotateTraits<Family, form>>;
 
-using FunctionalOperators = OperatorList<RotateOperator<AnglesFromPositions, Form::kSingle>,
-                                         RotateOperator<AnglesFromPositions, Form::kPair>,
-                                         RotateOperator<AnglesFromTables, Form::kSingle>,
-                                         RotateOperator<AnglesFromTables, Form::kPair>>;
-using InPlaceOperators = OperatorList<RotateOperator<AnglesFromPositions, Form::kSingleInPlace>,
-                                      RotateOperator<AnglesFromPositions, Form::kPairInPlace>,
-                                      RotateOperator<AnglesFromTables, Form::kSingleInPlace>,
-                                      RotateOperator<AnglesFromTables, Form::kPairInPlace>>;
+template <Form... forms>
+struct Forms {
+  template <typename Family>
+  using Of = OperatorList<RotateOperator<Family, forms>...>;
+
+  // Of every family.
+  using All = decltype(Of<AnglesFromPositions>() + Of<AnglesFromTables>() +
+                       Of<Normalized<AnglesFromPositions>>() + Of<Normalized<AnglesFromTables>>());
+};
+
+using FunctionalOperators = Forms<Form::kSingle, Form::kPair>::All;
+using InPlaceOperators = Forms<Form::kSingleInPlace, Form::kPairInPlace>::All;
 using AllOperators = decltype(FunctionalOperators() + InPlaceOperators());
-using DecomposedOperators = OperatorList<RotateOperator<AnglesFromPositions, Form::kDecomposed>,
-                                         RotateOperator<AnglesFromTables, Form::kDecomposed>>;
+using DecomposedOperators = Forms<Form::kDecomposed>::All;
 
 }  // namespace rope

@@ -1,7 +1,7 @@
 // The operators that exist, and what their arguments mean.
 //
-// apply, apply_cos_sin and their siblings, whose schemas follow from rotate_operators.h and
-// options.h:
+// apply, apply_cos_sin, norm_apply, norm_apply_cos_sin and their siblings, whose schemas follow
+// from rotate_operators.h and options.h:
 //
 // - x: the tensor to rotate; q and k: two tensors, rotated by the same angles. Any shape with a
 //   dimension, any strides; float64, float32, float16 or bfloat16. Operators whose name ends in _
@@ -13,7 +13,16 @@
 // - inv_freq: (N) or (A, N), float32 or float64, radians per unit of position.
 // - cos, sin: tables of shape (..., N), where (...) broadcasts with the shape of x without
 //   embedding_axis; (P, N) with positions; 2 N columns with full_width.
-// - the options: see ApplyOptions and CosSinOptions in rope/rope.h.
+// - weight; q_weight and k_weight: what the normalized elements are multiplied by, of shape (...,
+// D),
+//   where D is the size of the embedding axis and (...) broadcasts with the shape of x without it.
+// - the options: see ApplyOptions, CosSinOptions, NormOptions and NormCosSinOptions in rope/rope.h.
+//
+// _norm_apply_backward and its siblings, the gradients of what is normalized (norm_operators.h):
+//
+// - grad; grad_q and grad_k: the gradients of what norm_apply returned. Its arguments follow.
+// - output_mask: which gradients are wanted: of x or q, of k, of their weights. The others are
+//   undefined.
 //
 // _angle_gradient and _cos_sin_gradient, the sums that gradients need (gradient_sums.h):
 //
@@ -48,6 +57,7 @@
 #include <string>
 
 #include "gradient_sums.h"
+#include "norm_operators.h"
 #include "rotate_operators.h"
 
 namespace {
@@ -61,6 +71,7 @@ void define(torch::Library& library, const std::string& schema) {
 TORCH_LIBRARY(rope, library) {
   rope::AllOperators::define(library);
   rope::DecomposedOperators::define(library);
+  rope::NormGradientOperators::define(library);
   rope::SumOperators::define(library);
 
   define(library,

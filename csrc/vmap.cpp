@@ -27,7 +27,7 @@ Outputs rotate_batched(const Call& call) {
     return rotate_decomposed(call);
   }
   if (call.is_pair && call.q.dim() != call.k.dim()) {
-    return {dispatch(on(call, call.q)).q, dispatch(on(call, call.k)).q};
+    return {dispatch(on_q(call)).q, dispatch(on_k(call)).q};
   }
   // Physical views have the batch dimensions first, so the axis is counted from the end.
   Call physical = call;

@@ -5,8 +5,9 @@
 //   at::Tensor y = rope::apply(x, positions);
 //   at::Tensor z = rope::apply(x, positions, {.max_wavelength = 5e5, .interleaved = true});
 //   auto [q2, k2] = rope::apply_qk(q, k, positions, {.inv_freq = inv_freq});
+//   auto [q3, k3] = rope::norm_apply_qk(q, k, q_weight, k_weight, positions, {.eps = 1e-5});
 //
-// The functions below call the operators rope::apply, rope::apply_qk, ... through the PyTorch
+// The functions below call the operators rope::apply, rope::norm_apply, ... through the PyTorch
 // dispatcher: autograd, tracing and devices work as for PyTorch's own operators.
 #pragma once
 
@@ -15,6 +16,7 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #if defined(_WIN32)
 #define ROPE_API
@@ -66,6 +68,43 @@ struct CosSinOptions {
   bool full_width = false;
 };
 
+// The options of norm_apply: those of ApplyOptions, with the same meanings, and of the RMSNorm.
+struct NormOptions {
+  std::optional<at::Tensor> inv_freq = std::nullopt;
+  std::int64_t embedding_axis = -1;
+  std::optional<std::int64_t> rotary_dim = std::nullopt;
+  std::int64_t rotary_offset = 0;
+  double max_wavelength = 10000.0;
+  double scale_factor = 1.0;
+  double attention_factor = 1.0;
+  bool interleaved = false;
+  bool conjugate = false;
+  // Added to the mean of the squares, at least 0.
+  double eps = 1e-6;
+  // Added to the weight, finite: 1 for Gemma's norms.
+  double weight_offset = 0.0;
+  // The dimensions of x whose elements have one mean, among them the embedding axis; by default it
+  // alone. Negative ones count from the end: {-2, -1} is the norm over all heads of (B, S, H, D).
+  std::optional<std::vector<std::int64_t>> norm_axes = std::nullopt;
+  // Normalize after the rotation instead of before it.
+  bool norm_last = false;
+};
+
+// The options of norm_apply_cos_sin: those of CosSinOptions, and of the RMSNorm.
+struct NormCosSinOptions {
+  std::optional<at::Tensor> positions = std::nullopt;
+  std::int64_t embedding_axis = -1;
+  std::optional<std::int64_t> rotary_dim = std::nullopt;
+  std::int64_t rotary_offset = 0;
+  bool interleaved = false;
+  bool conjugate = false;
+  bool full_width = false;
+  double eps = 1e-6;
+  double weight_offset = 0.0;
+  std::optional<std::vector<std::int64_t>> norm_axes = std::nullopt;
+  bool norm_last = false;
+};
+
 // Rotates pairs of elements of x, which may have any shape and strides, and dtype float64, float32,
 // float16 or bfloat16. positions (int32, int64, float32 or float64) broadcast with the shape of x
 // without the embedding axis: (S, 1) for x of shape (B, S, H, D), (S) for (B, H, S, D). Throws
@@ -103,5 +142,42 @@ ROPE_API std::tuple<at::Tensor, at::Tensor> apply_cos_sin_qk_(const at::Tensor& 
                                                               const at::Tensor& cos,
                                                               const at::Tensor& sin,
                                                               const CosSinOptions& options = {});
+
+// RMSNorm and rotation in one pass over memory. With n = x / sqrt(mean(x^2 over norm_axes) + eps),
+// which includes the elements outside the rotated slice, the result is
+//   rotate(n * (weight_offset + weight))
+// or with norm_last that of normalizing and weighting what the rotation returns. All in the opmath
+// type; each element is rounded once. weight, of any floating-point dtype, has shape (..., D),
+// where D is the size of the embedding axis and (...) broadcasts with the shape of x without it:
+// (D), or (H, D) for x of shape (B, S, H, D). Without weight, which may be nullopt, nothing
+// multiplies.
+ROPE_API at::Tensor norm_apply(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                               const at::Tensor& positions, const NormOptions& options = {});
+ROPE_API std::tuple<at::Tensor, at::Tensor> norm_apply_qk(const at::Tensor& q, const at::Tensor& k,
+                                                          const std::optional<at::Tensor>& q_weight,
+                                                          const std::optional<at::Tensor>& k_weight,
+                                                          const at::Tensor& positions,
+                                                          const NormOptions& options = {});
+ROPE_API at::Tensor norm_apply_(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                                const at::Tensor& positions, const NormOptions& options = {});
+ROPE_API std::tuple<at::Tensor, at::Tensor> norm_apply_qk_(
+    const at::Tensor& q, const at::Tensor& k, const std::optional<at::Tensor>& q_weight,
+    const std::optional<at::Tensor>& k_weight, const at::Tensor& positions,
+    const NormOptions& options = {});
+ROPE_API at::Tensor norm_apply_cos_sin(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                                       const at::Tensor& cos, const at::Tensor& sin,
+                                       const NormCosSinOptions& options = {});
+ROPE_API std::tuple<at::Tensor, at::Tensor> norm_apply_cos_sin_qk(
+    const at::Tensor& q, const at::Tensor& k, const std::optional<at::Tensor>& q_weight,
+    const std::optional<at::Tensor>& k_weight, const at::Tensor& cos, const at::Tensor& sin,
+    const NormCosSinOptions& options = {});
+ROPE_API at::Tensor norm_apply_cos_sin_(const at::Tensor& x,
+                                        const std::optional<at::Tensor>& weight,
+                                        const at::Tensor& cos, const at::Tensor& sin,
+                                        const NormCosSinOptions& options = {});
+ROPE_API std::tuple<at::Tensor, at::Tensor> norm_apply_cos_sin_qk_(
+    const at::Tensor& q, const at::Tensor& k, const std::optional<at::Tensor>& q_weight,
+    const std::optional<at::Tensor>& k_weight, const at::Tensor& cos, const at::Tensor& sin,
+    const NormCosSinOptions& options = {});
 
 }  // namespace rope

@@ -1,5 +1,6 @@
 """The operators, called through typed handles, and the frequencies."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Generator, Tensor, device, dtype
@@ -19,6 +20,30 @@ def apply_cos_sin_qk(
 ) -> tuple[Tensor, Tensor]: ...
 def apply_cos_sin_(x: Tensor, /, *arguments: Tensor | float | None) -> None: ...
 def apply_cos_sin_qk_(q: Tensor, k: Tensor, /, *arguments: Tensor | float | None) -> None: ...
+def norm_apply(
+    x: Tensor, weight: Tensor | None, /, *arguments: Tensor | Sequence[int] | float | None
+) -> Tensor: ...
+def norm_apply_qk(
+    q: Tensor, k: Tensor, /, *arguments: Tensor | Sequence[int] | float | None
+) -> tuple[Tensor, Tensor]: ...
+def norm_apply_(
+    x: Tensor, weight: Tensor | None, /, *arguments: Tensor | Sequence[int] | float | None
+) -> None: ...
+def norm_apply_qk_(
+    q: Tensor, k: Tensor, /, *arguments: Tensor | Sequence[int] | float | None
+) -> None: ...
+def norm_apply_cos_sin(
+    x: Tensor, weight: Tensor | None, /, *arguments: Tensor | Sequence[int] | float | None
+) -> Tensor: ...
+def norm_apply_cos_sin_qk(
+    q: Tensor, k: Tensor, /, *arguments: Tensor | Sequence[int] | float | None
+) -> tuple[Tensor, Tensor]: ...
+def norm_apply_cos_sin_(
+    x: Tensor, weight: Tensor | None, /, *arguments: Tensor | Sequence[int] | float | None
+) -> None: ...
+def norm_apply_cos_sin_qk_(
+    q: Tensor, k: Tensor, /, *arguments: Tensor | Sequence[int] | float | None
+) -> None: ...
 def frequencies(
     rope_parameters: dict[str, Any],
     rotary_dim: int,

@@ -1,7 +1,8 @@
 """Rotary position embedding (arXiv 2104.09864) as PyTorch operators.
 
 ``apply`` rotates by positions, ``apply_cos_sin`` by the caller's tables; ``apply_`` and
-``apply_cos_sin_`` do the same in place. TorchScript calls the operators as ``torch.ops.rope.apply``
+``apply_cos_sin_`` do the same in place. ``norm_apply`` and its siblings also take the RMSNorm that
+most models apply before they rotate. TorchScript calls the operators as ``torch.ops.rope.apply``
 and so on, C++ as ``rope::apply``. The layers ``RotaryEmbedding`` and ``ApplyRoPE`` are built on
 them, with frequencies from ``frequencies`` and similar functions.
 """
@@ -35,6 +36,12 @@ from torch_rope._frequencies import (
     mrope_frequencies,
 )
 from torch_rope._layers import ApplyRoPE, RotaryEmbedding
+from torch_rope._norm_operators import (
+    norm_apply,
+    norm_apply_,
+    norm_apply_cos_sin,
+    norm_apply_cos_sin_,
+)
 from torch_rope._operators import apply, apply_, apply_cos_sin, apply_cos_sin_
 from torch_rope._positions import (
     context_parallel_positions,
@@ -66,6 +73,10 @@ __all__ = [
     "keep_side_inputs",
     "mixed_frequencies",
     "mrope_frequencies",
+    "norm_apply",
+    "norm_apply_",
+    "norm_apply_cos_sin",
+    "norm_apply_cos_sin_",
     "permute_half_to_interleaved",
     "permute_interleaved_to_half",
     "positions_from_attention_mask",

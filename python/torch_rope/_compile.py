@@ -63,13 +63,17 @@ def call_traced(
     """Calls an operator, or its decomposition, while a compiler traces."""
     if not _form.is_composed:
         return getattr(torch.ops.rope, name).default(*rotated, *tensors, **options)
-    family = "apply_cos_sin" if name.startswith("apply_cos_sin") else "apply"
+    family = name.removesuffix("_").removesuffix("_qk")
     compose = getattr(torch.ops.rope, f"{family}_composed").default
+    calls = [(x, *tensors) for x in rotated]
+    if name.startswith("norm_") and len(rotated) == 2:
+        q_weight, k_weight, *angles = tensors
+        calls = [(rotated[0], q_weight, *angles), (rotated[1], k_weight, *angles)]
     if name.endswith("_"):
-        # The gradients of angles and tables need x as it was.
-        results = tuple(compose(x.clone(), *tensors, **options) for x in rotated)
+        # The gradients of angles, tables and norms need x as it was.
+        results = tuple(compose(x.clone(), *others, **options) for x, *others in calls)
         for x, result in zip(rotated, results, strict=True):
             x.copy_(result)
         return None
-    results = tuple(compose(x, *tensors, **options) for x in rotated)
+    results = tuple(compose(*call, **options) for call in calls)
     return results if len(results) > 1 else results[0]

@@ -139,7 +139,7 @@ def apply(
     """
     is_pair = type(x) is not Tensor and isinstance(x, (tuple, list))
     if is_pair and len(x) != 2:
-        raise _wrong_length("apply", x)
+        raise wrong_length("apply", x)
     tensors = (*x, positions, inv_freq) if is_pair else (x, positions, inv_freq)
     operators = visible if is_compiling() or has_torch_function(tensors) else _C
     rotate = operators.apply_qk if is_pair else operators.apply
@@ -212,7 +212,7 @@ def apply_(
     """
     is_pair = type(x) is not Tensor and isinstance(x, (tuple, list))
     if is_pair and len(x) != 2:
-        raise _wrong_length("apply_", x)
+        raise wrong_length("apply_", x)
     tensors = (*x, positions, inv_freq) if is_pair else (x, positions, inv_freq)
     operators = visible if is_compiling() or has_torch_function(tensors) else _C
     rotate = operators.apply_qk_ if is_pair else operators.apply_
@@ -321,7 +321,7 @@ def apply_cos_sin(
     """
     is_pair = type(x) is not Tensor and isinstance(x, (tuple, list))
     if is_pair and len(x) != 2:
-        raise _wrong_length("apply_cos_sin", x)
+        raise wrong_length("apply_cos_sin", x)
     tensors = (*x, cos, sin, positions) if is_pair else (x, cos, sin, positions)
     operators = visible if is_compiling() or has_torch_function(tensors) else _C
     rotate = operators.apply_cos_sin_qk if is_pair else operators.apply_cos_sin
@@ -380,7 +380,7 @@ def apply_cos_sin_(
     """
     is_pair = type(x) is not Tensor and isinstance(x, (tuple, list))
     if is_pair and len(x) != 2:
-        raise _wrong_length("apply_cos_sin_", x)
+        raise wrong_length("apply_cos_sin_", x)
     tensors = (*x, cos, sin, positions) if is_pair else (x, cos, sin, positions)
     operators = visible if is_compiling() or has_torch_function(tensors) else _C
     rotate = operators.apply_cos_sin_qk_ if is_pair else operators.apply_cos_sin_
@@ -388,7 +388,8 @@ def apply_cos_sin_(
     return x
 
 
-def _wrong_length(function: str, x: Sized) -> TypeError:
+def wrong_length(function: str, x: Sized) -> TypeError:
+    """Returns the error for a tuple or list that is not ``(q, k)``."""
     kind = f"a {type(x).__name__} of {len(x)}"
     return TypeError(
         message(f"rope::{function}", "x", "be a tensor or a (q, k) tuple of two tensors", kind)
