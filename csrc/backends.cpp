@@ -2,6 +2,10 @@
 // CPU and CUDA make launches and run them.
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/OpMathType.h>
+#include <c10/util/irange.h>
+
+#include <array>
 
 #include "call.h"
 #include "checks.h"
@@ -12,6 +16,7 @@
 #include "make_launch.h"
 #include "norm_operators.h"
 #include "rotate_operators.h"
+#include "unfused_norm.h"
 
 namespace rope {
 
@@ -35,31 +40,57 @@ at::Tensor empty_like_on_cpu(const at::Tensor& x) {
              : at::empty_like(x);
 }
 
-Outputs normalize_decomposed(const Call& call, const Outputs& outputs) {
-  Call functional = call;
-  functional.in_place = false;
-  const Outputs results = rotate_decomposed(functional);
-  outputs.q.copy_(results.q);
-  if (call.is_pair) {
-    outputs.k.copy_(results.k);
+// Finishes the gradients of weights: run(launch, make_weight_sums) carries out a launch.
+template <typename Run>
+NormGradients norm_gradients(const NormGradientCall& call, const Run& run) {
+  if (is_unfused(call)) {
+    return unfused_norm_gradients(call);
   }
+  NormGradients outputs = empty_gradients(call);
+  for_each_launch(
+      call, outputs, [&](const Launch& launch, const std::array<at::Tensor, 2>& weight_grads) {
+        at::Tensor sums[2];
+        run(launch, [&](std::int64_t num_parts) -> WeightSums {
+          WeightSums pointers{};
+          for (const auto i : c10::irange(2)) {
+            if (weight_grads[i].defined()) {
+              sums[i] = at::empty({num_parts, weight_grads[i].numel()},
+                                  weight_grads[i].options().dtype(at::toOpMathType(launch.dtype)));
+              pointers.of_operand[i] = sums[i].mutable_data_ptr();
+            }
+          }
+          return pointers;
+        });
+        for (const auto i : c10::irange(2)) {
+          if (weight_grads[i].defined()) {
+            weight_grads[i].view(-1).copy_(sums[i].size(0) == 1 ? sums[i][0] : sums[i].sum(0));
+          }
+        }
+      });
   return outputs;
 }
 
 Outputs rotate_on_cpu(const Call& call) {
   Outputs outputs = check_and_allocate<empty_like_on_cpu>(call);
   check_rows_exist(call);
+  if (call.normalizes && is_unfused(call)) {
+    normalize_unfused(call, outputs);
+    return outputs;
+  }
   if (!call.in_place) {
     cpu::prefer_huge_pages(outputs.q);
     if (call.is_pair) {
       cpu::prefer_huge_pages(outputs.k);
     }
   }
-  if (call.normalizes) {
-    return normalize_decomposed(call, outputs);
-  }
-  for_each_launch(call, outputs, cpu::rotate);
+  for_each_launch(call, outputs, call.normalizes ? cpu::normalize : cpu::rotate);
   return outputs;
+}
+
+NormGradients norm_gradients_on_cpu(const NormGradientCall& call) {
+  check(call);
+  check_rows_exist(call);
+  return norm_gradients(call, cpu::normalize_gradient);
 }
 
 Outputs rotate_on_cuda(const Call& call) {
@@ -73,8 +104,15 @@ Outputs rotate_on_cuda(const Call& call) {
       "the pip packages cuda-toolkit[cccl,crt,nvcc,nvvm]: ROPE_CUDA=1 pip install "
       "--no-build-isolation .");
   Outputs outputs = check_and_allocate<empty_like>(call);
-  if (call.normalizes) {
-    return normalize_decomposed(call, outputs);
+  if (call.normalizes) {  // Until there are kernels.
+    Call functional = call;
+    functional.in_place = false;
+    const Outputs results = rotate_decomposed(functional);
+    outputs.q.copy_(results.q);
+    if (call.is_pair) {
+      outputs.k.copy_(results.k);
+    }
+    return outputs;
   }
   for_each_launch(call, outputs,
                   [&](const Launch& launch) { cuda::rotate(launch, call.q.get_device()); });
@@ -94,7 +132,7 @@ Outputs refuse_strided_nested(const Call& call) {
 
 TORCH_LIBRARY_IMPL(rope, CPU, library) {
   rope::AllOperators::implement<rope::rotate_on_cpu>(library);
-  rope::NormGradientOperators::implement<rope::decomposed_norm_gradients>(library);
+  rope::NormGradientOperators::implement<rope::norm_gradients_on_cpu>(library);
 }
 
 TORCH_LIBRARY_IMPL(rope, CUDA, library) {

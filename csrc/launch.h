@@ -3,6 +3,7 @@
 
 #include <c10/core/ScalarType.h>
 #include <c10/macros/Macros.h>
+#include <c10/util/FunctionRef.h>
 
 #include <cstdint>
 
@@ -26,10 +27,11 @@ struct Loops {
     return product;
   }
 
-  // The offset of each array at iteration `index` of all loops, counted as one.
-  template <typename Index>
-  C10_HOST_DEVICE void offsets(Index index, Index (&result)[kArrays]) const {
-    for (int array = 0; array < kArrays; ++array) {
+  // The offset of each of the first arrays at iteration `index` of all loops, counted as one.
+  template <typename Index, int kFirst>
+  C10_HOST_DEVICE void offsets(Index index, Index (&result)[kFirst]) const {
+    static_assert(kFirst <= kArrays);
+    for (int array = 0; array < kFirst; ++array) {
       result[array] = 0;
     }
     for (int d = num_dims - 1; d >= 0; --d) {
@@ -39,11 +41,34 @@ struct Loops {
         coordinate = index % size;
         index /= size;
       }
-      for (int array = 0; array < kArrays; ++array) {
+      for (int array = 0; array < kFirst; ++array) {
         result[array] += coordinate * static_cast<Index>(strides[array][d]);
       }
     }
   }
+};
+
+// The arrays that Operand::heads steps through.
+enum HeadArray : int {
+  kHeadIn,
+  kHeadOut,
+  kRotatedHeadArrays,              // launches that only rotate have these two
+  kHeadGain = kRotatedHeadArrays,  // a contiguous tensor of the shape of the weight
+  kHeadGrad,
+  kHeadWeight,
+  kHeadArrays,
+};
+
+// What a launch that normalizes needs of an operand besides. See NOTE [ Norms ].
+struct NormOperand {
+  const void* weight;  // null: none
+  c10::ScalarType weight_dtype;
+  std::int64_t weight_axis_stride;
+  std::int64_t weight_numel;
+  std::int64_t num_members;  // so many consecutive iterations of the heads share a mean
+  // For gradients. `in` is x then, and `out` its gradient, or null where that is not wanted.
+  const void* grad;  // of what the forward call returned; null in forward calls
+  std::int64_t grad_axis_stride;
 };
 
 // A tensor to rotate: q or k. Its elements are the product of the launch's tokens, its own heads
@@ -55,7 +80,8 @@ struct Operand {
   std::int64_t axis_size;
   std::int64_t in_axis_stride;
   std::int64_t out_axis_stride;
-  Loops<2> heads;  // in, out
+  Loops<kHeadArrays> heads;
+  NormOperand norm;
 };
 
 // Positions times frequencies.
@@ -96,18 +122,46 @@ enum TokenArray : int {
   kIn,     // in and out of operand i are kIn + 2 * i and kOut + 2 * i
   kOut,
   kTokenArrays = kIn + 4,
+  kGrad = kTokenArrays,  // kGrad + i for operand i, in launches for gradients of norms
+  kAllTokenArrays = kGrad + 2,
 };
+
+// NOTE [ Norms ]
+//
+// Elements that share a mean are the rows (heads along the embedding axis) of some number of heads
+// of one token, num_members of an operand: 1 for the norm of each head. The heads are sorted so
+// that members of a mean follow each other, in the order of the dimensions of x whatever their
+// strides, since the order of a sum shows in its bits. Norms over tokens, and weights that vary
+// over tokens, are no launch: unfused_norm.h carries them out as a norm and a rotation.
+//
+// All backends compute, in the opmath type and in this order:
+//
+//   scale = 1 / sqrt(sum(x^2) / count + eps)      norm_last: of the rotated x
+//   y = rotate((x * scale) * gain)                norm_last: y = (rotate(x) * scale) * gain
+//
+// where gain = weight + weight_offset. The sum over a row is one of the opmath type, that over the
+// rows of several heads is float64.
+//
+// The gradients, with g the gradient of y and R^T the transposed rotation:
+//
+//   t = R^T g                                     norm_last: t = g, and z = rotate(x) for x below
+//   dx = scale * (t * gain - x * scale^2 * sum(t * gain * x) / count)     norm_last: R^T of that
+//   dweight = sum over rows of t * (x * scale)
 
 struct Launch {
   c10::ScalarType dtype;  // of all operands
   int num_operands;
   Operand operands[2];
-  Loops<kTokenArrays> tokens;  // the dimensions over which angles differ
+  Loops<kAllTokenArrays> tokens;  // the dimensions over which angles differ
   std::int64_t num_pairs;
   std::int64_t rotary_offset;
   bool interleaved;
   bool conjugate;
   bool uses_tables;
+  bool normalizes;
+  bool norm_last;
+  double eps;
+  double weight_offset;
   PositionAngles position_angles;
   TableAngles table_angles;
 };
@@ -125,5 +179,14 @@ struct Sums {
   std::int64_t group_stride;        // between the tables of two groups of rows, in elements
   const double* factors = nullptr;  // device memory, one for each pair; null: none
 };
+
+// Partial sums for the gradients of the operands' weights: (parts, weight_numel) of the opmath
+// type, contiguous, each part of the shape of the weight. The sum over the parts is the gradient.
+struct WeightSums {
+  void* of_operand[2];  // null: not wanted
+};
+
+// Allocates them, for so many parts. How a launch is cut into parts depends on its sizes alone.
+using MakeWeightSums = c10::function_ref<WeightSums(std::int64_t num_parts)>;
 
 }  // namespace rope

@@ -1,10 +1,14 @@
 // From a checked call to the launches that carry it out.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <c10/util/FunctionRef.h>
+
+#include <array>
 
 #include "call.h"
 #include "launch.h"
+#include "norm_operators.h"
 
 namespace rope {
 
@@ -13,5 +17,12 @@ namespace rope {
 // pointers of a launch are valid during the call of launch.
 void for_each_launch(const Call& call, const Outputs& outputs,
                      c10::function_ref<void(const Launch&)> launch);
+
+// The same for the gradients of norms, into outputs. launch also gets the gradients of the weights
+// of the launch's operands, which it has to fill where they are defined.
+using NormGradientLaunch =
+    c10::function_ref<void(const Launch&, const std::array<at::Tensor, 2>& weight_grads)>;
+void for_each_launch(const NormGradientCall& call, const NormGradients& outputs,
+                     NormGradientLaunch launch);
 
 }  // namespace rope

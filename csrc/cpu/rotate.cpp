@@ -202,4 +202,7 @@ void rotate(const Launch& launch) {
   });
 }
 
+void normalize(const Launch&) {}
+void normalize_gradient(const Launch&, MakeWeightSums make) { make(1); }
+
 }  // namespace rope::cpu

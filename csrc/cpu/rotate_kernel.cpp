@@ -264,7 +264,7 @@ ROPE_INLINE void rotate_along_tokens(const Part<scalar_t>& part, std::int64_t fi
 template <bool full_width, typename scalar_t>
 ROPE_INLINE void rotate_along_heads(const Part<scalar_t>& part, std::int64_t num_tokens,
                                     AngleRows<scalar_t> angles) {
-  const Loops<2>& heads = part.operand.heads;
+  const auto& heads = part.operand.heads;
   const int last = heads.num_dims - 1;
   for (std::int64_t token = 0; token < num_tokens; ++token) {
     const std::int64_t* offsets = part.token_offsets() + token * kTokenArrays;

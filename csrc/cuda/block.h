@@ -150,7 +150,7 @@ struct DeviceOperand {
   Index axis_size;
   Index in_axis_stride;
   Index out_axis_stride;
-  DeviceLoops<Index, 2> heads;  // in, out
+  DeviceLoops<Index, kRotatedHeadArrays> heads;  // in, out
 };
 
 template <typename Index>
@@ -176,7 +176,7 @@ struct Row {
 template <typename scalar_t, typename Index>
 C10_HOST_DEVICE inline Row<scalar_t, Index> find_head(const DeviceOperand<Index>& x, Index head,
                                                       Index token_in, Index token_out) {
-  Index offsets[2];
+  Index offsets[kRotatedHeadArrays];
   x.heads.offsets(head, offsets);
   return {static_cast<const scalar_t*>(x.in) + (token_in + offsets[0]),
           static_cast<scalar_t*>(x.out) + (token_out + offsets[1]), x.axis_size, x.in_axis_stride,

@@ -103,8 +103,10 @@ Blocks<Index> device_blocks(const Blocks<std::int64_t>& from) {
           .column_groups = from.column_groups};
 }
 
-template <typename Index, int kArrays>
-DeviceLoops<Index, kArrays> device_loops(const Loops<kArrays>& from) {
+// The first kArrays arrays of the loops.
+template <typename Index, int kArrays, int kAllArrays>
+DeviceLoops<Index, kArrays> device_loops(const Loops<kAllArrays>& from) {
+  static_assert(kArrays <= kAllArrays);
   TORCH_INTERNAL_ASSERT(from.num_dims <= kLoopDims<Index>);
   DeviceLoops<Index, kArrays> loops{};
   loops.num_dims = from.num_dims;
@@ -130,9 +132,9 @@ Operands<Index> device_operands(const Launch& launch) {
                      static_cast<Index>(size),
                      static_cast<Index>(x.in_axis_stride),
                      static_cast<Index>(x.out_axis_stride),
-                     device_loops<Index>(x.heads)};
+                     device_loops<Index, kRotatedHeadArrays>(x.heads)};
   }
-  operands.tokens = device_loops<Index>(launch.tokens);
+  operands.tokens = device_loops<Index, kTokenArrays>(launch.tokens);
   operands.num_pairs = static_cast<Index>(launch.num_pairs);
   operands.rotary_offset = static_cast<Index>(launch.rotary_offset);
   operands.interleaved = launch.interleaved;

@@ -240,7 +240,7 @@ inline Lanes choose_lanes(const Launch& launch, bool uses_vectors) {
       })) {
     return Lanes::kColumns;
   }
-  const Loops<kTokenArrays>& tokens = launch.tokens;
+  const auto& tokens = launch.tokens;
   if (tokens.num_dims > 0 && all_contiguous([&](const Operand&, int i) {
         return tokens.strides[kIn + 2 * i][tokens.num_dims - 1] == 1 &&
                tokens.strides[kOut + 2 * i][tokens.num_dims - 1] == 1;

@@ -65,15 +65,16 @@ def call_traced(
         return getattr(torch.ops.rope, name).default(*rotated, *tensors, **options)
     family = name.removesuffix("_").removesuffix("_qk")
     compose = getattr(torch.ops.rope, f"{family}_composed").default
-    calls = [(x, *tensors) for x in rotated]
+    others = [tensors] * len(rotated)
     if name.startswith("norm_") and len(rotated) == 2:
         q_weight, k_weight, *angles = tensors
-        calls = [(rotated[0], q_weight, *angles), (rotated[1], k_weight, *angles)]
+        others = [(q_weight, *angles), (k_weight, *angles)]
+    calls = list(zip(rotated, others, strict=True))
     if name.endswith("_"):
         # The gradients of angles, tables and norms need x as it was.
-        results = tuple(compose(x.clone(), *others, **options) for x, *others in calls)
+        results = tuple(compose(x.clone(), *rest, **options) for x, rest in calls)
         for x, result in zip(rotated, results, strict=True):
             x.copy_(result)
         return None
-    results = tuple(compose(*call, **options) for call in calls)
+    results = tuple(compose(x, *rest, **options) for x, rest in calls)
     return results if len(results) > 1 else results[0]

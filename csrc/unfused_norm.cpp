@@ -1,0 +1,118 @@
+#include "unfused_norm.h"
+
+#include <ATen/ATen.h>
+#include <ATen/OpMathType.h>
+#include <c10/core/WrapDimMinimal.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+
+#include "decomposition.h"
+
+namespace rope {
+
+namespace {
+
+// The size along a dimension counted from the right, of sizes that broadcast.
+std::int64_t size_from_right(at::IntArrayRef sizes, std::int64_t from_right) {
+  return from_right < std::ssize(sizes) ? sizes[sizes.size() - 1 - from_right] : 1;
+}
+
+// The sizes of positions or tables that broadcast with x without the embedding axis.
+at::IntArrayRef angle_sizes(const Call& call) {
+  if (!call.positions.defined()) {
+    return call.cos.sizes().slice(0, call.cos.dim() - 1);
+  }
+  const auto& inv_freq = call.options.inv_freq;
+  const bool has_axes = inv_freq.has_value() && inv_freq->dim() == 2;
+  return call.positions.sizes().slice(has_axes ? 1 : 0);
+}
+
+bool is_unfused_one(const Call& call) {
+  const at::Tensor& x = call.q;
+  const at::IntArrayRef angles = angle_sizes(call);
+  const at::IntArrayRef weights = call.q_weight.defined()
+                                      ? call.q_weight.sizes().slice(0, call.q_weight.dim() - 1)
+                                      : at::IntArrayRef();
+  const std::int64_t axis = c10::maybe_wrap_dim(call.options.embedding_axis, x.dim());
+  const auto shares_mean = [&](std::int64_t d) {
+    const auto& axes = call.options.norm_axes;
+    return axes.has_value() && std::ranges::any_of(*axes, [&](std::int64_t other) {
+             return c10::maybe_wrap_dim(other, x.dim()) == d;
+           });
+  };
+  std::int64_t from_right = 0;
+  for (std::int64_t d = x.dim() - 1; d >= 0; --d) {
+    if (d == axis) {
+      continue;
+    }
+    const bool angle_differs = size_from_right(angles, from_right) != 1;
+    if (angle_differs && (size_from_right(weights, from_right) != 1 || shares_mean(d))) {
+      return true;
+    }
+    ++from_right;
+  }
+  return false;
+}
+
+at::Tensor normalize_and_rotate(const Call& call) {
+  const at::Tensor x = call.q.to(at::toOpMathType(call.q.scalar_type()));
+  return call.options.norm_last ? dispatch(norm_of(call, dispatch(rotation_of(call, x)).q)).q
+                                : dispatch(rotation_of(call, dispatch(norm_of(call, x)).q)).q;
+}
+
+NormGradients gradients_of_one(const NormGradientCall& call) {
+  const at::ScalarType real = at::toOpMathType(call.q.scalar_type());
+  const auto rotate = [&](const at::Tensor& x, bool transposed) {
+    Call rotation = rotation_of(call, x);
+    rotation.options.conjugate ^= transposed;
+    return dispatch(rotation).q;
+  };
+  const bool norm_last = call.options.norm_last;
+  const at::Tensor x = call.q.to(real);
+  const at::Tensor grad = call.q_grad.to(real);
+  NormGradientCall norm;
+  static_cast<Call&>(norm) = norm_of(call, norm_last ? rotate(x, /*transposed=*/false) : x);
+  norm.q_grad = norm_last ? grad : rotate(grad, /*transposed=*/true);
+  norm.wants = call.wants;
+  NormGradients gradients = dispatch(norm);
+  if (gradients.q.defined()) {
+    gradients.q = norm_last ? rotate(gradients.q, /*transposed=*/true) : std::move(gradients.q);
+  }
+  return gradients;
+}
+
+}  // namespace
+
+bool is_unfused(const Call& call) {
+  return is_unfused_one(on_q(call)) || (call.is_pair && is_unfused_one(on_k(call)));
+}
+
+void normalize_unfused(const Call& call, const Outputs& outputs) {
+  const at::Tensor q = normalize_and_rotate(on_q(call));
+  if (call.is_pair) {
+    outputs.k.copy_(normalize_and_rotate(on_k(call)));
+  }
+  outputs.q.copy_(q);
+}
+
+NormGradients unfused_norm_gradients(const NormGradientCall& call) {
+  NormGradients outputs = empty_gradients(call);
+  const auto write = [](const at::Tensor& to, const at::Tensor& from) {
+    if (to.defined()) {
+      to.copy_(from);
+    }
+  };
+  const NormGradients of_q = gradients_of_one(on_q(call));
+  write(outputs.q, of_q.q);
+  write(outputs.q_weight, of_q.q_weight);
+  if (call.is_pair) {
+    const NormGradients of_k = gradients_of_one(on_k(call));
+    write(outputs.k, of_k.q);
+    write(outputs.k_weight, of_k.q_weight);
+  }
+  return outputs;
+}
+
+}  // namespace rope

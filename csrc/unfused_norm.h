@@ -1,0 +1,20 @@
+// Norms that are no single launch: over dimensions along which angles differ, or with a weight that
+// differs along them. They are carried out as a norm and a rotation, which are, through the
+// dispatcher.
+#pragma once
+
+#include "call.h"
+#include "norm_operators.h"
+
+namespace rope {
+
+// Whether the checked call, which normalizes, is such a norm: for x, or for q or k.
+bool is_unfused(const Call& call);
+
+// Writes what such a call returns to outputs. Intermediate results have the opmath type, so each
+// element is rounded once.
+void normalize_unfused(const Call& call, const Outputs& outputs);
+
+NormGradients unfused_norm_gradients(const NormGradientCall& call);
+
+}  // namespace rope
