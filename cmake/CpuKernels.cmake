@@ -1,4 +1,4 @@
-# Compiles csrc/cpu/rotate_kernel.cpp once for each CPU capability, with the macros and flags that PyTorch gives its own
+# Compiles csrc/cpu/rotate_kernel.cpp and norm_kernel.cpp once for each CPU capability, with the macros and flags that PyTorch gives its own
 # native/cpu files, and adds the objects to librope.so.
 
 set(flags_DEFAULT "")
@@ -19,14 +19,23 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
   target_compile_definitions(rope PRIVATE ROPE_X86_KERNELS=1)
 endif()
 
+set(kernels "")
 foreach(capability IN LISTS capabilities)
-  set(kernel rope_cpu_${capability})
-  add_library(${kernel} OBJECT csrc/cpu/rotate_kernel.cpp)
+  foreach(file rotate norm)
+    set(kernel rope_cpu_${file}_${capability})
+    list(APPEND kernels ${kernel})
+    set(capability_of_${kernel} ${capability})
+    add_library(${kernel} OBJECT csrc/cpu/${file}_kernel.cpp)
+  endforeach()
+endforeach()
+
+foreach(kernel IN LISTS kernels)
+  set(capability ${capability_of_${kernel}})
   target_link_libraries(${kernel} PRIVATE rope_options)
   target_compile_definitions(${kernel} PRIVATE CPU_CAPABILITY=${capability}
     CPU_CAPABILITY_${capability} ${macros_${capability}})
   target_compile_options(${kernel} PRIVATE $<$<NOT:$<CONFIG:Debug>>:-O3> ${flags_${capability}}
-    $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)  # GCC's own AVX-512 header trips it (GCC bug 105593).
+    $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized -Wno-uninitialized>)  # GCC bug 105593, in its AVX-512 header.
   target_sources(rope PRIVATE $<TARGET_OBJECTS:${kernel}>)
 
   # An unoptimised build leaves inline functions in the object, so only optimised ones are asked.
@@ -36,7 +45,7 @@ foreach(capability IN LISTS capabilities)
       COMMAND ${CMAKE_COMMAND} -DNM=${CMAKE_NM} -DOBJECT=$<TARGET_OBJECTS:${kernel}> -DSTAMP=${stamp}
               -P ${PROJECT_SOURCE_DIR}/cmake/CheckKernelSymbols.cmake
       DEPENDS ${kernel} $<TARGET_OBJECTS:${kernel}> ${PROJECT_SOURCE_DIR}/cmake/CheckKernelSymbols.cmake
-      COMMENT "Checking the symbols of the ${capability} kernel" VERBATIM)
+      COMMENT "Checking the symbols of ${kernel}" VERBATIM)
     target_sources(rope PRIVATE ${stamp})
   endif()
 endforeach()

@@ -58,6 +58,18 @@ C10_HOST_DEVICE inline FullRotation<Real> transpose(const FullRotation<Real>& an
   return {{angle.a.cos, -angle.b.sin}, {angle.b.cos, -angle.a.sin}};
 }
 
+// By the transposed rotation, with the bits of rotate() by the negative angle.
+template <typename Real>
+C10_HOST_DEVICE inline Pair<Real> rotate_back(const Pair<Real>& x,
+                                              const FullRotation<Real>& angle) {
+  return {fmadd(x.a, angle.a.cos, x.b * angle.b.sin), fmsub(x.b, angle.b.cos, x.a * angle.a.sin)};
+}
+
+template <typename Real>
+C10_HOST_DEVICE inline Pair<Real> rotate_back(const Pair<Real>& x, const Rotation<Real>& angle) {
+  return rotate_back(x, FullRotation<Real>{angle, angle});
+}
+
 // Adds the derivatives with respect to cos t and sin t; g is the gradient of the rotated pair.
 // (With the rotated pair in place of x, the derivative with respect to sin t is that of t.)
 template <typename Real>

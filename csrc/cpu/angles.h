@@ -216,6 +216,11 @@ ROPE_INLINE void angles_of_tables(const Launch& launch, const Workspace& workspa
   const std::int64_t width = padded(launch.num_pairs);
   auto* cos = static_cast<Real*>(workspace.factors);
   auto* sin = cos + 2 * width;
+  for (int array = 0; array < 4; ++array) {
+    for (std::int64_t n = launch.num_pairs; n < width; ++n) {
+      cos[array * width + n] = 0;  // The padding of short rows takes part in sums.
+    }
+  }
   const int parts = launch.table_angles.full_width ? 2 : 1;
   const bool deinterleaved = is_deinterleaved<scalar_t>(along, launch.interleaved);
   const bool is_in_order = along == Along::kHeads || (along == Along::kAxis && !deinterleaved &&

@@ -59,4 +59,38 @@ void rotate_AVX512(const Launch& launch, const Workspace& workspace, const Block
 // The same bits as rotate_AVX512, for bfloat16 alone, on CPUs with instructions for it.
 void rotate_AVX512_BF16(const Launch& launch, const Workspace& workspace, const Block& block);
 
+// ---- Norms: csrc/cpu/norm_kernel.cpp ----
+
+// Elements of a row as the kernel multiplies it by a weight: see NOTE [ Gains ] in cpu/norm_rows.h.
+inline std::int64_t gain_length(std::int64_t axis_size) { return axis_size + 4 * kPadding; }
+
+// What a block needs besides its Workspace.
+struct NormWorkspace {
+  Workspace angles;
+  const void* gains[2];        // of each operand: (weights, gain_length) of the opmath type
+  void* counted;               // (2 * kPadding) of the opmath type
+  void* rows;                  // (3, axis size) elements, where axes are strided
+  std::int64_t* grad_offsets;  // (tokens, 2): the gradient of each operand
+  std::int64_t* head_offsets;  // (kMaxHeads, or more that share a mean, kHeadArrays)
+  void* weight_grads[2];       // of each operand: (2, weights, gain_length) of the opmath type
+  void* weight_sums[2];        // the block's part of WeightSums
+};
+
+// Weights that an operand has: rows of its embedding axis. One, of ones, without a weight.
+inline std::int64_t num_weights(const Operand& operand) {
+  return operand.norm.weight == nullptr ? 1 : operand.norm.weight_numel / operand.axis_size;
+}
+
+#define ROPE_DECLARE_NORM_KERNELS(capability)                                                \
+  void arrange_gains_##capability(const Launch& launch, int operand, void* gains);           \
+  void normalize_##capability(const Launch& launch, const NormWorkspace& workspace,          \
+                              const Block& block);                                           \
+  void normalize_gradient_##capability(const Launch& launch, const NormWorkspace& workspace, \
+                                       const Block& block);
+ROPE_DECLARE_NORM_KERNELS(DEFAULT)
+ROPE_DECLARE_NORM_KERNELS(AVX2)
+ROPE_DECLARE_NORM_KERNELS(AVX512)
+ROPE_DECLARE_NORM_KERNELS(AVX512_BF16)
+#undef ROPE_DECLARE_NORM_KERNELS
+
 }  // namespace rope::cpu

@@ -257,33 +257,44 @@ struct RotatedStep {
   typename Step<scalar_t>::Stored second;
 };
 
-// Rotates the pairs of two steps: a pair is an element of `first` and the one at the same
-// index of `second`, or, interleaved, neighbors in either.
-// Scalar math: a[n], b[n] = rotate({a[n], b[n]}, {cos[n], sin[n]})
-template <bool interleaved, typename scalar_t, bool full_width>
-ROPE_INLINE RotatedStep<scalar_t> rotate_step(const typename Step<scalar_t>::Loaded& first,
-                                              const typename Step<scalar_t>::Loaded& second,
-                                              const StepAngles<scalar_t, full_width>& angles) {
+// Rotates the pairs of two widened steps, by the transposed rotation if `back`: a pair is an
+// element of the first and the one at the same index of the second, or, interleaved, neighbors in
+// either. Scalar math: a[n], b[n] = rotate({a[n], b[n]}, {cos[n], sin[n]})
+template <bool interleaved, bool back, typename scalar_t, bool full_width>
+ROPE_INLINE void rotate_vectors(typename Step<scalar_t>::Vector (&x)[2 * Step<scalar_t>::kVectors],
+                                const StepAngles<scalar_t, full_width>& angles) {
   using S = Step<scalar_t>;
   using Vector = typename S::Vector;
-  Vector x[2 * S::kVectors];
-  S::widen(first, x);
-  S::widen(second, x + S::kVectors);
+  const auto rotate_pair = [](const Pair<Vector>& pair,
+                              const auto& angle) __attribute__((always_inline)) {
+    return back ? rotate_back<Vector>(pair, angle) : rotate<Vector>(pair, angle);
+  };
   for (int v = 0; v < S::kVectors; ++v) {
     Vector& a = x[interleaved ? 2 * v : v];
     Vector& b = x[interleaved ? 2 * v + 1 : v + S::kVectors];
     if constexpr (interleaved && !S::kDeinterleaved) {
       const auto [even, odd] = at::vec::deinterleave2(a, b);
-      const auto rotated = rotate<Vector>({even, odd}, angles.vectors[v]);
+      const auto rotated = rotate_pair({even, odd}, angles.vectors[v]);
       const auto [left, right] = at::vec::interleave2(rotated.a, rotated.b);
       a = left;
       b = right;
     } else {
-      const auto rotated = rotate<Vector>({a, b}, angles.vectors[v]);
+      const auto rotated = rotate_pair({a, b}, angles.vectors[v]);
       a = rotated.a;
       b = rotated.b;
     }
   }
+}
+
+template <bool interleaved, typename scalar_t, bool full_width>
+ROPE_INLINE RotatedStep<scalar_t> rotate_step(const typename Step<scalar_t>::Loaded& first,
+                                              const typename Step<scalar_t>::Loaded& second,
+                                              const StepAngles<scalar_t, full_width>& angles) {
+  using S = Step<scalar_t>;
+  typename S::Vector x[2 * S::kVectors];
+  S::widen(first, x);
+  S::widen(second, x + S::kVectors);
+  rotate_vectors<interleaved, /*back=*/false>(x, angles);
   return {S::narrow(x), S::narrow(x + S::kVectors)};
 }
 

@@ -1,0 +1,504 @@
+// NOTE [ The CPU norm kernel ]
+//
+// From the outside in:
+//   entry    chooses the dtype, the pair convention, and whether the norm comes first or last
+//   block    some tokens and some of their heads. Finds the angles of the tokens once, for q and k
+//   tile     the heads of an operand whose offsets are computed ahead, for all tokens of the block
+//   group    the heads of one token that share a mean: one, or all. Its rows are read for the sums,
+//            then again, while they are in L1, to be written
+//   row      the embedding axis of one head of one token (cpu/norm_rows.h)
+//
+// Rows with a strided embedding axis are copied to contiguous memory and back.
+//
+// This file is compiled once for each CPU capability, under the rules of NOTE [ The CPU kernel ] in
+// cpu/rotate_kernel.cpp.
+#include "cpu/angles.h"
+#include "cpu/kernel.h"
+#include "cpu/norm_rows.h"
+#include "cpu/rows.h"
+#include "cpu/step.h"
+#include "unsupported_dtype.h"
+
+namespace rope::cpu {
+
+namespace {
+
+// Rows whose products are added up in one row of weight gradients before that is added to the sums
+// of the block: long sums lose bits.
+constexpr std::int64_t kRowsPerSum = 64;
+
+template <typename scalar_t>
+ROPE_INLINE RowShape<scalar_t> shape_of(const Launch& launch, const Operand& operand) {
+  return {operand.axis_size, launch.rotary_offset,
+          operand.axis_size - launch.rotary_offset - 2 * launch.num_pairs, launch.num_pairs,
+          launch.interleaved};
+}
+
+// ---- Gains ----
+
+template <typename Weight, typename scalar_t>
+ROPE_INLINE void arrange_weight(const RowShape<scalar_t>& shape, const Weight* weight,
+                                std::int64_t stride, double offset,
+                                at::opmath_type<scalar_t>* gains) {
+  using Real = at::opmath_type<scalar_t>;
+  const auto added = static_cast<Real>(offset);
+  shape.for_each_slot([&](std::int64_t d, std::int64_t slot, bool) __attribute__((always_inline)) {
+    const Real gain = static_cast<Real>(weight[d * stride]) + added;
+    // NaN without low bits: see NOTE [ bfloat16 in 32-bit lanes ].
+    gains[slot] = gain == gain ? gain : std::numeric_limits<Real>::quiet_NaN();
+  });
+}
+
+// Lays out the weights of an operand: see NOTE [ Gains ].
+template <typename scalar_t>
+ROPE_INLINE void arrange_gains(const Launch& launch, int index, void* to) {
+  using Real = at::opmath_type<scalar_t>;
+  const Operand& operand = launch.operands[index];
+  const NormOperand& norm = operand.norm;
+  const auto shape = shape_of<scalar_t>(launch, operand);
+  const std::int64_t length = gain_length(operand.axis_size);
+  auto* gains = static_cast<Real*>(to);
+  for (std::int64_t i = 0; i < num_weights(operand) * length; ++i) {
+    gains[i] = 0;
+  }
+  if (norm.weight == nullptr) {
+    shape.for_each_slot([&](std::int64_t, std::int64_t slot, bool)
+                            __attribute__((always_inline)) { gains[slot] = 1; });
+    return;
+  }
+  // The heads over which the weight varies.
+  Loops<kHeadArrays> heads = operand.heads;
+  for (int d = 0; d < heads.num_dims; ++d) {
+    heads.sizes[d] = heads.strides[kHeadGain][d] == 0 ? 1 : heads.sizes[d];
+  }
+  const std::int64_t count = heads.count();
+  for (std::int64_t head = 0; head < count; ++head) {
+    std::int64_t offsets[kHeadArrays];
+    heads.offsets(head, offsets);
+    Real* row = gains + offsets[kHeadGain] / operand.axis_size * length;
+    const auto arrange = [&](auto type) __attribute__((always_inline)) {
+      using Weight = decltype(type);
+      arrange_weight(shape, static_cast<const Weight*>(norm.weight) + offsets[kHeadWeight],
+                     norm.weight_axis_stride, launch.weight_offset, row);
+    };
+    switch (norm.weight_dtype) {
+      case c10::ScalarType::Double:
+        arrange(double());
+        break;
+      case c10::ScalarType::Float:
+        arrange(float());
+        break;
+      case c10::ScalarType::Half:
+        arrange(c10::Half());
+        break;
+      case c10::ScalarType::BFloat16:
+        arrange(c10::BFloat16());
+        break;
+      default:
+        throw_unsupported_dtype(norm.weight_dtype);
+    }
+  }
+}
+
+// Which repeated elements of a shifted step count: see NOTE [ Gains ].
+template <typename scalar_t>
+ROPE_INLINE void arrange_counted(const RowShape<scalar_t>& shape, void* to) {
+  using Real = at::opmath_type<scalar_t>;
+  auto* counted = static_cast<Real*>(to);
+  const std::int64_t last = shape.slice_slot() + 2 * (shape.steps() - 1) * shape.kSize;
+  shape.for_each_slot([&](std::int64_t, std::int64_t slot, bool is_counted)
+                          __attribute__((always_inline)) {
+                            if (last <= slot && slot < shape.behind_slot()) {
+                              counted[slot - last] = is_counted ? 1 : 0;
+                            }
+                          });
+}
+
+// ---- Blocks ----
+
+// One operand in one block.
+template <typename scalar_t>
+struct NormPart {
+  using Real = at::opmath_type<scalar_t>;
+  const Launch& launch;
+  const NormWorkspace& workspace;
+  const Operand& operand;
+  int index;
+  RowShape<scalar_t> shape;
+  std::int64_t num_tokens;
+  std::int64_t head_begin;
+  std::int64_t head_end;
+  Real count;   // elements that share a mean
+  bool copies;  // Axes are strided.
+
+  ROPE_INLINE std::int64_t members() const { return operand.norm.num_members; }
+  ROPE_INLINE Real* weight_grads() const {
+    return static_cast<Real*>(workspace.weight_grads[index]);
+  }
+};
+
+template <typename scalar_t>
+ROPE_INLINE NormPart<scalar_t> norm_part_of(const Launch& launch, const NormWorkspace& workspace,
+                                            const Block& block, int index) {
+  using Real = at::opmath_type<scalar_t>;
+  const Operand& operand = launch.operands[index];
+  const std::int64_t members = operand.norm.num_members;
+  const std::int64_t groups = operand.heads.count() / members;
+  const bool has_grad = operand.norm.grad != nullptr;
+  return {launch,
+          workspace,
+          operand,
+          index,
+          shape_of<scalar_t>(launch, operand),
+          block.token_end - block.token_begin,
+          groups * block.part / block.num_parts * members,
+          groups * (block.part + 1) / block.num_parts * members,
+          static_cast<Real>(members * operand.axis_size),
+          operand.in_axis_stride != 1 || operand.out_axis_stride != 1 ||
+              (has_grad && operand.norm.grad_axis_stride != 1)};
+}
+
+// The arrays of the row of a head of the tile and a token, in the operand's memory.
+template <typename scalar_t>
+ROPE_INLINE NormRow<scalar_t> row_in_place(const NormPart<scalar_t>& part, std::int64_t token,
+                                           std::int64_t head) {
+  using Real = at::opmath_type<scalar_t>;
+  const Operand& operand = part.operand;
+  const std::int64_t* of_token =
+      part.workspace.angles.token_offsets + token * kTokenArrays + kIn + 2 * part.index;
+  const std::int64_t* of_head = part.workspace.head_offsets + head * kHeadArrays;
+  const std::int64_t weight = of_head[kHeadGain] / operand.axis_size;
+  const std::int64_t gain = weight * gain_length(operand.axis_size);
+  NormRow<scalar_t> row{};
+  row.in = static_cast<const scalar_t*>(operand.in) + of_token[0] + of_head[kHeadIn];
+  row.gains = static_cast<const Real*>(part.workspace.gains[part.index]) + gain;
+  if (operand.out != nullptr) {
+    row.out = static_cast<scalar_t*>(operand.out) + of_token[1] + of_head[kHeadOut];
+  }
+  if (operand.norm.grad != nullptr) {
+    row.grad = static_cast<const scalar_t*>(operand.norm.grad) +
+               part.workspace.grad_offsets[2 * token + part.index] + of_head[kHeadGrad];
+    row.weight_grads = part.weight_grads() == nullptr ? nullptr : part.weight_grads() + gain;
+  }
+  return row;
+}
+
+// Copies a strided row to contiguous memory. Its output is written to memory behind.
+template <typename scalar_t>
+ROPE_LOOP NormRow<scalar_t> copy_of(const NormPart<scalar_t>& part, const NormRow<scalar_t>& row) {
+  const Operand& operand = part.operand;
+  const std::int64_t size = operand.axis_size;
+  auto* copies = static_cast<scalar_t*>(part.workspace.rows);
+  NormRow<scalar_t> copy = row;
+  copy.in = copies;
+  copy_strided(Strided<scalar_t>{copies, 1},
+               Strided<const scalar_t>{row.in, operand.in_axis_stride}, size);
+  if (row.grad != nullptr) {
+    copy.grad = copies + size;
+    copy_strided(Strided<scalar_t>{copies + size, 1},
+                 Strided<const scalar_t>{row.grad, operand.norm.grad_axis_stride}, size);
+  }
+  copy.out = row.out == nullptr ? nullptr : copies + 2 * size;
+  return copy;
+}
+
+template <typename scalar_t>
+ROPE_LOOP void copy_back(const NormPart<scalar_t>& part, const NormRow<scalar_t>& copy,
+                         scalar_t* out) {
+  if (out != nullptr) {
+    copy_strided(Strided<scalar_t>{out, part.operand.out_axis_stride},
+                 Strided<const scalar_t>{copy.out, 1}, part.operand.axis_size);
+  }
+}
+
+// The row of a head of the tile and a token, contiguous.
+template <typename scalar_t>
+ROPE_INLINE NormRow<scalar_t> row_of(const NormPart<scalar_t>& part, std::int64_t token,
+                                     std::int64_t head) {
+  const NormRow<scalar_t> row = row_in_place(part, token, head);
+  return part.copies ? copy_of(part, row) : row;
+}
+
+// Writes the output of such a row, if that is a copy.
+template <typename scalar_t>
+ROPE_INLINE void finish_row(const NormPart<scalar_t>& part, const NormRow<scalar_t>& row,
+                            std::int64_t token, std::int64_t head) {
+  if (part.copies) [[unlikely]] {
+    copy_back(part, row, row_in_place(part, token, head).out);
+  }
+}
+
+// Writes the offsets of heads from `head` on, at most `most`; returns how many.
+template <typename scalar_t>
+ROPE_INLINE std::int64_t load_tile(const NormPart<scalar_t>& part, std::int64_t head,
+                                   std::int64_t most) {
+  const std::int64_t left = part.head_end - head;
+  const std::int64_t count = left < most ? left : most;
+  for (std::int64_t i = 0; i < count; ++i) {
+    std::int64_t offsets[kHeadArrays];
+    part.operand.heads.offsets(head + i, offsets);
+    for (int array = 0; array < kHeadArrays; ++array) {
+      part.workspace.head_offsets[i * kHeadArrays + array] = offsets[array];
+    }
+  }
+  return count;
+}
+
+// The heads of a tile: whole groups. Where the tokens of a head are contiguous each head is a
+// sequence of its own in memory, of which a CPU prefetches few at a time.
+template <typename scalar_t>
+ROPE_INLINE std::int64_t tile_heads(const NormPart<scalar_t>& part) {
+  constexpr std::int64_t kHeadsTogether = 4;
+  const auto& tokens = part.launch.tokens;
+  const auto& heads = part.operand.heads;
+  const std::int64_t token_stride =
+      tokens.num_dims == 0 ? 0 : tokens.strides[kIn + 2 * part.index][tokens.num_dims - 1];
+  const std::int64_t head_stride =
+      heads.num_dims == 0 ? 0 : heads.strides[kHeadIn][heads.num_dims - 1];
+  const std::int64_t most = token_stride < head_stride ? kHeadsTogether : kMaxHeads;
+  const std::int64_t members = part.members();
+  return members < most ? most / members * members : members;
+}
+
+template <typename scalar_t>
+ROPE_INLINE bool may_stream_rows(const NormPart<scalar_t>& part) {
+  const RowShape<scalar_t>& shape = part.shape;
+  constexpr std::int64_t kSize = RowShape<scalar_t>::kSize;
+  return part.workspace.angles.may_stream && !part.copies && shape.num_pairs % kSize == 0 &&
+         shape.before % kSize == 0 && shape.behind % kSize == 0;
+}
+
+template <typename Real>
+ROPE_INLINE Real reciprocal_root(double sum, Real count, Real eps) {
+  return Real(1) / std::sqrt(static_cast<Real>(sum) / count + eps);
+}
+
+template <bool interleaved, bool norm_last, typename scalar_t>
+ROPE_INLINE double squares_of(const NormPart<scalar_t>& part, const NormRow<scalar_t>& row,
+                              const TokenAngles<scalar_t>& angles) {
+  if constexpr (norm_last) {
+    return sum_of_rotated_squares<interleaved>(part.shape, row, angles);
+  } else {
+    return sum_of_squares(row.in, part.shape.size);
+  }
+}
+
+template <bool interleaved, bool norm_last, typename scalar_t>
+ROPE_INLINE void normalize_group(const NormPart<scalar_t>& part, std::int64_t token,
+                                 std::int64_t first_head, const TokenAngles<scalar_t>& angles,
+                                 bool may_stream) {
+  using Real = at::opmath_type<scalar_t>;
+  const std::int64_t end = first_head + part.members();
+  double squares = 0;
+  for (std::int64_t head = first_head; head < end; ++head) {
+    squares += squares_of<interleaved, norm_last>(part, row_of(part, token, head), angles);
+  }
+  const Real scale = reciprocal_root(squares, part.count, static_cast<Real>(part.launch.eps));
+  for (std::int64_t head = first_head; head < end; ++head) {
+    const auto row = row_of(part, token, head);
+    const bool streams = may_stream && can_stream(row.out, part.shape.size);
+    normalize_row<interleaved, norm_last>(part.shape, row, angles, scale, streams);
+    finish_row(part, row, token, head);
+  }
+}
+
+template <bool interleaved, bool norm_last, typename scalar_t>
+ROPE_INLINE void differentiate_group(const NormPart<scalar_t>& part, std::int64_t token,
+                                     std::int64_t first_head, const TokenAngles<scalar_t>& angles,
+                                     bool may_stream) {
+  using Real = at::opmath_type<scalar_t>;
+  const std::int64_t end = first_head + part.members();
+  double squares = 0;
+  double products = 0;
+  for (std::int64_t head = first_head; head < end; ++head) {
+    const auto row = row_of(part, token, head);
+    squares += squares_of<interleaved, norm_last>(part, row, angles);
+    products += sum_of_products<interleaved, norm_last>(part.shape, row, angles);
+  }
+  const Real scale = reciprocal_root(squares, part.count, static_cast<Real>(part.launch.eps));
+  const Real correction = scale * (scale * (static_cast<Real>(products) / part.count));
+  for (std::int64_t head = first_head; head < end; ++head) {
+    const auto row = row_of(part, token, head);
+    const bool streams = may_stream && can_stream(row.out, part.shape.size);
+    differentiate_row<interleaved, norm_last>(part.shape, row, angles, scale, correction, streams);
+    finish_row(part, row, token, head);
+  }
+}
+
+// The weight gradients of a block are summed in two steps: `sums` of some rows, then `totals`.
+template <typename scalar_t>
+struct WeightGrads {
+  using Real = at::opmath_type<scalar_t>;
+  Real* sums;  // null: not wanted
+  Real* totals;
+  std::int64_t size;
+
+  static ROPE_INLINE WeightGrads of(const NormPart<scalar_t>& part) {
+    const std::int64_t size = num_weights(part.operand) * gain_length(part.operand.axis_size);
+    Real* sums = part.weight_grads();
+    return {sums, sums == nullptr ? nullptr : sums + size, size};
+  }
+
+  ROPE_INLINE void clear() const {
+    for (std::int64_t i = 0; i < 2 * size && sums != nullptr; ++i) {
+      sums[i] = 0;
+    }
+  }
+
+  ROPE_INLINE void add_to_totals() const {
+    for (std::int64_t i = 0; i < size && sums != nullptr; ++i) {
+      totals[i] += sums[i];
+      sums[i] = 0;
+    }
+  }
+
+  // In the order of the weight.
+  ROPE_INLINE void store(const NormPart<scalar_t>& part) const {
+    if (sums == nullptr) {
+      return;
+    }
+    auto* to = static_cast<Real*>(part.workspace.weight_sums[part.index]);
+    const std::int64_t axis_size = part.operand.axis_size;
+    for (std::int64_t weight = 0; weight < num_weights(part.operand); ++weight) {
+      const Real* from = totals + weight * gain_length(axis_size);
+      part.shape.for_each_slot([&](std::int64_t d, std::int64_t slot, bool) __attribute__((
+                                   always_inline)) { to[weight * axis_size + d] = from[slot]; });
+    }
+  }
+};
+
+template <bool interleaved, bool norm_last, bool is_gradient, typename scalar_t>
+ROPE_LOOP void process_part(const NormPart<scalar_t>& part, const AngleRows<scalar_t>& angles) {
+  using Real = at::opmath_type<scalar_t>;
+  auto weight_grads = is_gradient ? WeightGrads<scalar_t>::of(part) : WeightGrads<scalar_t>{};
+  weight_grads.clear();
+  const bool may_stream = may_stream_rows(part);
+  const auto* counted = static_cast<const Real*>(part.workspace.counted);
+  const std::int64_t most = tile_heads(part);
+  std::int64_t rows_in_sums = 0;
+  std::int64_t count;
+  for (std::int64_t head = part.head_begin; head < part.head_end; head += count) {
+    count = load_tile(part, head, most);
+    for (std::int64_t token = 0; token < part.num_tokens; ++token) {
+      const TokenAngles<scalar_t> of_token{angles.cos + token * angles.stride,
+                                           angles.sin + token * angles.stride,
+                                           has_full_width(part.launch) ? angles.half : 0, counted};
+      for (std::int64_t i = 0; i < count; i += part.members()) {
+        if constexpr (is_gradient) {
+          differentiate_group<interleaved, norm_last>(part, token, i, of_token, may_stream);
+        } else {
+          normalize_group<interleaved, norm_last>(part, token, i, of_token, may_stream);
+        }
+      }
+      rows_in_sums += count;
+      if (rows_in_sums >= kRowsPerSum) {
+        weight_grads.add_to_totals();
+        rows_in_sums = 0;
+      }
+    }
+  }
+  weight_grads.add_to_totals();
+  weight_grads.store(part);
+}
+
+template <bool interleaved, bool norm_last, bool is_gradient, typename scalar_t>
+ROPE_INLINE void process_block(const Launch& launch, const NormWorkspace& workspace,
+                               const Block& block) {
+  const std::int64_t num_tokens = block.token_end - block.token_begin;
+  for (std::int64_t token = 0; token < num_tokens; ++token) {
+    std::int64_t offsets[kAllTokenArrays];
+    launch.tokens.offsets(block.token_begin + token, offsets);
+    for (int array = 0; array < kTokenArrays; ++array) {
+      workspace.angles.token_offsets[token * kTokenArrays + array] = offsets[array];
+    }
+    workspace.grad_offsets[2 * token] = offsets[kGrad];
+    workspace.grad_offsets[2 * token + 1] = offsets[kGrad + 1];
+  }
+  const auto angles = find_angles<scalar_t>(launch, workspace.angles, Along::kAxis, 0, num_tokens);
+  for (int index = 0; index < launch.num_operands; ++index) {
+    const auto part = norm_part_of<scalar_t>(launch, workspace, block, index);
+    if (part.shape.is_shifted()) {
+      arrange_counted(part.shape, workspace.counted);
+    }
+    process_part<interleaved, norm_last, is_gradient>(part, angles);
+  }
+}
+
+template <bool is_gradient, typename scalar_t>
+ROPE_INLINE void process_block(const Launch& launch, const NormWorkspace& workspace,
+                               const Block& block) {
+  const auto choose_norm = [&](auto interleaved) __attribute__((always_inline)) {
+    launch.norm_last
+        ? process_block<interleaved, true, is_gradient, scalar_t>(launch, workspace, block)
+        : process_block<interleaved, false, is_gradient, scalar_t>(launch, workspace, block);
+  };
+  launch.interleaved ? choose_norm(std::true_type()) : choose_norm(std::false_type());
+}
+
+// Calls run with a number of the launch's dtype.
+template <typename Run>
+ROPE_INLINE void dispatch_dtype(c10::ScalarType dtype, const Run& run) {
+#ifdef __AVX512BF16__  // for bfloat16 alone
+  (void)dtype;
+  run(c10::BFloat16());
+#else
+  switch (dtype) {
+    case c10::ScalarType::Double:
+      run(double());
+      break;
+    case c10::ScalarType::Float:
+      run(float());
+      break;
+    case c10::ScalarType::Half:
+      run(c10::Half());
+      break;
+    case c10::ScalarType::BFloat16:
+      run(c10::BFloat16());
+      break;
+    default:
+      throw_unsupported_dtype(dtype);
+  }
+#endif
+}
+
+template <bool is_gradient>
+ROPE_INLINE void process_block(const Launch& launch, const NormWorkspace& workspace,
+                               const Block& block) {
+  dispatch_dtype(launch.dtype, [&](auto type) __attribute__((always_inline)) {
+    process_block<is_gradient, decltype(type)>(launch, workspace, block);
+  });
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+  if (workspace.angles.may_stream) {
+    _mm_sfence();  // Others see what was streamed before they see that the block is done.
+  }
+#endif
+}
+
+}  // namespace
+
+#define ROPE_CONCATENATE_(a, b) a##b
+#define ROPE_CONCATENATE(a, b) ROPE_CONCATENATE_(a, b)
+
+__attribute__((flatten)) void ROPE_CONCATENATE(arrange_gains_, CPU_CAPABILITY)(const Launch& launch,
+                                                                               int operand,
+                                                                               void* gains) {
+  dispatch_dtype(launch.dtype, [&](auto type) __attribute__((always_inline)) {
+    arrange_gains<decltype(type)>(launch, operand, gains);
+  });
+}
+
+__attribute__((flatten)) void ROPE_CONCATENATE(normalize_,
+                                               CPU_CAPABILITY)(const Launch& launch,
+                                                               const NormWorkspace& workspace,
+                                                               const Block& block) {
+  process_block</*is_gradient=*/false>(launch, workspace, block);
+}
+
+__attribute__((flatten)) void ROPE_CONCATENATE(normalize_gradient_,
+                                               CPU_CAPABILITY)(const Launch& launch,
+                                                               const NormWorkspace& workspace,
+                                                               const Block& block) {
+  process_block</*is_gradient=*/true>(launch, workspace, block);
+}
+
+}  // namespace rope::cpu
