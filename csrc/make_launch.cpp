@@ -1,6 +1,7 @@
 #include "make_launch.h"
 
 #include <ATen/ATen.h>
+#include <ATen/WrapDimUtilsMulti.h>
 #include <ATen/core/DimVector.h>
 #include <c10/core/WrapDimMinimal.h>
 #include <c10/util/SmallVector.h>
@@ -8,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bitset>
 #include <utility>
 #include <vector>
 
@@ -87,14 +89,10 @@ const double* wavelength_frequencies(double max_wavelength, std::int64_t rotary_
 }
 
 // The dimensions of x that share a mean.
-std::vector<bool> norm_axes(const Call& call, const at::Tensor& x) {
-  std::vector<bool> is_shared(x.dim());
-  if (call.normalizes && call.options.norm_axes.has_value()) {
-    for (const std::int64_t axis : *call.options.norm_axes) {
-      is_shared[c10::maybe_wrap_dim(axis, x.dim())] = true;
-    }
-  }
-  return is_shared;
+std::bitset<at::dim_bitset_size> norm_axes(const Call& call, const at::Tensor& x) {
+  return call.normalizes && call.options.norm_axes.has_value()
+             ? at::dim_list_to_bitset(*call.options.norm_axes, x.dim())
+             : std::bitset<at::dim_bitset_size>();
 }
 
 // The stride of a weight, or of a contiguous tensor of its shape, along a dimension of x counted
@@ -161,7 +159,7 @@ class LaunchBuilder {
     }
 
     // As in broadcasting, dimensions count from the right, without the embedding axis.
-    const std::vector<bool> shares_mean = norm_axes(call_, in);
+    const auto shares_mean = norm_axes(call_, in);
     std::int64_t from_right = 0;
     for (std::int64_t d = in.dim() - 1; d >= 0; --d) {
       if (d == axis) {
@@ -290,7 +288,7 @@ class CopiedCall {
   explicit CopiedCall(const Call& call) : call_(on_q(call)) {
     const at::Tensor& x = call.q;
     const std::int64_t axis = c10::maybe_wrap_dim(call.options.embedding_axis, x.dim());
-    const std::vector<bool> shares_mean = norm_axes(call, x);
+    const auto shares_mean = norm_axes(call, x);
     at::DimVector members;
     for (const auto d : c10::irange(x.dim())) {
       if (d != axis) {

@@ -86,7 +86,8 @@ NormGradients gradients_of_one(const NormGradientCall& call) {
 }  // namespace
 
 bool is_unfused(const Call& call) {
-  return is_unfused_one(on_q(call)) || (call.is_pair && is_unfused_one(on_k(call)));
+  return is_unfused_one(call, call.q, call.q_weight) ||
+         (call.is_pair && is_unfused_one(call, call.k, call.k_weight));
 }
 
 void normalize_unfused(const Call& call, const Outputs& outputs) {

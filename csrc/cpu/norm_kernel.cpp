@@ -128,8 +128,8 @@ struct NormPart {
   std::int64_t num_tokens;
   std::int64_t head_begin;
   std::int64_t head_end;
-  Real count;   // elements that share a mean
-  bool copies;  // Axes are strided.
+  Real inverse_count;  // of the elements that share a mean
+  bool copies;         // Axes are strided.
 
   ROPE_INLINE std::int64_t members() const { return operand.norm.num_members; }
   ROPE_INLINE Real* weight_grads() const {
@@ -153,7 +153,7 @@ ROPE_INLINE NormPart<scalar_t> norm_part_of(const Launch& launch, const NormWork
           block.token_end - block.token_begin,
           groups * block.part / block.num_parts * members,
           groups * (block.part + 1) / block.num_parts * members,
-          static_cast<Real>(members * operand.axis_size),
+          Real(1) / static_cast<Real>(members * operand.axis_size),
           operand.in_axis_stride != 1 || operand.out_axis_stride != 1 ||
               (has_grad && operand.norm.grad_axis_stride != 1)};
 }
@@ -167,8 +167,7 @@ ROPE_INLINE NormRow<scalar_t> row_in_place(const NormPart<scalar_t>& part, std::
   const std::int64_t* of_token =
       part.workspace.angles.token_offsets + token * kTokenArrays + kIn + 2 * part.index;
   const std::int64_t* of_head = part.workspace.head_offsets + head * kHeadArrays;
-  const std::int64_t weight = of_head[kHeadGain] / operand.axis_size;
-  const std::int64_t gain = weight * gain_length(operand.axis_size);
+  const std::int64_t gain = of_head[kHeadGain];
   NormRow<scalar_t> row{};
   row.in = static_cast<const scalar_t*>(operand.in) + of_token[0] + of_head[kHeadIn];
   row.gains = static_cast<const Real*>(part.workspace.gains[part.index]) + gain;
@@ -228,7 +227,8 @@ ROPE_INLINE void finish_row(const NormPart<scalar_t>& part, const NormRow<scalar
   }
 }
 
-// Writes the offsets of heads from `head` on, at most `most`; returns how many.
+// Writes the offsets of heads from `head` on, at most `most`, that of kHeadGain in arranged gains;
+// returns how many.
 template <typename scalar_t>
 ROPE_INLINE std::int64_t load_tile(const NormPart<scalar_t>& part, std::int64_t head,
                                    std::int64_t most) {
@@ -240,6 +240,8 @@ ROPE_INLINE std::int64_t load_tile(const NormPart<scalar_t>& part, std::int64_t 
     for (int array = 0; array < kHeadArrays; ++array) {
       part.workspace.head_offsets[i * kHeadArrays + array] = offsets[array];
     }
+    part.workspace.head_offsets[i * kHeadArrays + kHeadGain] =
+        offsets[kHeadGain] / part.operand.axis_size * gain_length(part.operand.axis_size);
   }
   return count;
 }
@@ -269,8 +271,8 @@ ROPE_INLINE bool may_stream_rows(const NormPart<scalar_t>& part) {
 }
 
 template <typename Real>
-ROPE_INLINE Real reciprocal_root(double sum, Real count, Real eps) {
-  return Real(1) / std::sqrt(static_cast<Real>(sum) / count + eps);
+ROPE_INLINE Real reciprocal_root(double sum, Real inverse_count, Real eps) {
+  return Real(1) / std::sqrt(static_cast<Real>(sum) * inverse_count + eps);
 }
 
 template <bool interleaved, bool norm_last, typename scalar_t>
@@ -293,12 +295,104 @@ ROPE_INLINE void normalize_group(const NormPart<scalar_t>& part, std::int64_t to
   for (std::int64_t head = first_head; head < end; ++head) {
     squares += squares_of<interleaved, norm_last>(part, row_of(part, token, head), angles);
   }
-  const Real scale = reciprocal_root(squares, part.count, static_cast<Real>(part.launch.eps));
+  const Real scale =
+      reciprocal_root(squares, part.inverse_count, static_cast<Real>(part.launch.eps));
   for (std::int64_t head = first_head; head < end; ++head) {
     const auto row = row_of(part, token, head);
     const bool streams = may_stream && can_stream(row.out, part.shape.size);
     normalize_row<interleaved, norm_last>(part.shape, row, angles, scale, streams);
     finish_row(part, row, token, head);
+  }
+}
+
+// The steps of rows that are whole steps and no more, up to as many as stay in registers; else 0.
+template <typename scalar_t>
+ROPE_INLINE std::int64_t whole_steps(const NormPart<scalar_t>& part) {
+  const RowShape<scalar_t>& shape = part.shape;
+  const std::int64_t steps = shape.steps();
+  const bool is_whole = shape.size == 2 * shape.num_pairs && shape.num_pairs % shape.kSize == 0;
+  return is_whole && !part.copies && !has_full_width(part.launch) ? steps : 0;
+}
+
+// Heads [0, count) of the tile. Where each has a mean of its own, the scales of several are
+// computed together, since a square root and a division take long.
+template <bool interleaved, bool norm_last, int steps, typename scalar_t>
+ROPE_LOOP void normalize_whole_rows(const NormPart<scalar_t>& part, std::int64_t token,
+                                    std::int64_t count, const TokenAngles<scalar_t>& of_token,
+                                    bool may_stream) {
+  using Real = at::opmath_type<scalar_t>;
+  using Vector = Vectorized<Real>;
+  using Whole = WholeRow<interleaved, norm_last, steps, scalar_t>;
+  constexpr std::int64_t kSize = RowShape<scalar_t>::kSize;
+  constexpr std::int64_t kTogether = 16;
+  const auto eps = static_cast<Real>(part.launch.eps);
+  StepAngles<scalar_t, false> angles[steps];
+  for (int i = 0; i < steps; ++i) {
+    angles[i] =
+        StepAngles<scalar_t, false>::load(of_token.cos + i * kSize, of_token.sin + i * kSize, 0);
+  }
+  const auto squares_of_head = [&](std::int64_t head) __attribute__((always_inline)) {
+    return Whole(row_in_place(part, token, head).in).squares(angles);
+  };
+  // Rows [first, first + number), whose scales are `stride` apart.
+  const auto store = [&](std::int64_t first, std::int64_t number, const Real* scales,
+                         std::int64_t stride) __attribute__((always_inline)) {
+    for (std::int64_t i = 0; i < number; ++i) {
+      const auto row = row_in_place(part, token, first + i);
+      const Whole whole(row.in);
+      const Real scale = scales[i * stride];
+      if (may_stream && can_stream(row.out, 2 * steps * kSize)) [[unlikely]] {
+        whole.store(angles, row.gains, scale, row.out, /*streams=*/true);
+      } else {
+        whole.store(angles, row.gains, scale, row.out, /*streams=*/false);
+      }
+    }
+  };
+  const std::int64_t members = part.members();
+  const std::int64_t together = members == 1 ? kTogether : members;
+  for (std::int64_t first = 0; first < count; first += together) {
+    const std::int64_t number = count - first < together ? count - first : together;
+    Real scales[kTogether] = {};
+    if (members == 1) {
+      for (std::int64_t i = 0; i < number; ++i) {
+        scales[i] = static_cast<Real>(squares_of_head(first + i));
+      }
+      for (std::int64_t i = 0; i < kTogether; i += Vector::size()) {
+        const Vector mean = Vector::loadu(scales + i) * Vector(part.inverse_count) + Vector(eps);
+        (Vector(1) / mean.sqrt()).store(scales + i);
+      }
+    } else {
+      double squares = 0;
+      for (std::int64_t i = 0; i < members; ++i) {
+        squares += squares_of_head(first + i);
+      }
+      scales[0] = reciprocal_root(squares, part.inverse_count, eps);
+    }
+    store(first, number, scales, members == 1 ? 1 : 0);
+  }
+}
+
+// The heads of a tile, for one token.
+template <bool interleaved, bool norm_last, typename scalar_t>
+ROPE_INLINE void normalize_heads(const NormPart<scalar_t>& part, std::int64_t token,
+                                 std::int64_t count, const TokenAngles<scalar_t>& angles,
+                                 bool may_stream) {
+  const auto whole = [&](auto steps) __attribute__((always_inline)) {
+    normalize_whole_rows<interleaved, norm_last, steps>(part, token, count, angles, may_stream);
+  };
+  switch (whole_steps(part)) {
+    case 1:
+      return whole(std::integral_constant<int, 1>());
+    case 2:
+      return whole(std::integral_constant<int, 2>());
+    case 4:
+      return whole(std::integral_constant<int, 4>());
+    case 8:
+      return whole(std::integral_constant<int, 8>());
+    default:
+      for (std::int64_t head = 0; head < count; head += part.members()) {
+        normalize_group<interleaved, norm_last>(part, token, head, angles, may_stream);
+      }
   }
 }
 
@@ -315,8 +409,9 @@ ROPE_INLINE void differentiate_group(const NormPart<scalar_t>& part, std::int64_
     squares += squares_of<interleaved, norm_last>(part, row, angles);
     products += sum_of_products<interleaved, norm_last>(part.shape, row, angles);
   }
-  const Real scale = reciprocal_root(squares, part.count, static_cast<Real>(part.launch.eps));
-  const Real correction = scale * (scale * (static_cast<Real>(products) / part.count));
+  const Real scale =
+      reciprocal_root(squares, part.inverse_count, static_cast<Real>(part.launch.eps));
+  const Real correction = scale * (scale * (static_cast<Real>(products) * part.inverse_count));
   for (std::int64_t head = first_head; head < end; ++head) {
     const auto row = row_of(part, token, head);
     const bool streams = may_stream && can_stream(row.out, part.shape.size);
@@ -383,12 +478,12 @@ ROPE_LOOP void process_part(const NormPart<scalar_t>& part, const AngleRows<scal
       const TokenAngles<scalar_t> of_token{angles.cos + token * angles.stride,
                                            angles.sin + token * angles.stride,
                                            has_full_width(part.launch) ? angles.half : 0, counted};
-      for (std::int64_t i = 0; i < count; i += part.members()) {
-        if constexpr (is_gradient) {
+      if constexpr (is_gradient) {
+        for (std::int64_t i = 0; i < count; i += part.members()) {
           differentiate_group<interleaved, norm_last>(part, token, i, of_token, may_stream);
-        } else {
-          normalize_group<interleaved, norm_last>(part, token, i, of_token, may_stream);
         }
+      } else {
+        normalize_heads<interleaved, norm_last>(part, token, count, of_token, may_stream);
       }
       rows_in_sums += count;
       if (rows_in_sums >= kRowsPerSum) {

@@ -108,6 +108,15 @@ class LaneSums {
     lanes_[lane % kLanes] = fmadd(a, b, lanes_[lane % kLanes]);
   }
 
+  // The squares of the index-th stored vector of a row, for constant indices that begin with 0.
+  ROPE_INLINE void add_squares(int index, const typename S::Loaded& loaded) {
+    Vector x[S::kVectors];
+    S::widen(loaded, x);
+    for (int v = 0; v < S::kVectors; ++v) {
+      add_product(index * S::kVectors + v, x[v], x[v]);
+    }
+  }
+
   // After as many products.
   ROPE_INLINE void count(std::int64_t elements) {
     elements_ += elements;
@@ -139,31 +148,25 @@ class LaneSums {
 template <typename scalar_t>
 ROPE_INLINE double sum_of_squares(const scalar_t* in, std::int64_t size) {
   using S = Step<scalar_t>;
-  using Vector = typename S::Vector;
   constexpr std::int64_t kSize = S::kSize;
-  constexpr int kTogether = LaneSums<scalar_t>::kLanes / S::kVectors;  // vectors of stored elements
+  constexpr int kTogether = LaneSums<scalar_t>::kLanes;  // stored vectors
   LaneSums<scalar_t> sums;
-  const auto add_squares = [&](const typename S::Stored& stored, int lane)
-                               __attribute__((always_inline)) {
-                                 Vector x[S::kVectors];
-                                 S::widen(S::loaded(stored), x);
-                                 for (int v = 0; v < S::kVectors; ++v) {
-                                   sums.add_product(lane + v, x[v], x[v]);
-                                 }
-                               };
   std::int64_t d = 0;
   for (; d + kTogether * kSize <= size; d += kTogether * kSize) {
     for (int i = 0; i < kTogether; ++i) {
-      add_squares(load_vector<typename S::Stored>(in + d + i * kSize), i * S::kVectors);
+      sums.add_squares(i, S::loaded(load_vector<typename S::Stored>(in + d + i * kSize)));
     }
     sums.count(kTogether * kSize);
   }
-  for (; d + kSize <= size; d += kSize) {
-    add_squares(load_vector<typename S::Stored>(in + d), 0);
+  for (int i = 0; i < kTogether - 1; ++i) {
+    if (d + kSize <= size) {
+      sums.add_squares(i, S::loaded(load_vector<typename S::Stored>(in + d)));
+      d += kSize;
+    }
   }
   if (d < size) {
     const auto bytes = static_cast<std::int64_t>((size - d) * sizeof(scalar_t));
-    add_squares(load_part<typename S::Stored>(in + d, bytes), S::kVectors);
+    sums.add_squares(kTogether - 1, S::loaded(load_part<typename S::Stored>(in + d, bytes)));
   }
   return sums.total();
 }
@@ -268,8 +271,9 @@ ROPE_INLINE Wide<scalar_t, kStored> load_step(const scalar_t* row,
   using S = Step<scalar_t>;
   Wide<scalar_t, kStored> wide;
   if (place.is_part) [[unlikely]] {
-    load_part_of_step(row, place, wide);
-    return wide;
+    Wide<scalar_t, kStored> part;  // Only what a function gets the address of lies in memory.
+    load_part_of_step(row, place, part);
+    return part;
   }
   for (int i = 0; i < kStored; ++i) {
     const auto stored = load_vector<typename S::Stored>(row + place.element[i]);
@@ -283,7 +287,8 @@ ROPE_INLINE void store_step(const Wide<scalar_t, kStored>& wide, scalar_t* row,
                             const StepPlace<kStored>& place, bool streams) {
   using S = Step<scalar_t>;
   if (place.is_part) [[unlikely]] {
-    store_part_of_step(wide, row, place);
+    const Wide<scalar_t, kStored> part = wide;
+    store_part_of_step(part, row, place);
     return;
   }
   for (int i = 0; i < kStored; ++i) {
@@ -396,6 +401,79 @@ ROPE_INLINE void normalize_row(const RowShape<scalar_t>& shape, const NormRow<sc
     store_step(x, row.out, place, streams);
   }
 }
+
+// ---- The forward call on whole rows ----
+
+// Rows of `steps` steps, without elements outside the slice, normalized each by itself: they are
+// loaded once. With the results of the functions above.
+template <bool interleaved, bool norm_last, int steps, typename scalar_t>
+class WholeRow {
+ public:
+  using S = Step<scalar_t>;
+  using Vector = typename S::Vector;
+  using Real = at::opmath_type<scalar_t>;
+  using Angles = StepAngles<scalar_t, /*full_width=*/false>;
+  static constexpr std::int64_t kSize = S::kSize;
+
+  ROPE_INLINE explicit WholeRow(const scalar_t* in) {
+    for (int i = 0; i < steps; ++i) {
+      first_[i] = S::loaded(load_vector<typename S::Stored>(in + first(i)));
+      second_[i] = S::loaded(load_vector<typename S::Stored>(in + second(i)));
+    }
+  }
+
+  ROPE_INLINE double squares(const Angles (&angles)[steps]) const {
+    LaneSums<scalar_t> sums;
+    for (int i = 0; i < steps; ++i) {
+      if constexpr (norm_last) {
+        auto x = widened(i);
+        rotate_vectors<interleaved, /*back=*/false>(x.x, angles[i]);
+        for (int v = 0; v < x.kCount; ++v) {
+          sums.add_product(v, x.x[v], x.x[v]);
+        }
+      } else {
+        sums.add_squares(static_cast<int>(first(i) / kSize), first_[i]);
+        sums.add_squares(static_cast<int>(second(i) / kSize), second_[i]);
+      }
+    }
+    return sums.total();
+  }
+
+  ROPE_INLINE void store(const Angles (&angles)[steps], const Real* gains, Real scale_of_row,
+                         scalar_t* out, bool streams) const {
+    const Vector scale(scale_of_row);
+    for (int i = 0; i < steps; ++i) {
+      const auto gain = Wide<scalar_t, 2>::load(gains + 2 * i * kSize);
+      auto x = widened(i);
+      if constexpr (norm_last) {
+        rotate_vectors<interleaved, /*back=*/false>(x.x, angles[i]);
+        x = x * scale * gain;
+      } else {
+        x = x * scale * gain;
+        rotate_vectors<interleaved, /*back=*/false>(x.x, angles[i]);
+      }
+      store_vector(S::narrow(x.x), out + first(i), streams);
+      store_vector(S::narrow(x.x + S::kVectors), out + second(i), streams);
+    }
+  }
+
+ private:
+  static ROPE_INLINE constexpr std::int64_t first(int i) {
+    return (interleaved ? 2 : 1) * i * kSize;
+  }
+  static ROPE_INLINE constexpr std::int64_t second(int i) {
+    return first(i) + (interleaved ? 1 : steps) * kSize;
+  }
+  ROPE_INLINE Wide<scalar_t, 2> widened(int i) const {
+    Wide<scalar_t, 2> wide;
+    S::widen(first_[i], wide.x);
+    S::widen(second_[i], wide.x + S::kVectors);
+    return wide;
+  }
+
+  typename S::Loaded first_[steps];
+  typename S::Loaded second_[steps];
+};
 
 // ---- Gradients: see NOTE [ Norms ] in launch.h ----
 
