@@ -3,6 +3,8 @@
 // torch.vmap by one that keeps the kernel.
 #include <ATen/LegacyVmapTransforms.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <vector>
 
 #include "call.h"
@@ -18,22 +20,30 @@ bool is_batched(const at::Tensor& tensor) {
   return tensor.defined() && at::isBatchedTensor(tensor);
 }
 
+// Counts the axes of q, which are also those of k, from the end: physical views have the batch
+// dimensions first.
+void count_from_end(CallOptions& options, std::int64_t dims) {
+  const auto wrap = [=](std::int64_t& axis) { axis -= axis >= 0 ? dims : 0; };
+  wrap(options.embedding_axis);
+  if (options.norm_axes.has_value()) {
+    std::ranges::for_each(*options.norm_axes, wrap);
+  }
+}
+
 // The older vmap. In a backward pass only the rotated tensors are batched. Without a rule, PyTorch
 // loops over the batch and warns.
 Outputs rotate_batched(const Call& call) {
   check(call);
   if (is_batched(call.positions) || is_batched(call.options.inv_freq.value_or(at::Tensor())) ||
-      is_batched(call.cos) || is_batched(call.sin)) {
+      is_batched(call.cos) || is_batched(call.sin) || is_batched(call.q_weight) ||
+      is_batched(call.k_weight)) {
     return rotate_decomposed(call);
   }
   if (call.is_pair && call.q.dim() != call.k.dim()) {
     return {dispatch(on_q(call)).q, dispatch(on_k(call)).q};
   }
-  // Physical views have the batch dimensions first, so the axis is counted from the end.
   Call physical = call;
-  if (physical.options.embedding_axis >= 0) {
-    physical.options.embedding_axis -= call.q.dim();
-  }
+  count_from_end(physical.options, call.q.dim());
   if (!call.is_pair) {
     const at::VmapPhysicalView x = at::MultiBatchVmapTransform::logicalToPhysical(call.q);
     return {x.getPhysicalToLogicalMap().apply(dispatch(on(physical, x.tensor())).q), {}};

@@ -51,25 +51,42 @@ FORMS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 
+# norm_apply and norm_apply_cos_sin, likewise.
+NORM_FORMS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "functional": (torch_rope.norm_apply, torch_rope.norm_apply_cos_sin),
+    "in place": (in_place(torch_rope.norm_apply_), in_place(torch_rope.norm_apply_cos_sin_)),
+}
+
+
 @dataclass(frozen=True)
 class Case:
     """A differentiable call: how the operators of a form are called, and on what.
 
     Attributes:
-        call: Takes ``apply``, ``apply_cos_sin`` and the inputs.
+        call: Takes ``apply``, ``apply_cos_sin`` and the inputs; or ``norm_apply``,
+            ``norm_apply_cos_sin`` and the inputs.
         inputs: Makes the inputs, those that are rotated first.
         num_rotated: How many those are.
+        num_weights: How many weights follow them.
+        normalizes: Whether the operators are those that normalize.
     """
 
     call: Callable[..., Any]
     inputs: Callable[[str], tuple[Tensor, ...]]
     num_rotated: int = 1
+    num_weights: int = 0
+    normalizes: bool = False
+
+    def results(self, form: str, *inputs: Tensor) -> Any:
+        """Returns what the operator returns."""
+        forms = NORM_FORMS if self.normalizes else FORMS
+        return self.call(*forms[form], *inputs)
 
     def function(self, form: str) -> Callable[..., Tensor]:
         """Returns the call as one flat tensor of the inputs."""
 
         def function(*inputs: Tensor) -> Tensor:
-            result = self.call(*FORMS[form], *inputs)
+            result = self.results(form, *inputs)
             parts = (result,) if isinstance(result, Tensor) else result
             return torch.cat([part.flatten() for part in parts])
 
@@ -95,7 +112,7 @@ def _rows(*rows: int, device: torch.device) -> Tensor:
     return torch.tensor(rows, device=device)
 
 
-CASES: dict[str, Case] = {
+ROTATIONS: dict[str, Case] = {
     "half-split": Case(
         lambda apply, _, x, p: apply(x, p, max_wavelength=50.0, scale_factor=0.7),
         lambda device: (doubles(2, 4, device=device), small_positions(2, device=device)),
@@ -212,3 +229,117 @@ CASES: dict[str, Case] = {
         num_rotated=2,
     ),
 }
+
+NORMS: dict[str, Case] = {
+    "norm": Case(
+        lambda apply, _, x, w, p: apply(
+            x, w, p, max_wavelength=50.0, scale_factor=0.7, attention_factor=-1.3, eps=0.1
+        ),
+        lambda device: (
+            doubles(2, 4, device=device),
+            doubles(4, device=device, seed=1),
+            small_positions(2, device=device),
+        ),
+        num_weights=1,
+        normalizes=True,
+    ),
+    "norm of a part": Case(
+        lambda apply, _, x, w, p, f: apply(
+            x, w, p, f, rotary_offset=1, conjugate=True, weight_offset=1.0
+        ),
+        lambda device: (
+            doubles(2, 6, device=device),
+            doubles(2, 6, device=device, seed=1),
+            small_positions(2, device=device),
+            frequencies(2, device=device),
+        ),
+        num_weights=1,
+        normalizes=True,
+    ),
+    "norm after the rotation": Case(
+        lambda apply, _, x, w, p, f: apply(
+            x, w, p, f, interleaved=True, attention_factor=1.3, norm_last=True, eps=0.1
+        ),
+        lambda device: (
+            doubles(2, 5, device=device),
+            doubles(1, 5, device=device, seed=1),
+            small_positions(2, 2, device=device),
+            frequencies(2, 2, device=device),
+        ),
+        num_weights=1,
+        normalizes=True,
+    ),
+    "norm without a weight": Case(
+        lambda apply, _, x, p: apply(x, None, p, embedding_axis=0, norm_axes=(1, 0)),
+        lambda device: (doubles(4, 2, device=device), small_positions(2, device=device)),
+        normalizes=True,
+    ),
+    "norm over heads": Case(
+        lambda apply, _, q, k, w, v, p: apply(
+            (q, k), (w, v), p, rotary_dim=2, norm_axes=(-2, -1), eps=0.1
+        ),
+        lambda device: (
+            doubles(2, 2, 4, device=device),
+            doubles(2, 1, 2, device=device, seed=1),
+            doubles(2, 4, device=device, seed=2),
+            doubles(2, device=device, seed=3),
+            small_positions(2, 1, device=device),
+        ),
+        num_rotated=2,
+        num_weights=2,
+        normalizes=True,
+    ),
+    "norm of ranks": Case(
+        lambda apply, _, q, k, w, p: apply(
+            (q, k), (None, w), p, embedding_axis=1, norm_axes=[0, 1], norm_last=True
+        ),
+        lambda device: (
+            doubles(2, 2, 1, device=device),
+            doubles(1, 2, device=device, seed=1),
+            doubles(2, device=device, seed=2),
+            small_positions(1, device=device),
+        ),
+        num_rotated=2,
+        num_weights=1,
+        normalizes=True,
+    ),
+    "norm with tables": Case(
+        lambda _, apply_cos_sin, x, w, c, s: apply_cos_sin(
+            x, w, c, s, rotary_offset=1, weight_offset=1.0, eps=0.1
+        ),
+        lambda device: (
+            doubles(2, 5, device=device),
+            doubles(5, device=device, seed=1),
+            doubles(2, 2, device=device, seed=2),
+            doubles(2, 2, device=device, seed=3),
+        ),
+        num_weights=1,
+        normalizes=True,
+    ),
+    "norm after full-width rows": Case(
+        lambda _, apply_cos_sin, q, k, w, c, s: apply_cos_sin(
+            (q, k),
+            (w, None),
+            c,
+            s,
+            _rows(2, 0, device=q.device),
+            interleaved=True,
+            conjugate=True,
+            full_width=True,
+            norm_last=True,
+            eps=0.1,
+        ),
+        lambda device: (
+            doubles(2, 2, device=device),
+            doubles(2, 3, device=device, seed=1),
+            doubles(2, 2, device=device, seed=2),
+            doubles(3, 2, device=device, seed=3),
+            doubles(3, 2, device=device, seed=4),
+        ),
+        num_rotated=2,
+        num_weights=1,
+        normalizes=True,
+    ),
+}
+
+CASES = ROTATIONS | NORMS

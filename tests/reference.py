@@ -1,10 +1,11 @@
-"""The rotation in float64, written plainly from its formula, and the error that an output may have.
+"""Norm and rotation in float64, written plainly from their formulas, and the error of an output.
 
 The tests compare the library with it; it shares no code with the library, and runs on the CPU.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,10 @@ FLOAT64_ERROR = math.sqrt(2.0) * 1e-12 + FLOAT64_ERROR_OF_TABLES
 # An exponent, a power, a quotient and a product with a position, each rounded to float64, in an
 # order that the formula leaves open.
 ERROR_OF_FORMED_ANGLE = 2.0**-51
+# The error of an element that is normalized and rotated, over the norm of its pair before the
+# weight times the larger of its two weights: that of the norm and that of the rotation.
+NORM_FLOAT32_ERROR = 1e-6 + 2.5e-7
+NORM_FLOAT64_ERROR = 1e-14 + 1e-12
 
 
 class Expected(NamedTuple):
@@ -118,6 +123,122 @@ def apply_cos_sin(
         tables.cos_a, FLOAT64_ERROR_OF_TABLES if x.dtype == torch.float64 else FLOAT32_ERROR
     )
     return _rotate(x, tables, error, embedding_axis, rotary_offset, interleaved, conjugate)
+
+
+def norm_apply(
+    x: Tensor,
+    weight: Tensor | None,
+    positions: Tensor,
+    inv_freq: Tensor | None = None,
+    **options: Any,
+) -> Expected:
+    """Normalizes and rotates ``x`` as ``rope::norm_apply`` should."""
+
+    def rotate(x: Tensor, **rotation: Any) -> Expected:
+        return apply(x, positions, inv_freq, **rotation)
+
+    if inv_freq is not None:
+        options = {**options, "rotary_dim": 2 * inv_freq.shape[-1]}
+    return _normalize_and_rotate(x, weight, rotate, **options)
+
+
+def norm_apply_cos_sin(
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    **options: Any,
+) -> Expected:
+    """Normalizes and rotates ``x`` as ``rope::norm_apply_cos_sin`` should."""
+
+    def rotate(x: Tensor, **rotation: Any) -> Expected:
+        return apply_cos_sin(x, cos, sin, positions, **rotation)
+
+    columns = cos.shape[-1] if options.get("full_width") else 2 * cos.shape[-1]
+    return _normalize_and_rotate(x, weight, rotate, **{**options, "rotary_dim": columns})
+
+
+def _normalize_and_rotate(
+    x: Tensor,
+    weight: Tensor | None,
+    rotate: Callable[..., Expected],
+    *,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    norm_axes: Sequence[int] | None = None,
+    norm_last: bool = False,
+    **rotation: Any,
+) -> Expected:
+    """Applies the norm before or after a rotation in float64."""
+    axis = rotation.get("embedding_axis", -1) % x.dim()
+    axes = [axis] if norm_axes is None else list(norm_axes)
+    opmath = torch.float64 if x.dtype == torch.float64 else torch.float32
+    eps = torch.tensor(eps, dtype=opmath).item()
+    gain = torch.ones(x.shape[axis], dtype=torch.float64)
+    if weight is not None:
+        offset = torch.tensor(weight_offset, dtype=opmath).double()
+        gain = weight.cpu().to(opmath).double() + offset
+    # The dimensions of x, with the embedding axis in its place.
+    gain = gain[(None,) * (x.dim() - gain.dim())].movedim(-1, axis)
+
+    def reciprocal_root(values: Tensor) -> Tensor:
+        return 1 / (values.square().mean(axes, keepdim=True) + eps).sqrt()
+
+    values = x.cpu().double()
+    error = NORM_FLOAT64_ERROR if x.dtype == torch.float64 else NORM_FLOAT32_ERROR
+    if norm_last:
+        rotated = rotate(values, **rotation)
+        scale = reciprocal_root(rotated.values)
+        results = rotated.values * scale * gain
+        # What tables cancel is small, and its errors are not.
+        noise = (rotated.norms * FLOAT32_ERROR).square().mean(axes, keepdim=True).sqrt() * scale
+        error = error + (noise.clamp_min(FLOAT32_ERROR) - FLOAT32_ERROR)
+    else:
+        scale = reciprocal_root(values)
+        rotated = rotate(values * scale, **rotation)
+        results = rotate(values * scale * gain, **rotation).values
+        scale = torch.ones_like(scale)
+    # Without the error of a rotation in float64, what is left is that of the angle.
+    of_angle = (rotated.tolerance - rotated.norms * FLOAT64_ERROR).clamp_min(0)
+    larger = _larger_of_pair(gain.abs().broadcast_to(x.shape), axis, **rotation)
+    in_slice = (error * rotated.norms + of_angle) * scale * larger
+    outside = _outside_slice(x.shape[axis], **rotation)
+    outside = outside[(...,) + (None,) * (x.dim() - 1 - axis)]
+    tolerance = torch.where(outside, error * results.abs(), in_slice)
+    return Expected(results, tolerance, rotated.norms * scale * larger)
+
+
+def _slice_of_pairs(
+    size: int,
+    *,
+    rotary_dim: int | None = None,
+    rotary_offset: int = 0,
+    interleaved: bool = False,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Returns where the first and the second elements of the pairs are."""
+    pairs = torch.arange((size - rotary_offset if rotary_dim is None else rotary_dim) // 2)
+    first = rotary_offset + (2 * pairs if interleaved else pairs)
+    return first, first + (1 if interleaved else len(pairs))
+
+
+def _larger_of_pair(values: Tensor, axis: int, **rotation: Any) -> Tensor:
+    """Gives both elements of a pair the larger of their values."""
+    values = values.movedim(axis, -1).clone()
+    first, second = _slice_of_pairs(values.shape[-1], **rotation)
+    larger = torch.maximum(values[..., first], values[..., second])
+    values[..., first] = larger
+    values[..., second] = larger
+    return values.movedim(-1, axis)
+
+
+def _outside_slice(size: int, **rotation: Any) -> Tensor:
+    """Returns which elements are not rotated."""
+    outside = torch.ones(size, dtype=torch.bool)
+    for places in _slice_of_pairs(size, **rotation):
+        outside[places] = False
+    return outside
 
 
 class _Tables(NamedTuple):

@@ -213,3 +213,63 @@ def table_applications(draw: st.DrawFn, *, expanded: bool = True) -> TableApplic
             "full_width": full_width,
         },
     )
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """A drawn call of ``norm_apply`` or ``norm_apply_cos_sin``."""
+
+    rotation: Application | TableApplication
+    weight: Layout | None
+    weight_dtype: torch.dtype
+    options: dict[str, Any]
+
+    @property
+    def x(self) -> Rotated:
+        """What is normalized and rotated."""
+        return self.rotation.x
+
+    def tensors(self, device: str) -> tuple[Tensor | None, ...]:
+        """Returns x, weight and what makes the angles."""
+        x, *angles = self.rotation.tensors(device)
+        weight = None
+        if self.weight is not None:
+            weight = self.weight.values(self.weight_dtype, device, seed=5)
+        return x, weight, *angles
+
+
+@st.composite
+def normalizations(
+    draw: st.DrawFn, *, expanded: bool = True, tables: bool = False
+) -> Normalization:
+    """Draws a call of ``norm_apply``, or of ``norm_apply_cos_sin``."""
+    rotations = table_applications if tables else applications
+    rotation: Application | TableApplication = draw(rotations(expanded=expanded))
+    x = rotation.x
+    weight = None
+    if draw(st.integers(0, 3)):
+        size = [*draw(broadcastable(x.tokens)), x.layout.size[x.embedding_axis]]
+        weight = draw(layouts(size, expanded=True))
+    return Normalization(
+        rotation,
+        weight,
+        draw(st.sampled_from(FLOAT_DTYPES)),
+        {
+            **rotation.options,
+            "eps": draw(st.sampled_from((1e-6, 1e-5, 0.1, 0.0))),
+            "weight_offset": draw(st.sampled_from((0.0, 1.0, -0.3))),
+            "norm_axes": draw(norm_axes(len(x.layout.size), x.embedding_axis)),
+            "norm_last": draw(st.booleans()),
+        },
+    )
+
+
+@st.composite
+def norm_axes(draw: st.DrawFn, rank: int, embedding_axis: int) -> list[int] | None:
+    """Draws the axes of a norm, in any order and counted from either end."""
+    if draw(st.booleans()):
+        return None
+    others = [axis for axis in range(rank) if axis != embedding_axis % rank]
+    chosen = draw(st.sets(st.sampled_from(others))) if others else set()
+    axes = draw(st.permutations([*chosen, embedding_axis % rank]))
+    return [axis - rank if draw(st.booleans()) else axis for axis in axes]

@@ -13,7 +13,7 @@ import reference
 import torch
 import torch_rope
 from attention import EMBEDDING, Attention
-from differentiable import CASES, FORMS, Dims, any_mapped, doubles, small_positions
+from differentiable import CASES, FORMS, ROTATIONS, Dims, any_mapped, doubles, small_positions
 from hypothesis import given
 from hypothesis import strategies as st
 from observe import OperatorsSeen
@@ -24,7 +24,14 @@ from reference import (
     random_positions,
     random_values,
 )
-from strategies import Application, TableApplication, applications, table_applications
+from strategies import (
+    Application,
+    Normalization,
+    TableApplication,
+    applications,
+    normalizations,
+    table_applications,
+)
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.functional import hessian, jacobian
@@ -158,6 +165,46 @@ def test_any_map_of_a_call_with_tables_rotates_each(
         assert_same_bits(one, rotate(*call))
 
 
+@pytest.mark.parametrize("tables", [False, True], ids=["positions", "tables"])
+@given(data=st.data())
+def test_any_map_of_a_call_normalizes_each(device: str, tables: bool, data: st.DataObject) -> None:
+    call: Normalization = data.draw(normalizations(tables=tables))
+    arguments = call.tensors(device)
+    drawn = data.draw(levels([rank(tensor) for tensor in arguments]))
+    rows = arguments[2].shape[0] if tables else 1
+
+    def other_row(positions: Tensor, step: int) -> Tensor:
+        return (positions + step) % rows
+
+    variations = (
+        (scaled, scaled, scaled, scaled, other_row)
+        if tables
+        else (scaled, scaled, shifted, scaled)
+    )
+    varied = [
+        stacked(tensor, drawn, index, vary)
+        for index, (tensor, vary) in enumerate(zip(arguments, variations, strict=True))
+    ]
+    function, expected = (
+        (torch_rope.norm_apply_cos_sin, reference.norm_apply_cos_sin)
+        if tables
+        else (torch_rope.norm_apply, reference.norm_apply)
+    )
+
+    def rotate(*arguments: Tensor | None) -> Tensor:
+        return function(*arguments, **call.options)
+
+    with OperatorsSeen() as seen:
+        actual = mapped(rotate, drawn)(*varied)
+    assert len(seen.names) == 1
+    actual = actual.flatten(0, len(drawn) - 1)
+    frequencies_are_mapped = not tables and any(dims[3] is not None for _, dims in drawn)
+    for one, single in zip(actual, each(varied, drawn), strict=True):
+        assert_rotated(one, expected(*single, **call.options))
+        if not frequencies_are_mapped:
+            assert_same_bits(one, rotate(*single))
+
+
 PAIR_OPTION_SETS: list[dict[str, Any]] = [
     {},
     {"embedding_axis": 1},
@@ -216,6 +263,49 @@ def test_a_pair_is_mapped_with_tables_in_one_call(device: str, dims: Dims) -> No
         actual = torch.vmap(rotate, dims)(*varied)
     assert seen.names == ["apply_cos_sin_qk"]
     for index, call in enumerate(each(varied, [(3, dims)])):
+        for one, expected in zip(actual, rotate(*call), strict=True):
+            assert_same_bits(one[index], expected)
+
+
+NORM_PAIR_OPTION_SETS: list[dict[str, Any]] = [
+    {"norm_axes": [-2, -1]},
+    {"norm_axes": [0, -1], "norm_last": True},
+    {"embedding_axis": 1, "norm_axes": (1, 0), "weight_offset": 1.0},
+    {"embedding_axis": -2, "interleaved": True, "conjugate": True, "rotary_offset": 2},
+]
+
+
+@pytest.mark.parametrize("options", NORM_PAIR_OPTION_SETS, ids=str)
+@pytest.mark.parametrize(
+    "dims", [dims for dims in product((None, 2), (None, 1), (None, 0), (None, 1)) if any_mapped(dims)]
+)
+@pytest.mark.parametrize("ranks", ["equal", "different"])
+def test_a_pair_is_normalized_in_one_call_where_axes_agree(
+    device: str, ranks: str, dims: Dims, options: dict[str, Any]
+) -> None:
+    arguments = (
+        random_values((6, 6, 6), device=device),
+        random_values((6, 6, 6) if ranks == "equal" else (6, 6), device=device, seed=1),
+        random_values((6, 6), device=device, seed=2),
+        random_positions((6,), device=device),
+    )
+    variations = zip(arguments, (scaled, scaled, scaled, shifted), strict=True)
+    varied = [
+        stacked(tensor, [(4, dims)], index, vary)
+        for index, (tensor, vary) in enumerate(variations)
+    ]
+
+    def rotate(q: Tensor, k: Tensor, weight: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return torch_rope.norm_apply((q, k), (weight, weight[0]), positions, **options)
+
+    with OperatorsSeen() as seen:
+        actual = torch.vmap(rotate, dims)(*varied)
+    axes = options.get("norm_axes", [-1])
+    if ranks == "equal" or max(axes) < 0:
+        assert seen.names == ["norm_apply_qk"]
+    else:
+        assert seen.names == ["norm_apply", "norm_apply"]
+    for index, call in enumerate(each(varied, [(4, dims)])):
         for one, expected in zip(actual, rotate(*call), strict=True):
             assert_same_bits(one[index], expected)
 
@@ -283,6 +373,43 @@ MISFITS: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     ),
     "axis of a transposed table": (
         lambda x: torch_rope.apply_cos_sin(x, torch.ones(3), torch.ones(3), embedding_axis=2),
+        (4, 6, 6),
+    ),
+}
+
+
+# The same for norms.
+MISFITS |= {
+    "weight is a number": (
+        lambda x: torch_rope.norm_apply(x, torch.ones(()), torch.arange(6)),
+        (4, 6, 6),
+    ),
+    "weight meets the batch": (
+        lambda x: torch_rope.norm_apply(x, torch.ones(4, 6, 6), torch.arange(6)),
+        (4, 6, 6),
+    ),
+    "weight of k meets the batch": (
+        lambda x: torch_rope.norm_apply((x[None], x), (None, torch.ones(1, 6, 6)), torch.arange(6)),
+        (4, 6, 6),
+    ),
+    "norm over the batch": (
+        lambda x: torch_rope.norm_apply(x, None, torch.arange(6), norm_axes=(-3, -1)),
+        (4, 6, 6),
+    ),
+    "norm over an axis too many": (
+        lambda x: torch_rope.norm_apply(x, None, torch.arange(6), norm_axes=(2, -1)),
+        (4, 6, 6),
+    ),
+    "norm over one axis twice": (
+        lambda x: torch_rope.norm_apply(x, None, torch.arange(6), norm_axes=(1, -1)),
+        (4, 6, 6),
+    ),
+    "norm without the embedding axis": (
+        lambda x: torch_rope.norm_apply(x, None, torch.arange(6), embedding_axis=0, norm_axes=[1]),
+        (4, 6, 6),
+    ),
+    "norm over nothing": (
+        lambda x: torch_rope.norm_apply_cos_sin(x, None, torch.ones(3), torch.ones(3), norm_axes=[]),
         (4, 6, 6),
     ),
 }
@@ -485,7 +612,7 @@ def test_the_gradient_of_a_map(device: str, case: str, form: str) -> None:
         assert_close(torch.autograd.grad(total(*leaves), leaves), expected)
 
 
-@every_case
+@pytest.mark.parametrize("case", ROTATIONS)
 def test_a_map_over_the_backward_is_one_call(device: str, case: str) -> None:
     inputs = CASES[case].inputs(device)
     leaf = inputs[0].requires_grad_()
@@ -498,6 +625,59 @@ def test_a_map_over_the_backward_is_one_call(device: str, case: str) -> None:
     assert len(seen.names) == 1
     for one, gradient in zip(actual, gradients, strict=True):
         assert_close(one, torch.autograd.grad(rotated, leaf, gradient, retain_graph=True)[0])
+
+
+@pytest.mark.parametrize("axes", [(2, 1), (-1, 0), None], ids=str)
+@pytest.mark.parametrize("of_weight", [False, True])
+def test_a_map_over_a_backward_that_normalizes(
+    device: str, of_weight: bool, axes: tuple[int, ...] | None
+) -> None:
+    """As a user's own autograd function may."""
+    fixed = random_values((2, 4), torch.float64, device, seed=1)
+    positions = torch.arange(3, device=device).unsqueeze(-1)
+
+    def normalize(gradient: Tensor) -> Tensor:
+        weight = gradient[0, 0] if of_weight else fixed
+        q, k = torch_rope.norm_apply(
+            (gradient, 2 * gradient), (weight, None), positions, embedding_axis=2, norm_axes=axes
+        )
+        alone = torch_rope.norm_apply(gradient, weight, positions, norm_axes=axes, norm_last=True)
+        return q + k + alone
+
+    class Normalize(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return normalize(gradient)
+
+    x = doubles(5, 3, 2, 4, device=device)[0].requires_grad_()
+    gradients = doubles(6, 3, 2, 4, device=device)
+    with OperatorsSeen() as seen:
+        (actual,) = torch.autograd.grad(
+            Normalize.apply(x), x, gradients, retain_graph=True, is_grads_batched=True
+        )
+    assert seen.names == ([] if of_weight else ["norm_apply_qk", "norm_apply"])
+    for one, gradient in zip(actual, gradients, strict=True):
+        assert_close(one, normalize(gradient))
+
+
+def test_a_map_of_a_function_that_goes_backward_through_a_norm(device: str) -> None:
+    x, weight = doubles(3, 2, 6, device=device), doubles(2, 6, device=device, seed=2)
+    x.requires_grad_()
+    weight.requires_grad_()
+    positions = torch.arange(3, device=device).unsqueeze(-1)
+    rotated = torch_rope.norm_apply(x, weight, positions, norm_axes=(1, 2))
+    gradients = doubles(5, 3, 2, 6, device=device, seed=1)
+
+    def backward(gradient: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(rotated, (x, weight), gradient, retain_graph=True)
+
+    actual = torch.vmap(backward)(gradients)
+    for index, gradient in enumerate(gradients):
+        assert_close(tuple(one[index] for one in actual), backward(gradient))
 
 
 def test_a_map_of_a_function_that_goes_backward_is_one_call(device: str) -> None:
@@ -734,6 +914,17 @@ for dims in ((0, 0, 0), (0, None, None), (None, 0, None), (1, 1, 1), (None, None
     for i in range(4):
         one = [t if d is None else t.select(d, i) for t, d in zip(arguments, dims)]
         torch.testing.assert_close(actual[i], torch.ops.rope.apply(*one))
+weight = torch.rand(4, 3, 8, generator=generator)
+for dims in ((0, 0, 0), (0, None, None), (None, 0, None), (None, None, 0)):
+    arguments = [
+        tensor[0] if dim is None else tensor
+        for tensor, dim in zip((x, weight, positions), dims)
+    ]
+    normalize = lambda *one: torch.ops.rope.norm_apply(*one, norm_axes=(0, 2))
+    actual = torch.vmap(normalize, dims)(*arguments)
+    for i in range(4):
+        one = [t if d is None else t.select(d, i) for t, d in zip(arguments, dims)]
+        torch.testing.assert_close(actual[i], normalize(*one))
 in_place = x.clone()
 torch.vmap(torch.ops.rope.apply_, out_dims=None)(in_place, positions)
 for i in range(4):

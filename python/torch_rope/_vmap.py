@@ -1,8 +1,9 @@
 """torch.vmap calls the kernel once for the whole batch.
 
 Rotated tensors get the batch as their first dimension and the embedding as their last, as views.
-Positions and tables that are not mapped broadcast from the right unchanged. Mapped ones get the
-batch first too, followed by dimensions of size 1 if a rotated tensor has more dimensions than they.
+Weights, positions and tables that are not mapped broadcast from the right unchanged. Mapped ones
+get the batch first too, followed by dimensions of size 1 if a rotated tensor has more dimensions
+than they. The axes of a norm move with the dimensions of the tensor.
 The forms in place need no rule: under a transform they are the functional form and a copy.
 
 The rules name the tensors they move. Every other argument of a schema, such as a new option,
@@ -53,6 +54,16 @@ class _Call:
         """The names of the rotated tensors."""
         return [name for name in ("x", "q", "k") if name in self.tensors]
 
+    @property
+    def weights(self) -> dict[str, str]:
+        """The names of the weights that are given, by the tensor that each multiplies."""
+        names = {"x": "weight", "q": "q_weight", "k": "k_weight"}
+        return {x: names[x] for x in self.rotated if self.tensors.get(names[x]) is not None}
+
+    def has_batch(self, x: str) -> bool:
+        """Whether a rotated tensor or its weight has the batch."""
+        return self.is_mapped(x, *(weight for y, weight in self.weights.items() if x == y))
+
     def given(self, name: str) -> Tensor:
         """Returns a tensor that must be there."""
         tensor = self.tensors[name]
@@ -86,6 +97,20 @@ class _Call:
         self.put(name, _batch_first(self.given(name), self.dims[name], size))
         return self.given(name)
 
+    def on(self, x: str) -> "_Call":
+        """Returns the part of a pair's call for ``q``, or for ``k``."""
+        name = self.operator._schema.name.removeprefix("rope::").removesuffix("_qk")
+        renamed = {x: "x", f"{x}_weight": "weight"}
+        others = {"q", "k", "q_weight", "k_weight"}
+        names = {y: renamed.get(y, y) for y in self.tensors if y in renamed or y not in others}
+        return _Call(
+            getattr(torch.ops.rope, name).default,
+            self.batch_size,
+            {new: self.tensors[old] for old, new in names.items()},
+            {new: self.dims[old] for old, new in names.items()},
+            self.options,
+        )
+
     def error(self, argument: str, rule: str, got: object) -> str:
         """Returns the text of an error."""
         return message(self.operator._schema.name, argument, rule, got)
@@ -107,10 +132,37 @@ class _Call:
             if rank >= len(shape):
                 rule = f"broadcast with the shape of {rotated} without embedding_axis, of {shape}"
                 raise ValueError(self.error(name, rule, self.shape(name)))
+        self.check_weights()
+
+    def check_weights(self) -> None:
+        """Checks that no weight could broadcast with the batch."""
+        for x, weight in self.weights.items():
+            if self.rank(weight) == 0:
+                rule = f"have a last dimension, the size of {x} along embedding_axis"
+                raise ValueError(self.error(weight, rule, self.shape(weight)))
+            if self.rank(weight) > self.rank(x):
+                rule = f"be broadcastable with the shape of {x}, {self.shape(x)}"
+                raise ValueError(self.error(weight, rule, self.shape(weight)))
+
+    def axis(self, x: str) -> int:
+        """Returns the embedding axis of a rotated tensor from the end, the same with a batch."""
+        axis: int = self.options.get("embedding_axis", -1)
+        return axis if axis < 0 else axis - self.rank(x)
+
+    def norm_axes(self, x: str) -> list[int] | None:
+        """Returns the axes of a rotated tensor's norm once its embedding axis is the last."""
+        axes, axis, rank = self.options.get("norm_axes"), self.axis(x), self.rank(x)
+        if axes is None:
+            return None
+        if not all(-rank <= dim < rank for dim in axes):
+            rule = f"be in [{-rank}, {rank - 1}] for the dimensions of {x}"
+            raise IndexError(self.error("norm_axes", rule, list(axes)))
+        from_end = [dim if dim < 0 else dim - rank for dim in axes]
+        return sorted(-1 if dim == axis else dim - (dim > axis) for dim in from_end)
 
 
 def _map_apply(call: _Call) -> tuple[Any, Any]:
-    """Maps ``apply`` or ``apply_qk``."""
+    """Maps a call with positions."""
     inv_freq = call.tensors["inv_freq"]
     axes = 0 if inv_freq is None else call.rank("inv_freq") - 1  # one, or no dimension of axes
     if call.rank("positions") < axes:
@@ -131,12 +183,12 @@ def _map_apply(call: _Call) -> tuple[Any, Any]:
 def _map_frequencies(call: _Call) -> tuple[Any, Any]:
     """Maps a call with different frequencies for each element of the batch, by tables."""
     # The operator checks what the tables do not show, such as a max_wavelength beside inv_freq.
-    torch.ops.rope.apply_composed.default(
-        *(call.first_of(name) for name in (call.rotated[0], "positions", "inv_freq")),
-        **call.options,
-    )
-    name = call.operator._schema.name.removeprefix("rope::").replace("apply", "apply_cos_sin")
-    operator = getattr(torch.ops.rope, name).default
+    name = call.operator._schema.name.removeprefix("rope::")
+    x, positions, inv_freq = map(call.first_of, (call.rotated[0], "positions", "inv_freq"))
+    tensors = (x, None, positions, inv_freq) if "norm" in name else (x, positions, inv_freq)
+    composed = getattr(torch.ops.rope, f"{name.removesuffix('_qk')}_composed")
+    composed.default(*tensors, **call.options)
+    operator = getattr(torch.ops.rope, name.replace("apply", "apply_cos_sin")).default
     shared = {argument.name for argument in operator._schema.arguments}
     of_angles = {key: value for key, value in call.options.items() if key not in shared}
 
@@ -145,7 +197,8 @@ def _map_frequencies(call: _Call) -> tuple[Any, Any]:
     cos, sin = _tables(positions, inv_freq, **of_angles)
     call.put("cos", cos)
     call.put("sin", sin)
-    names = [*call.rotated, "cos", "sin"]
+    names = [argument.name for argument in operator._schema.arguments if not argument.kwarg_only]
+    names.remove("positions")
     return _map_apply_cos_sin(
         _Call(
             operator,
@@ -192,7 +245,7 @@ def _tables(
 
 
 def _map_apply_cos_sin(call: _Call) -> tuple[Any, Any]:
-    """Maps ``apply_cos_sin`` or ``apply_cos_sin_qk``."""
+    """Maps a call with tables."""
     if call.rank("cos") != call.rank("sin"):
         raise ValueError(call.error("sin", f"be of shape {call.shape('cos')}", call.shape("sin")))
     by_rows = call.tensors["positions"] is not None
@@ -240,23 +293,29 @@ def _rotate(call: _Call, mapped: bool) -> tuple[Any, Any]:
         What the operator returns, and where it has the batch.
     """
     ranks = [call.rank(name) for name in call.rotated]
-    axis = call.options.get("embedding_axis", -1)
-    axes = [axis if axis < 0 else axis - rank for rank in ranks]  # the same behind a batch
-    out_dims = [0 if mapped or call.is_mapped(name) else None for name in call.rotated]
-    for name, axis in zip(call.rotated, axes, strict=True):
-        if mapped or call.is_mapped(name):
+    axes = [call.axis(name) for name in call.rotated]
+    options = {**call.options, "embedding_axis": -1}
+    if options.get("norm_axes") is not None:
+        options["norm_axes"] = call.norm_axes(call.rotated[0])
+    batched = [mapped or call.has_batch(name) for name in call.rotated]
+    for name, axis, is_batched in zip(call.rotated, axes, batched, strict=True):
+        rank = 1 + (max(ranks) if mapped else call.rank(name))
+        if is_batched:
             call.put_batch_first(name, call.batch_size)
         x = _move(call.given(name), axis, -1)
-        call.put(name, _widen(x, 1 + max(ranks)) if mapped else x)
+        call.put(name, _widen(x, rank) if is_batched else x, 0 if is_batched else None)
+        weight = call.weights.get(name, "")
+        if weight and call.is_mapped(weight):
+            call.put(weight, _widen(call.put_batch_first(weight, call.batch_size), rank))
 
-    options = {**call.options, "embedding_axis": -1}
     outputs = call.operator(*call.tensors.values(), **options)
-    results = []
+    rotated = []
     for y, axis, rank in zip(outputs if len(ranks) == 2 else (outputs,), axes, ranks, strict=True):
         for _ in range(max(ranks) - rank if mapped else 0):
             y = y.squeeze(1)
-        results.append(_move(y, -1, axis))
-    return (tuple(results), tuple(out_dims)) if len(ranks) == 2 else (results[0], out_dims[0])
+        rotated.append(_move(y, -1, axis))
+    out_dims = tuple(0 if is_batched else None for is_batched in batched)
+    return (tuple(rotated), out_dims) if len(ranks) == 2 else (rotated[0], out_dims[0])
 
 
 def _move(tensor: Tensor, source: int, destination: int) -> Tensor:
@@ -293,11 +352,21 @@ def _register(name: str, map_call: Callable[[_Call], tuple[Any, Any]], moved: se
         for argument in set(names) - moved - set(call.rotated):
             if dims[argument] is not None:
                 raise NotImplementedError(call.error(argument, "not be mapped by vmap", "a batch"))
+        if len({str(call.norm_axes(x)) for x in call.rotated}) == 2:
+            # Ranks differ, and the axes do not count from the end.
+            results, out_dims = zip(*(map_call(call.on(x)) for x in call.rotated), strict=True)
+            return results, out_dims
         return map_call(call)
 
     register_vmap(f"rope::{name}", rule)
 
 
+_WEIGHTS = {"weight", "q_weight", "k_weight"}
 for _suffix in ("", "_qk"):
-    _register(f"apply{_suffix}", _map_apply, {"positions", "inv_freq"})
-    _register(f"apply_cos_sin{_suffix}", _map_apply_cos_sin, {"cos", "sin", "positions"})
+    for _prefix in ("", "norm_"):
+        _register(f"{_prefix}apply{_suffix}", _map_apply, _WEIGHTS | {"positions", "inv_freq"})
+        _register(
+            f"{_prefix}apply_cos_sin{_suffix}",
+            _map_apply_cos_sin,
+            _WEIGHTS | {"cos", "sin", "positions"},
+        )
