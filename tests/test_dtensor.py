@@ -122,6 +122,7 @@ class Form:
     inv_freq: tuple[int, ...] | None = None
     tables: tuple[int, ...] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    weights: tuple[tuple[int, ...] | None, ...] = ()
 
     def xs(self) -> list[Tensor]:
         """Returns x, or q and k."""
@@ -132,36 +133,53 @@ class Form:
 
     def angles(self) -> list[Tensor | None]:
         """Returns the other tensors, in the order of the operator."""
+        weights = [
+            None if shape is None else random_values(shape, torch.float64, seed=seed)
+            for seed, shape in enumerate(self.weights, 5)
+        ]
         dtype = torch.int64 if self.tables else torch.float64
         limits = {"low": 0, "high": self.tables[0]} if self.tables else {}
         positions = None
         if self.positions is not None:
             positions = random_positions(self.positions, dtype, **limits)
         if self.tables is None:
-            return [positions, random_inv_freq(self.inv_freq) if self.inv_freq else None]
+            inv_freq = random_inv_freq(self.inv_freq) if self.inv_freq else None
+            return [*weights, positions, inv_freq]
         return [
+            *weights,
             *(random_values(self.tables, torch.float64, seed=seed) for seed in (3, 4)),
             positions,
         ]
 
     def call(self, xs: Sequence[Tensor], angles: Sequence[Tensor | None]) -> list[Tensor]:
         """Calls the functional operator, for one tensor or two."""
-        function = torch_rope.apply_cos_sin if self.tables else torch_rope.apply
-        result = function(xs[0] if len(xs) == 1 else tuple(xs), *angles, **self.options)
+        result = self._function("")(*self._arguments(xs, angles), **self.options)
         return [result] if len(xs) == 1 else list(result)
 
     def call_in_place(self, xs: Sequence[Tensor], angles: Sequence[Tensor | None]) -> None:
         """Calls the operator in place, for one tensor or two."""
-        function = torch_rope.apply_cos_sin_ if self.tables else torch_rope.apply_
-        function(xs[0] if len(xs) == 1 else tuple(xs), *angles, **self.options)
+        self._function("_")(*self._arguments(xs, angles), **self.options)
+
+    def _function(self, suffix: str) -> Callable[..., Any]:
+        family = "apply_cos_sin" if self.tables else "apply"
+        function: Callable[..., Any] = getattr(
+            torch_rope, f"{'norm_' if self.weights else ''}{family}{suffix}"
+        )
+        return function
+
+    def _arguments(self, xs: Sequence[Tensor], others: Sequence[Tensor | None]) -> list[Any]:
+        weights, angles = others[: len(self.weights)], others[len(self.weights) :]
+        if len(xs) == 1:
+            return [xs[0], *weights, *angles]
+        return [tuple(xs), *([tuple(weights)] if weights else []), *angles]
 
     def axis(self, x: Tensor) -> int:
         """Returns the embedding axis, not negative."""
         return int(self.options.get("embedding_axis", -1)) % x.dim()
 
-    def tokens(self, x: Tensor) -> list[int]:
-        """Returns the other dimensions of x."""
-        return [dim for dim in range(x.dim()) if dim != self.axis(x)]
+    def whole_axes(self, x: Tensor) -> set[int]:
+        """Returns the dimensions of x that one process must have whole."""
+        return {self.axis(x), *(axis % x.dim() for axis in self.options.get("norm_axes", ()))}
 
 
 FORMS = {
@@ -199,6 +217,47 @@ FORMS = {
     "pair with tables": Form(((B, S, 8, D), (S, 2, D)), None, None, (S, 1, N)),
     "pair with tables by position": Form(((B, S, 8, D), (B, S, 2, D)), (S, 1), None, (9, N)),
 }
+NORMS = {
+    "norm": Form(((B, S, H, D),), (S, 1), weights=((D,),)),
+    "norm without a weight": Form(((B, H, S, D),), (S,), (N,), weights=(None,)),
+    "norm with weights of each head": Form(
+        ((B, S, H, D),), (B, S, 1), (N,), None, {"norm_last": True}, ((H, D),)
+    ),
+    "norm over heads": Form(
+        ((B, S, H, D),), (S, 1), None, None, {"norm_axes": (-2, -1)}, ((H, D),)
+    ),
+    "norm over heads before the sequence": Form(
+        ((B, H, S, D),), (2, S), (2, N), None, {"norm_axes": [3, 1]}, ((H, 1, D),)
+    ),
+    "norm along the axis in the middle": Form(
+        ((B, D, S),), (S,), options={"embedding_axis": 1}, weights=((B, 1, D),)
+    ),
+    "norm with tables of each head": Form(
+        ((B, S, H, D),), None, None, (S, H, N), {"norm_last": True}, ((S, 1, D),)
+    ),
+    "norm with rows of tables": Form(((B, S, H, D),), (B, S, 1), None, (9, N), weights=((D,),)),
+    "norm over tokens": Form(
+        ((B, S, H, D),), (S, 1), None, None, {"norm_axes": (1, -1)}, ((1, D),)
+    ),
+    "pair of norms": Form(
+        ((B, S, 8, D), (B, S, 2, D)), (S, 1), weights=((8, D), (D,)), options={"eps": 0.1}
+    ),
+    "pair of norms of different rank over heads": Form(
+        ((B, S, H, D), (S, 2, D)),
+        None,
+        None,
+        (S, 1, N),
+        {"norm_axes": (-2, -1), "norm_last": True},
+        (None, (2, D)),
+    ),
+    "pair of norms over other axes": Form(
+        ((2, D, S, H), (2, D, S)),
+        (),
+        options={"embedding_axis": 1, "norm_axes": (2, 1)},
+        weights=(None, None),
+    ),
+}
+FORMS |= NORMS
 SINGLES = [name for name, form in FORMS.items() if len(form.rotated) == 1]
 PAIRS = [name for name, form in FORMS.items() if len(form.rotated) == 2]
 
@@ -221,8 +280,10 @@ def placed_angles(angles: Sequence[Tensor | None], mesh: DeviceMesh) -> Iterator
 
 def kept(form: Form, x: Tensor, placements: Sequence[Placement]) -> tuple[Placement, ...]:
     """Returns how the result of a call with one tensor must be placed."""
-    gathered = Shard(form.axis(x))
-    return tuple(REPLICATE if p == gathered else p for p in placements)
+    gathered: list[Placement] = [Shard(axis) for axis in form.whole_axes(x)]
+    if form.weights:
+        gathered.append(Partial())  # A norm is not linear.
+    return tuple(REPLICATE if p in gathered else p for p in placements)
 
 
 def replicated_angles(form: Form, mesh: DeviceMesh) -> list[Any]:
@@ -325,6 +386,11 @@ def check_in_place(name: str) -> None:
                 if all(stays):
                     form.call_in_place(rotated, angles)
                     values = expected
+                elif form.weights and grad and Partial() not in placements:
+                    form.call_in_place(rotated, angles)  # through a copy
+                    values = expected
+                elif form.weights and grad:
+                    continue  # DTensor copies nothing into sums.
                 else:
                     with pytest.raises(NotImplementedError, match="a call in place moves no data"):
                         form.call_in_place(rotated, angles)
@@ -343,6 +409,10 @@ def check_in_place(name: str) -> None:
         "tables by position",
         "pair of different rank",
         "pair with tables by position",
+        "norm over heads",
+        "norm over tokens",
+        "pair of norms",
+        "pair of norms over other axes",
     ],
 )
 def test_in_place_each_process_rotates_what_it_has_or_nothing_changes(
@@ -375,6 +445,7 @@ def test_what_is_still_to_be_reduced_stays_so_only_if_the_reduction_is_linear(
 def check_composed(name: str) -> None:
     form = FORMS[name]
     x, family = form.xs()[0], "apply_cos_sin" if form.tables else "apply"
+    family = f"norm_{family}" if form.weights else family
     composed = getattr(torch.ops.rope, f"{family}_composed")
     (expected,) = form.call([x], form.angles())
     for placement in placements_of(x):
@@ -383,7 +454,16 @@ def check_composed(name: str) -> None:
         assert_close(result, expected)
 
 
-@pytest.mark.parametrize("name", ["sequence before heads", "several axes", "tables by position"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sequence before heads",
+        "several axes",
+        "tables by position",
+        "norm over heads",
+        "norm with tables of each head",
+    ],
+)
 def test_the_composed_form_gives_the_result_of_one_process(processes: Processes, name: str) -> None:
     processes.run(check_composed, name)
 
@@ -491,6 +571,8 @@ def check_gradients(name: str) -> None:
         "pair of different rank",
         "pair of different rank, embedding axis in the middle",
         "pair with tables",
+        *(name for name in NORMS if name != "norm with rows of tables"),
+        pytest.param("norm with rows of tables", marks=needs_newer_dtensor),
     ],
 )
 def test_gradients_are_those_of_one_process(processes: Processes, name: str) -> None:
@@ -526,6 +608,87 @@ def check_gradient_in_place() -> None:
 
 def test_gradients_of_calls_in_place_are_those_of_one_process(processes: Processes) -> None:
     processes.run(check_gradient_in_place)
+
+
+def check_partial_gradient_of_a_norm() -> None:
+    mesh = mesh_of()
+    x, positions = random_values((S, D), torch.float64), torch.arange(S)
+    weight, columns = (
+        random_values((D, *size), torch.float64, seed=seed) for seed, size in ((1, ()), (2, (12,)))
+    )
+
+    def gradients_of(x: Tensor, weight: Tensor, positions: Tensor, columns: Tensor) -> Any:
+        leaves = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        rotated = torch_rope.norm_apply(*leaves, positions)
+        return torch.autograd.grad(((rotated @ columns) ** 2).sum(), leaves)
+
+    expected = gradients_of(x, weight, positions, columns)
+    # Each process has some of the columns: the gradient of what they multiply is a sum.
+    whole = [replicate(tensor, mesh) for tensor in (x, weight, positions)]
+    actual = gradients_of(*whole, place(columns, mesh, Shard(1)))
+    for one, other in zip(actual, expected, strict=True):
+        assert one.placements == (Partial(),)
+        assert_close(one, other)
+
+
+def test_the_gradients_of_a_norm_are_still_to_be_summed_where_that_of_its_result_is(
+    processes: Processes,
+) -> None:
+    processes.run(check_partial_gradient_of_a_norm)
+
+
+def check_placements_of_weight_gradients() -> None:
+    mesh = mesh_of()
+    positions = replicate(torch.arange(S).unsqueeze(-1), mesh)
+
+    def placement(of_x: Placement, shape: tuple[int, ...], of_weight: Placement) -> Placement:
+        x = place(random_values((B, S, H, D)), mesh, of_x).requires_grad_()
+        weight = place(random_values(shape), mesh, of_weight).requires_grad_()
+        torch_rope.norm_apply(x, weight, positions)
+        with CommDebugMode() as mode:
+            result = torch_rope.norm_apply(x, weight, positions)
+            # As autograd calls it.
+            found = torch.ops.rope._norm_apply_backward(
+                result.detach(), x.detach(), weight.detach(), positions
+            )
+        assert found[0].placements == (of_x,)
+        assert mode.get_total_counts() == 0
+        return found[1].placements[0]
+
+    # Of each process's part, without communication.
+    assert placement(Shard(2), (H, D), Shard(0)) == Shard(0)
+    assert placement(Shard(2), (D,), REPLICATE) == Partial()
+    assert placement(Shard(2), (1, D), REPLICATE) == Partial()
+    assert placement(Shard(1), (H, D), REPLICATE) == Partial()
+    assert placement(Shard(1), (S, 1, D), Shard(0)) == Shard(0)
+    assert placement(Shard(0), (D,), REPLICATE) == Partial()
+    assert placement(REPLICATE, (D,), REPLICATE) == REPLICATE
+
+
+def test_the_gradient_of_a_weight_is_a_sum_over_processes(processes: Processes) -> None:
+    processes.run(check_placements_of_weight_gradients)
+
+
+def check_wanted_gradients() -> None:
+    mesh = mesh_of()
+    positions = replicate(torch.arange(S).unsqueeze(-1), mesh)
+    q, k, grad_q, grad_k = (
+        place(random_values((S, 2, D), torch.float64, seed=seed), mesh, Shard(0))
+        for seed in range(4)
+    )
+    q_weight, k_weight = (replicate(random_values((D,), torch.float64), mesh) for _ in range(2))
+    backward = torch.ops.rope._norm_apply_qk_backward
+    for weights in ((q_weight, k_weight), (None, k_weight), (None, None)):
+        tensors = grad_q, grad_k, q, k, *weights, positions
+        for mask in product((False, True), repeat=4):
+            found = backward(*tensors, output_mask=mask)
+            given = True, True, *(weight is not None for weight in weights)
+            for one, wanted, exists in zip(found, mask, given, strict=True):
+                assert isinstance(one, DTensor) == (wanted and exists)
+
+
+def test_only_wanted_gradients_are_computed(processes: Processes) -> None:
+    processes.run(check_wanted_gradients)
 
 
 def check_partial_gradient() -> None:

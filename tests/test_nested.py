@@ -484,3 +484,257 @@ def test_holes_are_rotated_out_of_place_alone(device: str) -> None:
     assert_each(torch_rope.apply(x, positions), expected)
     with pytest.raises(NotImplementedError, match="without holes"):
         torch_rope.apply_(x, positions)
+
+
+# --------------------------------------------------------------------------------------------------
+# Norms
+
+
+# Weights of x of shape (B, j, H, D), the axes of the norm, and the weight of sequence b.
+NORMS: dict[str, tuple[tuple[int, ...] | None, Any, Callable[[Tensor, int], Tensor]]] = {
+    "no weight": (None, None, lambda weight, b: weight),
+    "one": ((8,), None, lambda weight, b: weight),
+    "of heads": ((2, 8), (-1,), lambda weight, b: weight),
+    "over heads": ((2, 8), (-2, -1), lambda weight, b: weight),
+    "over heads, counted from the front": ((1, 1, 2, 8), (3, 2), lambda weight, b: weight[0]),
+    "of sequences": ((len(LENGTHS), 1, 1, 8), (3,), lambda weight, b: weight[b]),
+}
+
+
+@pytest.mark.parametrize("norm_last", [False, True])
+@pytest.mark.parametrize("kind", NORMS)
+def test_a_norm_is_that_of_each_sequence(device: str, kind: str, norm_last: bool) -> None:
+    shape, axes, of_sequence = NORMS[kind]
+    offsets = offsets_of(LENGTHS, device)
+    x = nested_tensor_from_jagged(heads(device), offsets)
+    weight = None if shape is None else random_values(shape, device=device, seed=1)
+    positions = nested_tensor_from_jagged(token_positions(device), offsets)
+    options = {"norm_last": norm_last, "weight_offset": 1.0}
+    with OperatorsSeen() as seen:
+        actual = torch_rope.norm_apply(x, weight, positions, norm_axes=axes, **options)
+    assert seen.names == ["norm_apply"]
+    alone = None if axes is None else [axis if axis < 0 else axis - 1 for axis in axes]
+    expected = [
+        torch_rope.norm_apply(
+            one,
+            None if weight is None else of_sequence(weight, b),
+            position,
+            norm_axes=alone,
+            **options,
+        )
+        for b, (one, position) in enumerate(zip(each(x), each(positions), strict=True))
+    ]
+    assert_each(actual, expected)
+
+
+def test_a_norm_with_a_nested_weight_and_nested_tables(device: str) -> None:
+    offsets = offsets_of(LENGTHS, device)
+    x = nested_tensor_from_jagged(heads(device), offsets)
+    weight, cos, sin = (
+        nested_tensor_from_jagged(heads(device, 1, size, seed=seed), offsets)
+        for seed, size in enumerate((8, 4, 4), 1)
+    )
+    expected = torch_rope.norm_apply_cos_sin(
+        x.values(), weight.values(), cos.values(), sin.values(), norm_axes=(-2, -1)
+    )
+    actual = torch_rope.norm_apply_cos_sin(x, weight, cos, sin, norm_axes=(2, 3))
+    assert_same_bits(actual.values(), expected)
+
+
+def test_a_transposed_nested_tensor_is_normalized(device: str) -> None:
+    offsets = offsets_of(LENGTHS, device)
+    x = nested_tensor_from_jagged(heads(device), offsets)
+    weight = random_values((2, 8), device=device, seed=1)
+    positions = nested_tensor_from_jagged(token_positions(device), offsets)
+    expected = torch_rope.norm_apply(x, weight, positions, norm_axes=(2, 3))
+    rotated = torch_rope.norm_apply(
+        x.transpose(1, 2), weight.unsqueeze(1), positions.transpose(1, 2), norm_axes=(1, 3)
+    )
+    assert_each(rotated.transpose(1, 2), each(expected))
+
+
+@pytest.mark.parametrize("weights", [(True, True), (False, True), (True, False), None], ids=str)
+def test_a_pair_is_normalized_in_one_call(device: str, weights: Any) -> None:
+    offsets = offsets_of(LENGTHS, device)
+    q, k = (nested_tensor_from_jagged(heads(device, n, seed=n), offsets) for n in (4, 2))
+    positions = nested_tensor_from_jagged(token_positions(device), offsets)
+    if weights is not None:
+        weights = tuple(
+            random_values((heads, 8), device=device, seed=heads) if given else None
+            for heads, given in zip((4, 2), weights, strict=True)
+        )
+    with OperatorsSeen() as seen:
+        rotated = torch_rope.norm_apply((q, k), weights, positions)
+    assert seen.names == ["norm_apply_qk"]
+    copies = q * 1, k * 1
+    torch_rope.norm_apply_(copies, weights, positions)
+    for actual, copy, x, weight in zip(
+        rotated, copies, (q, k), weights or (None, None), strict=True
+    ):
+        expected = torch_rope.norm_apply(x, weight, positions).values()
+        assert_same_bits(actual.values(), expected)
+        assert_same_bits(copy.values(), expected)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_norms_of_different_sequences_share_dense_positions(
+    device: str, mode: Callable[[], Any]
+) -> None:
+    with mode():
+        q = nested_tensor_from_jagged(heads(device), offsets_of(LENGTHS, device))
+        k = nested_tensor_from_jagged(heads(device, seed=1), offsets_of((4, 4, 1, 0), device))
+        dense = random_values((4, 7, 2, 8), device=device, seed=2)
+        positions = random_positions((4, 1, 1), device=device)
+        weights = random_values((8,), device=device, seed=3), None
+        for pair in ((q, k), (k, dense), (dense, q)):
+            copies = tuple(x * 1 for x in pair)
+            torch_rope.norm_apply_(copies, weights, positions, norm_axes=(2, 3))
+            for actual, copy, x, weight in zip(
+                torch_rope.norm_apply(pair, weights, positions, norm_axes=(2, 3)),
+                copies,
+                pair,
+                weights,
+                strict=True,
+            ):
+                expected = torch_rope.norm_apply(x, weight, positions, norm_axes=(2, 3))
+                for result in (actual, copy):
+                    for one, other in zip(each(result), each(expected), strict=True):
+                        assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("lengths", [LENGTHS, (4, 4, 1, 0)], ids=str)
+def test_a_pair_of_one_memory_is_not_normalized_in_place(
+    device: str, lengths: tuple[int, ...], mode: Callable[[], Any]
+) -> None:
+    positions = torch.tensor(3, device=device)
+    with mode():
+        values = heads(device)
+        before = values.clone()
+        q = nested_tensor_from_jagged(values, offsets_of(LENGTHS, device))
+        k = nested_tensor_from_jagged(values, offsets_of(lengths, device))
+        message = r"^rope::norm_apply_qk_\(\): expected q and k to share no element"
+        with pytest.raises(ValueError, match=message):
+            torch_rope.norm_apply_((q, k), None, positions)
+    assert_same_bits(values, before)
+
+
+def normalized(x: Any, weight: Any, positions: Tensor, inv_freq: Tensor) -> Any:
+    """Normalizes and rotates."""
+    return torch_rope.norm_apply(x, weight, positions, inv_freq, norm_axes=(-2, -1))
+
+
+def normalized_in_place(x: Any, weight: Any, positions: Tensor, inv_freq: Tensor) -> Any:
+    """Normalizes and rotates a copy in place."""
+    x = x * 1
+    torch_rope.norm_apply_(x, weight, positions, inv_freq, norm_axes=(-2, -1))
+    return x
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("shape", [(8,), (2, 8), (1, 1, 1, 8), (len(LENGTHS), 1, 2, 8)], ids=str)
+@pytest.mark.parametrize("rotate", [normalized, normalized_in_place])
+def test_gradients_of_norms_are_those_of_the_values(
+    device: str, rotate: Callable[..., Any], shape: tuple[int, ...], learned: bool
+) -> None:
+    offsets = offsets_of(LENGTHS, device)
+    leaves = [
+        heads(device).double().requires_grad_(),
+        random_values(shape, torch.float64, device, seed=1).requires_grad_(),
+        random_positions((TOKENS, 1), torch.float64, device, low=-8, high=8),
+        random_inv_freq((4,), device=device),
+    ]
+    for leaf in leaves[2:] if learned else []:
+        leaf.requires_grad_()
+    x, weight, positions, inv_freq = leaves
+    asking = [leaf for leaf in leaves if leaf.requires_grad]
+    of_values = weight
+    if len(shape) == 4:
+        of_values = weight[:, 0].expand(len(LENGTHS), -1, -1).repeat_interleave(offsets.diff(), 0)
+    alone = normalized(x, of_values, positions, inv_freq)
+    expected = torch.autograd.grad(alone.sin().sum(), asking)
+    nested = rotate(
+        nested_tensor_from_jagged(x, offsets),
+        weight,
+        nested_tensor_from_jagged(positions, offsets),
+        inv_freq,
+    )
+    actual = torch.autograd.grad(nested.values().sin().sum(), asking)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_the_norm_of_a_nested_leaf_has_a_gradient(device: str) -> None:
+    values, weight = heads(device).double(), random_values((8,), torch.float64, device)
+    x = nested_tensor_from_jagged(values, offsets_of(LENGTHS, device)).detach().requires_grad_()
+    leaf = values.clone().requires_grad_()
+    position = torch.tensor(3, device=device)
+    torch_rope.norm_apply(x, weight, position).sin().sum().backward()
+    torch_rope.norm_apply(leaf, weight, position).sin().sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad.values(), leaf.grad)
+
+
+def test_a_norm_saves_the_values_once(device: str) -> None:
+    values = heads(device, 64).requires_grad_() * 1
+    weight = random_values((8,), device=device).requires_grad_()
+    x = nested_tensor_from_jagged(values, offsets_of(LENGTHS, device))
+    saved = saved_by(lambda: torch_rope.norm_apply(x, weight, torch.tensor(3, device=device)))
+    places = {tensor.data_ptr() for tensor in saved if not tensor.is_nested and tensor.dim() > 1}
+    assert places == {values.data_ptr()}
+
+
+@pytest.mark.parametrize("rotate", [normalized, normalized_in_place])
+def test_compiled_norms_and_their_gradients_are_the_same(
+    device: str, rotate: Callable[..., Any]
+) -> None:
+    inv_freq = random_inv_freq((4,), torch.float32, device)
+    weight = random_values((2, 8), device=device).requires_grad_()
+    compiled = torch.compile(rotate, fullgraph=True, backend="aot_eager")
+    for lengths in (LENGTHS, (2, 7, 1, 4)):
+        offsets = offsets_of(lengths, device)
+        values = random_values((sum(lengths), 2, 8), device=device)
+        x = nested_tensor_from_jagged(values, offsets).detach().requires_grad_()
+        positions = random_positions((4, 1, 1), device=device)
+        results = []
+        for function in (rotate, compiled):
+            rotated = function(x, weight, positions, inv_freq)
+            gradients = torch.autograd.grad(rotated.values().sin().sum(), (x, weight))
+            results.append((rotated.values(), gradients[0].values(), gradients[1]))
+        for actual, expected in zip(*reversed(results), strict=True):
+            assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("axes", [(0, 3), (1, -1), (-4, -1), (-3, 3)], ids=str)
+def test_the_batch_and_the_ragged_dimension_share_no_mean(
+    device: str, axes: tuple[int, ...]
+) -> None:
+    x = nested_tensor_from_jagged(heads(device), offsets_of(LENGTHS, device))
+    for operator in (torch_rope.norm_apply, torch_rope.norm_apply_):
+        message = r"^rope::norm_apply_?\(\): expected norm_axes to contain neither"
+        with pytest.raises(NotImplementedError, match=message):
+            operator(x, None, torch.tensor(3, device=device), norm_axes=axes)
+
+
+@pytest.mark.parametrize("axes", [(4, 3), (-5, -1)], ids=str)
+def test_a_norm_over_an_axis_out_of_range_is_refused(device: str, axes: tuple[int, ...]) -> None:
+    x = nested_tensor_from_jagged(heads(device), offsets_of(LENGTHS, device))
+    with pytest.raises(IndexError, match=r"expected norm_axes to be in \[-4, 3\]"):
+        torch_rope.norm_apply(x, None, torch.tensor(3, device=device), norm_axes=axes)
+
+
+@pytest.mark.parametrize("shape", [(TOKENS, 2, 8), (4, 3, 1, 8), (3, 1, 1, 8)], ids=str)
+def test_weights_that_do_not_broadcast_are_refused(device: str, shape: tuple[int, ...]) -> None:
+    x = nested_tensor_from_jagged(heads(device), offsets_of(LENGTHS, device))
+    weight = random_values(shape, device=device)
+    for name, arguments in (
+        ("weight", (x, weight)),
+        ("k_weight", ((x, x), (None, weight))),
+    ):
+        with pytest.raises(ValueError, match=rf"expected {name} to be broadcastable"):
+            torch_rope.norm_apply(*arguments, torch.tensor(3, device=device))
+
+
+def test_dense_tensors_cannot_have_nested_weights(device: str) -> None:
+    weight = nested_tensor_from_jagged(heads(device), offsets_of(LENGTHS, device))
+    with pytest.raises(NotImplementedError, match="expected what is rotated to be nested"):
+        torch_rope.norm_apply(heads(device), weight, torch.tensor(3, device=device))

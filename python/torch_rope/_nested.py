@@ -1,8 +1,8 @@
 """Nested tensors with the jagged layout: the operators are called on their values.
 
 The values have the dimensions of the nested tensor without the batch; their ragged dimension holds
-the tokens of all sequences. Positions and tables are nested in the same way, or dense with a ragged
-dimension of size 1.
+the tokens of all sequences. Positions, tables and weights are nested in the same way, or dense with
+a ragged dimension of size 1.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from torch.nested._internal.nested_tensor import NestedTensor
 
 
 class _Target:
-    """A nested tensor without its embedding axis: positions and tables broadcast with it.
+    """A nested tensor without its embedding axis: the other tensors broadcast with it.
 
     Attributes:
         x: The nested tensor.
@@ -24,8 +24,10 @@ class _Target:
         ragged: The index of the ragged dimension among them.
     """
 
-    def __init__(self, name: str, x: NestedTensor, axis: int) -> None:
-        """Checks the embedding axis; the operator's name is for messages."""
+    def __init__(
+        self, name: str, x: NestedTensor, axis: int, norm_axes: Sequence[int] | None
+    ) -> None:
+        """Checks the axes; the operator's name is for messages."""
         rank, ragged = x.dim(), x._ragged_idx
         if not -rank <= axis < rank:
             raise IndexError(
@@ -37,6 +39,17 @@ class _Target:
                 f"{name}(): expected embedding_axis to be neither the batch nor the ragged "
                 f"dimension of a nested tensor, but got {axis}"
             )
+        for norm_axis in norm_axes or ():
+            if not -rank <= norm_axis < rank:
+                raise IndexError(
+                    f"{name}(): expected norm_axes to be in [{-rank}, {rank - 1}] for the "
+                    f"dimensions of a nested tensor, but got {list(norm_axes or ())}"
+                )
+            if norm_axis % rank in (0, ragged):
+                raise NotImplementedError(
+                    f"{name}(): expected norm_axes to contain neither the batch nor the ragged "
+                    f"dimension of a nested tensor, but got {list(norm_axes or ())}"
+                )
         self.name = name
         self.x = x
         self.rank = rank - 1
@@ -52,7 +65,7 @@ class _Target:
 
         Args:
             argument: The name of the argument, for messages.
-            tensor: Positions, or a table.
+            tensor: Positions, a table or a weight.
             leading: The number of its dimensions before those that broadcast.
             trailing: The number after them.
         """
@@ -148,22 +161,52 @@ def _nest(values: Tensor, x: NestedTensor) -> Tensor:
     return nested
 
 
+class _Arguments:
+    """The tensors of a call.
+
+    Attributes:
+        rotated: The tensors to rotate.
+        weights: Their weights, one for each or None; empty where the operator has none.
+        angles: Positions and frequencies, or tables and positions.
+    """
+
+    def __init__(self, name: str, arguments: Sequence[Any]) -> None:
+        """Splits the positional arguments of an operator."""
+        count = 2 if "_qk" in name else 1
+        num_weights = count if "norm" in name else 0
+        self.rotated = arguments[:count]
+        self.weights = arguments[count : count + num_weights]
+        self.angles = arguments[count + num_weights :]
+
+    def of_each(self) -> list[Sequence[Any]]:
+        """Returns the arguments of a call for each of the rotated tensors."""
+        weights = [(weight,) for weight in self.weights] or [()] * len(self.rotated)
+        return [(x, *weight, *self.angles) for x, weight in zip(self.rotated, weights, strict=True)]
+
+    def others(self) -> list[Tensor]:
+        """Returns the tensors that are not rotated."""
+        return [one for one in (*self.weights, *self.angles) if one is not None]
+
+
 def _rotate(operator: Any, *arguments: Any, **options: Any) -> Any:
     """Calls an operator on the values of nested tensors."""
     name: str = operator._schema.name
-    num_rotated = 2 if "_qk" in name else 1
-    rotated, angles = arguments[:num_rotated], arguments[num_rotated:]
-    axis = options.pop("embedding_axis", -1)
-    _check(name, rotated, angles)
+    given = _Arguments(name, arguments)
+    rotated = given.rotated
+    axis, norm_axes = options.pop("embedding_axis", -1), options.pop("norm_axes", None)
+    _check(name, given)
 
-    targets = [_Target(name, x, axis) for x in rotated if isinstance(x, NestedTensor)]
-    if len(targets) < num_rotated or not all(targets[0].is_like(target) for target in targets):
+    targets = [_Target(name, x, axis, norm_axes) for x in rotated if isinstance(x, NestedTensor)]
+    if len(targets) < len(rotated) or not all(targets[0].is_like(target) for target in targets):
         # One call each: their positions convert differently, or do not fit both.
         for target in targets:
-            _fit(target, angles)
+            _fit(target, given.angles)
         single = name.removeprefix("rope::").removesuffix("_").removesuffix("_qk")
-        rotate = partial(getattr(torch.ops.rope, single).default, embedding_axis=axis, **options)
-        results = tuple(rotate(x, *angles) for x in rotated)
+        options = {**options, "embedding_axis": axis}
+        if norm_axes is not None:
+            options["norm_axes"] = norm_axes
+        rotate = partial(getattr(torch.ops.rope, single).default, **options)
+        results = tuple(rotate(*one) for one in given.of_each())
         if not name.endswith("_"):
             return results
         # Nothing is written before both have passed the checks.
@@ -174,40 +217,60 @@ def _rotate(operator: Any, *arguments: Any, **options: Any) -> Any:
 
     # The values lack the batch dimension: nonnegative axes shift by one.
     options["embedding_axis"] = axis if axis < 0 else axis - 1
-    fitting = _fit(targets[0], angles)
+    if norm_axes is not None:
+        options["norm_axes"] = [axis if axis < 0 else axis - 1 for axis in norm_axes]
+    weights = _fit_weights(targets, given.weights)
+    fitting = (*weights, *_fit(targets[0], given.angles))
     if name.endswith("_"):
         # To a compiler values() returns a new tensor, which would hide the mutation.
         operator(*map(_inner, rotated), *fitting, **options)
         return None
     outputs = operator(*map(_values, rotated), *fitting, **options)
-    if num_rotated == 1:
+    if len(rotated) == 1:
         return _nest(outputs, rotated[0])
     return tuple(map(_nest, outputs, rotated))
+
+
+def _fit_weights(
+    targets: Sequence[_Target], weights: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Converts the weight of each target to broadcast with its values."""
+    names = ("weight",) if len(targets) == 1 else ("q_weight", "k_weight")
+    return [
+        None if weight is None else target.fit(name, weight, trailing=1)
+        for name, target, weight in zip(names, targets, weights, strict=False)
+    ]
 
 
 def _check_memory(operator: Any, pair: Sequence[Tensor]) -> None:
     """Raises if two tensors overlap, by a call in place that rotates zero columns."""
     q, k = (_inner(x).detach() for x in pair)
     if type(q) is Tensor and type(k) is Tensor:  # not while a compiler traces
-        sizes = ((0,), (0,)) if "cos_sin" in operator._schema.name else ((), (0,))
-        operator(q, k, *(q.new_zeros(size, dtype=torch.float64) for size in sizes))
+        name = operator._schema.name.removeprefix("rope::")
+        sizes = ((0,), (0,)) if "cos_sin" in name else ((), (0,))
+        angles = (q.new_zeros(size, dtype=torch.float64) for size in sizes)
+        rotation = name.removeprefix("norm_")  # A norm would change all elements.
+        try:
+            getattr(torch.ops.rope, rotation)(q, k, *angles)
+        except ValueError as error:
+            raise ValueError(str(error).replace(f"rope::{rotation}(", f"rope::{name}(")) from None
 
 
-def _check(name: str, rotated: Sequence[Tensor], angles: Sequence[Tensor | None]) -> None:
+def _check(name: str, given: _Arguments) -> None:
     """Raises for calls that cannot be expressed in the values."""
-    tensors = [*rotated, *(tensor for tensor in angles if tensor is not None)]
+    tensors = [*given.rotated, *given.others()]
     if any(tensor.is_nested and not isinstance(tensor, NestedTensor) for tensor in tensors):
         raise NotImplementedError(
             f"{name}(): expected nested tensors to have the layout torch.jagged, but got "
             f"torch.strided"
         )
-    dense = [x for x in rotated if not x.is_nested]
-    if dense and any(isinstance(tensor, NestedTensor) for tensor in angles):
+    dense = [x for x in given.rotated if not x.is_nested]
+    if dense and any(isinstance(tensor, NestedTensor) for tensor in given.others()):
         raise NotImplementedError(
-            f"{name}(): expected what is rotated to be nested where positions or tables are, but "
-            f"got a tensor of shape {tuple(dense[0].shape)}"
+            f"{name}(): expected what is rotated to be nested where weights, positions or tables "
+            f"are, but got a tensor of shape {tuple(dense[0].shape)}"
         )
-    holes = any(isinstance(x, NestedTensor) and x._lengths is not None for x in rotated)
+    holes = any(isinstance(x, NestedTensor) and x._lengths is not None for x in given.rotated)
     if holes and name.endswith("_"):
         raise NotImplementedError(
             f"{name}(): expected nested tensors without holes, since what lies in holes would be "
@@ -227,13 +290,12 @@ def _dispatch(
 
 
 def _above_autograd(operator: Any, *arguments: Any, **options: Any) -> Any:
-    """Makes the conversion of positions and tables to values visible to autograd."""
+    """Makes the conversion of the other tensors to values visible to autograd."""
     name: str = operator._schema.name
-    num_rotated = 2 if "_qk" in name else 1
-    rotated, angles = arguments[:num_rotated], arguments[num_rotated:]
-    _check(name, rotated, angles)
-    if any(tensor is not None and tensor.requires_grad for tensor in angles):
-        # The conversion must be differentiated too.
+    given = _Arguments(name, arguments)
+    _check(name, given)
+    if "norm" in name or any(tensor.requires_grad for tensor in given.others()):
+        # The conversion must be differentiated too. A norm saves the values in any case.
         return _rotate(operator, *arguments, **options)
     # Only the operator: differentiating values() would save an activation.
     with torch._C._ExcludeDispatchKeyGuard(_ABOVE_AUTOGRAD):
@@ -243,7 +305,7 @@ def _above_autograd(operator: Any, *arguments: Any, **options: Any) -> Any:
 _ABOVE_AUTOGRAD = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradNestedTensor)
 
 _library = Library("rope", "IMPL")  # type: ignore[no-untyped-call]
-for _family in ("apply", "apply_cos_sin"):
+for _family in ("apply", "apply_cos_sin", "norm_apply", "norm_apply_cos_sin"):
     for _suffix in ("", "_qk", "_", "_qk_"):
         register_torch_dispatch(f"rope::{_family}{_suffix}", NestedTensor, _dispatch)
     for _suffix in ("", "_qk"):

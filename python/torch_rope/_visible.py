@@ -32,7 +32,7 @@ def _by_position(name: str) -> Callable[..., Any]:
             angles = values[num_rotated:num_tensors]
             return call_traced(name, values[:num_rotated], angles, options)
         for argument, value in zip(arguments, values[:num_tensors], strict=False):
-            if value is not None or not argument.has_default_value():
+            if value is not None or argument.type.kind() != "OptionalType":
                 check_tensor(f"rope::{name}", argument.name, value)
         return operator(*values[:num_tensors], **options)
 
