@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 import torch_rope
-from differentiable import CASES, in_place
+from differentiable import CASES, NORMS, ROTATIONS, in_place
 from observe import OperatorsSeen, saved_by
 from reference import (
     assert_rotated,
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._dynamo import compiled_autograd
 from torch.autograd import gradcheck, gradgradcheck
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 OPTION_SETS: list[dict[str, Any]] = [
     {},
@@ -339,7 +340,7 @@ def backward_of(case: str, asking: Sequence[int], device: str) -> OperatorsSeen:
     """Notes what the backward does where only some of the inputs ask for a gradient."""
     inputs = CASES[case].inputs(device)
     leaves = [inputs[index].requires_grad_() for index in asking]
-    result = CASES[case].call(torch_rope.apply, torch_rope.apply_cos_sin, *inputs)
+    result = CASES[case].results("functional", *inputs)
     results = [
         one for one in ((result,) if isinstance(result, Tensor) else result) if one.requires_grad
     ]
@@ -350,8 +351,9 @@ def backward_of(case: str, asking: Sequence[int], device: str) -> OperatorsSeen:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_backward_of_what_is_rotated_is_one_rotation(device: str, case: str) -> None:
-    seen = backward_of(case, range(CASES[case].num_rotated), device)
+def test_the_backward_of_what_is_rotated_is_one_call(device: str, case: str) -> None:
+    # What is normalized and its weights have their gradients in one.
+    seen = backward_of(case, range(CASES[case].num_rotated + CASES[case].num_weights), device)
     assert len(seen.names) == 1
     assert not [name for name in seen.others if name != "aten::detach"]
 
@@ -361,7 +363,7 @@ def test_the_backward_of_one_of_a_pair_rotates_one(device: str, asking: int) -> 
     assert backward_of("pair", [asking], device).names == ["apply"]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ROTATIONS)
 def test_the_backward_of_angles_rotates_nothing(device: str, case: str) -> None:
     inputs = CASES[case].inputs(device)
     first = CASES[case].num_rotated
@@ -382,6 +384,22 @@ def test_the_backward_of_one_input_spares_the_others(device: str) -> None:
         assert operators("rows", 1, 2).count("aten::index_put") == 2
         for table in (1, 2):
             assert operators("rows", table).count("aten::index_put") == 1
+
+
+@pytest.mark.parametrize("case", NORMS)
+def test_the_backward_of_one_input_of_a_norm_spares_the_others(device: str, case: str) -> None:
+    first = CASES[case].num_rotated + CASES[case].num_weights
+    for index in range(len(CASES[case].inputs("cpu"))):
+        names = backward_of(case, [index], device).names
+        gradients = [name for name in names if name.endswith("_backward")]
+        if index < first:
+            # Of one of a pair alone, and nothing for its angles.
+            assert names == gradients
+            assert len(names) == 1
+            assert "_qk" not in names[0]
+        else:
+            # The norm is computed again, and differentiated only if the rotation comes first.
+            assert bool(gradients) == ("after" in case or case == "norm of ranks")
 
 
 # What the backward of x alone keeps: for each operator, the tensors that make the angles.
@@ -476,8 +494,55 @@ def test_learned_tables_keep_the_input_and_no_more(device: str) -> None:
     assert_same_memory(saved, (x, tables, tables))
 
 
+@pytest.mark.parametrize("asking", ["x", "weight", "both", "everything"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KEPT)
+def test_a_norm_keeps_x_the_weight_and_what_makes_angles(
+    device: str, kind: str, form: str, asking: str
+) -> None:
+    angles = KEPT[kind](device)
+    x = random_values((2, 64, 8, 128), device=device)
+    weight = random_values((128,), device=device, seed=1)
+    if asking != "weight":
+        x = x.requires_grad_() + 0
+    if asking != "x":
+        weight.requires_grad_()
+    if asking == "everything":
+        for tensor in angles:
+            tensor.requires_grad_(tensor.is_floating_point())
+    name = operator_for(kind, in_place=form == "in place").__name__
+    saved = saved_by(lambda: getattr(torch_rope, f"norm_{name}")(x, weight, *angles))
+    if form == "functional":
+        assert_same_memory(saved, (x, weight, *angles))
+    else:
+        # x is overwritten: a copy of it is kept.
+        copies = [one for one in saved if one.shape == x.shape]
+        assert len(copies) == 1
+        rest = [one for one in saved if one.shape != x.shape]
+        assert_same_memory(rest, (weight, *angles))
+
+
+@pytest.mark.parametrize("weights", [(True, True), (True, False), (False, False)], ids=str)
+@pytest.mark.parametrize("kind", KEPT)
+def test_norms_of_a_pair_keep_both_and_their_weights(
+    device: str, kind: str, weights: tuple[bool, bool]
+) -> None:
+    angles = KEPT[kind](device)
+    q = random_values((2, 64, 8, 128), device=device).requires_grad_()
+    k = random_values((2, 64, 2, 128), device=device).requires_grad_()
+    of_pair = tuple(
+        random_values((128,), device=device, seed=seed).requires_grad_() if given else None
+        for seed, given in enumerate(weights)
+    )
+    name = operator_for(kind, in_place=False).__name__
+    saved = saved_by(lambda: getattr(torch_rope, f"norm_{name}")((q, k), of_pair, *angles))
+    given = tuple(weight for weight in of_pair if weight is not None)
+    assert_same_memory(saved, (q, k, *given, *angles))
+
+
 def test_nothing_is_saved_where_no_gradient_is_asked_for(device: str) -> None:
     x = random_values((9, 32), device=device)
+    assert not saved_by(lambda: torch_rope.norm_apply(x, x[0], torch.arange(9, device=device)))
     assert not saved_by(lambda: torch_rope.apply(x, torch.arange(9, device=device)))
     assert not saved_by(lambda: torch_rope.apply_(x, torch.arange(9, device=device)))
 
@@ -806,3 +871,273 @@ def test_two_changes_in_place_have_the_right_gradient(device: str) -> None:
 
     inputs = doubles(3, 6, device=device), small_positions(3, device=device)
     assert gradcheck(rotate, (*inputs, frequencies(3, device=device)))
+
+
+# --------------------------------------------------------------------------------------------------
+# Norms
+
+
+def gradients_of_norm(
+    function: Callable[..., Any], tensors: Sequence[Tensor], upstream: Tensor
+) -> tuple[Tensor, ...]:
+    """Returns the gradients of x and a weight."""
+    leaves = [leaf(tensor) for tensor in tensors]
+    return torch.autograd.grad(function(*leaves), leaves, upstream.to(leaves[0].dtype))
+
+
+# The shape of x, that of the weight, and options. Of the weight, each of many elements is summed.
+WEIGHT_CASES: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
+    ((2, 300, 4, 64), (64,), {}),
+    ((2, 300, 4, 64), (4, 64), {"norm_axes": (-2, -1)}),
+    ((2, 4, 300, 64), (4, 1, 64), {"embedding_axis": -1, "interleaved": True}),
+    ((2, 300, 4, 80), (80,), {"rotary_dim": 48, "rotary_offset": 8, "norm_last": True}),
+    ((2, 64, 300), (64,), {"embedding_axis": 1, "weight_offset": 1.0}),
+    ((3, 5000), (5000,), {}),
+    ((2, 300, 3, 12), (2, 1, 1, 12), {"norm_last": True}),
+    ((7, 5, 4, 62), (7, 5, 4, 62), {}),
+]
+
+
+@pytest.mark.parametrize("conjugate", [False, True])
+@pytest.mark.parametrize(("shape", "weight_shape", "options"), WEIGHT_CASES, ids=str)
+def test_float32_gradients_of_norms_are_right(
+    device: str,
+    shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    options: dict[str, Any],
+    conjugate: bool,
+) -> None:
+    x, weight, upstream = (
+        random_values(size, torch.float32, device, seed=seed)
+        for seed, size in enumerate((shape, weight_shape, shape))
+    )
+    position = torch.tensor(7, device=device)
+
+    def normalize(x: Tensor, weight: Tensor) -> Tensor:
+        return torch_rope.norm_apply(x, weight, position, conjugate=conjugate, **options)
+
+    def expected(x: Tensor, weight: Tensor) -> Tensor:
+        return reference.norm_apply(x, weight, position, conjugate=conjugate, **options).values
+
+    actual = gradients_of_norm(normalize, (x, weight), upstream)
+    exact = gradients_of_norm(expected, (x.cpu().double(), weight.cpu().double()), upstream.cpu())
+    for one, other in zip(actual, exact, strict=True):
+        assert (one.cpu() - other).abs().max() <= 2e-5 * other.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("weight_dtype", FLOAT_DTYPES)
+def test_gradients_of_norms_of_half_precision_are_rounded_once(
+    device: str, dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    x = random_values((2, 200, 4, 64), dtype, device)
+    upstream = random_values((2, 200, 4, 64), dtype, device, seed=2)
+    weight = random_values((64,), weight_dtype, device, seed=1)
+    position = torch.tensor(7, device=device)
+    actual = gradients_of_norm(
+        lambda x, weight: torch_rope.norm_apply(x, weight, position), (x, weight), upstream
+    )
+    exact = gradients_of_norm(
+        lambda x, weight: reference.norm_apply(x, weight, position).values,
+        (x.cpu().double(), weight.cpu().double()),
+        upstream.cpu(),
+    )
+    for one, other, tensor in zip(actual, exact, (x, weight), strict=True):
+        assert one.dtype == tensor.dtype
+        before_rounding = 2e-5 * other.abs().max()
+        allowed = before_rounding + reference.half_ulp(other.abs() + before_rounding, one.dtype)
+        assert ((one.cpu().double() - other).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize(("shape", "weight_shape", "options"), WEIGHT_CASES, ids=str)
+def test_gradients_of_weights_are_the_same_in_every_run(
+    device: str, shape: tuple[int, ...], weight_shape: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    x, weight, upstream = (
+        random_values(size, torch.float32, device, seed=seed)
+        for seed, size in enumerate((shape, weight_shape, shape))
+    )
+    position = torch.tensor(7, device=device)
+    threads = torch.get_num_threads()
+    results = []
+    for number in (threads, threads, 1, 3):
+        torch.set_num_threads(number)
+        try:
+            results.append(
+                gradients_of_norm(
+                    lambda x, w: torch_rope.norm_apply(x, w, position, **options),
+                    (x, weight),
+                    upstream,
+                )
+            )
+        finally:
+            torch.set_num_threads(threads)
+    for other in results[1:]:
+        for one, first in zip(other, results[0], strict=True):
+            assert_same_bits(one, first)
+
+
+@pytest.mark.parametrize("strides", ["transposed", "expanded"])
+def test_gradients_of_norms_take_upstream_gradients_of_any_strides(
+    device: str, strides: str
+) -> None:
+    x, weight = random_values((2, 9, 4, 32), device=device), random_values((32,), device=device)
+    upstream = random_values((2, 4, 9, 32), device=device, seed=1).transpose(1, 2)
+    if strides == "expanded":
+        upstream = random_values((4, 1), device=device, seed=1).expand(2, 9, 4, 32)
+
+    def normalize(x: Tensor, weight: Tensor) -> Tensor:
+        return torch_rope.norm_apply(x, weight, torch.arange(9, device=device)[:, None])
+
+    actual = gradients_of_norm(normalize, (x, weight), upstream)
+    expected = gradients_of_norm(normalize, (x, weight), upstream.contiguous())
+    for one, other in zip(actual, expected, strict=True):
+        assert_same_bits(one, other)
+
+
+def test_a_norm_that_rotates_nothing_has_the_derivatives_of_rms_norm(device: str) -> None:
+    # With rotary_dim=0 this is PyTorch's own RMSNorm, and so are its gradients.
+    x, weight = doubles(3, 5, 8, device=device), doubles(8, device=device, seed=1)
+    position = torch.tensor(5, device=device)
+    actual = torch_rope.norm_apply(x, weight, position, rotary_dim=0, eps=1e-5)
+    expected = torch.nn.functional.rms_norm(x, (8,), weight, eps=1e-5)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual.sin().sum(), (x, weight)),
+        torch.autograd.grad(expected.sin().sum(), (x, weight)),
+    )
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_leaf_that_asks_for_a_gradient_is_not_normalized_in_place(
+    device: str, index: int
+) -> None:
+    pair = [random_values((3, 6), torch.float64, device, seed=seed) for seed in range(2)]
+    pair[index].requires_grad_()
+    before = [x.detach().clone() for x in pair]
+    positions = torch.arange(3, device=device)
+    with pytest.raises(RuntimeError, match="leaf Variable"):
+        torch_rope.norm_apply_((pair[0], pair[1]), None, positions)
+    with pytest.raises(RuntimeError, match="leaf Variable"):
+        torch_rope.norm_apply_(pair[index], None, positions)
+    for x, copy in zip(pair, before, strict=True):
+        assert_same_bits(x, copy)
+        assert x._version == 0
+
+
+def test_a_constant_normalized_in_place_by_a_learned_weight_asks_for_a_gradient(
+    device: str,
+) -> None:
+    x, weight = random_values((3, 6), torch.float64, device), doubles(6, device=device, seed=1)
+    positions = torch.arange(3, device=device)
+
+    def normalize(weight: Tensor) -> Tensor:
+        return torch_rope.norm_apply_(x.clone(), weight, positions)
+
+    assert normalize(weight).requires_grad
+    assert gradcheck(normalize, (weight,))
+
+
+def test_normalizing_in_place_what_another_backward_needs_is_an_error(device: str) -> None:
+    x = doubles(3, 6, device=device)
+    exponential = x.exp()
+    torch_rope.norm_apply_(exponential, None, torch.arange(3, device=device))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        exponential.sum().backward()
+
+
+@pytest.mark.parametrize("overwritten", ["x", "weight", "positions"])
+def test_overwriting_what_a_norm_saved_is_an_error(device: str, overwritten: str) -> None:
+    x, weight = doubles(3, 6, device=device), doubles(6, device=device, seed=1)
+    positions = torch.arange(3.0, device=device)
+    copy = x * 1
+    normalized = torch_rope.norm_apply(copy, weight, positions)
+    with torch.no_grad():
+        {"x": copy, "weight": weight, "positions": positions}[overwritten].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        normalized.sum().backward()
+
+
+def test_norms_of_views_of_a_packed_tensor_have_the_right_gradient(device: str) -> None:
+    def normalize(packed: Tensor, q_weight: Tensor, positions: Tensor) -> Tensor:
+        packed = packed * 1
+        q, k = packed[:, 0], packed[:, 1]
+        torch_rope.norm_apply_((q, k), (q_weight, None), positions, norm_axes=(-2, -1))
+        torch_rope.norm_apply_(packed[:, 2], q_weight, positions, norm_last=True)
+        return packed
+
+    packed, weight = doubles(3, 3, 2, 4, device=device), doubles(2, 4, device=device, seed=1)
+    inputs = packed, weight, small_positions(3, 1, device=device)
+    assert gradcheck(normalize, inputs)
+    assert gradgradcheck(normalize, inputs)
+
+
+def test_norms_in_inference_mode_and_of_inference_tensors(device: str) -> None:
+    x, weight = random_values((9, 64), device=device), random_values((64,), device=device)
+    positions = torch.arange(9, device=device)
+    expected = torch_rope.norm_apply(x, weight, positions)
+    with torch.inference_mode():
+        assert_same_bits(torch_rope.norm_apply(x, weight, positions), expected)
+        inside = x.clone()
+        torch_rope.norm_apply_(inside, weight, positions)
+        assert_same_bits(inside, expected)
+        frozen = x.clone()
+    with pytest.raises(RuntimeError, match="inference tensor"):
+        torch_rope.norm_apply_(frozen, weight, positions)
+    assert_same_bits(frozen, x)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_normalizes_again(device: str, use_reentrant: bool) -> None:
+    def normalize(x: Tensor, weight: Tensor) -> Tensor:
+        return torch_rope.norm_apply(x.sin(), weight, torch.arange(3, device=device)).cos()
+
+    leaves = doubles(3, 6, device=device), doubles(6, device=device, seed=1)
+    expected = torch.autograd.grad(normalize(*leaves).sum(), leaves)
+    copies = [leaf(tensor) for tensor in leaves]
+    with OperatorsSeen() as seen:
+        result = checkpoint(normalize, *copies, use_reentrant=use_reentrant)
+        result.sum().backward()
+    assert seen.names == ["norm_apply", "norm_apply", "_norm_apply_backward"]
+    for copy, gradient in zip(copies, expected, strict=True):
+        assert copy.grad is not None
+        assert_same_bits(copy.grad, gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_autocast_leaves_norms_alone(device: str, dtype: torch.dtype) -> None:
+    x, weight = random_values((9, 64), dtype, device), random_values((64,), device=device)
+    x.requires_grad_()
+    positions = torch.arange(9, device=device)
+    expected = torch_rope.norm_apply(x, weight, positions)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        actual = torch_rope.norm_apply(x, weight, positions)
+    assert_same_bits(actual.detach(), expected.detach())
+    assert_same_bits(
+        *(torch.autograd.grad(result.sum(), x, retain_graph=True)[0] for result in (actual, expected))
+    )
+
+
+def test_gradients_of_norms_of_nothing(device: str) -> None:
+    weight = doubles(8, device=device)
+    for shape in ((0, 8), (2, 0, 3, 8)):
+        x = doubles(*shape, device=device)
+        normalized = torch_rope.norm_apply(x, weight, torch.tensor(3.0, device=device))
+        gradients = torch.autograd.grad(normalized.sum(), (x, weight))
+        assert gradients[0].shape == shape
+        assert gradients[1].shape == (8,)
+        assert not gradients[1].any()
+
+
+def test_compiled_autograd_differentiates_norms(device: str) -> None:
+    def normalize(x: Tensor, weight: Tensor) -> Tensor:
+        q, k = torch_rope.norm_apply((x, x * 2), (weight, None), torch.arange(3, device=device))
+        return torch_rope.norm_apply_(q * k, weight, torch.arange(3, device=device))
+
+    leaves = doubles(3, 6, device=device), doubles(6, device=device, seed=1)
+    expected = torch.autograd.grad(normalize(*leaves).sin().sum(), leaves)
+    torch.compiler.reset()
+    loss = normalize(*leaves).sin().sum()
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    torch.testing.assert_close(tuple(leaf.grad for leaf in leaves), expected)
