@@ -15,6 +15,8 @@ from torch import Tensor
 
 APPLY = ("apply", "apply_", "apply_qk", "apply_qk_")
 APPLY_COS_SIN = ("apply_cos_sin", "apply_cos_sin_", "apply_cos_sin_qk", "apply_cos_sin_qk_")
+NORM_APPLY = tuple(f"norm_{name}" for name in APPLY)
+NORM_APPLY_COS_SIN = tuple(f"norm_{name}" for name in APPLY_COS_SIN)
 
 Call = Callable[..., Any]
 
@@ -24,7 +26,12 @@ def through_python(
 ) -> None:
     """Calls an operator through ``torch_rope``."""
     function: Call = getattr(torch_rope, operator.replace("_qk", ""))
-    function(tensors if "_qk" in operator else tensors[0], *arguments, **options)
+    if "_qk" not in operator:
+        function(tensors[0], *arguments, **options)
+    elif "norm" in operator:
+        function(tensors, arguments[:2], *arguments[2:], **options)
+    else:
+        function(tensors, *arguments, **options)
 
 
 def through_dispatcher(
@@ -42,7 +49,8 @@ class Refusal:
     Attributes:
         name: What is wrong.
         exception: The type of the exception.
-        argument: A pattern of the argument that is named; ``{x}`` stands for x, q or k.
+        argument: A pattern of the argument that is named; ``{x}`` stands for x, q or k, and
+            ``{weight}`` for weight, q_weight or k_weight.
         changes: Arguments by name, in place of those of a good call.
         rule: A pattern of the rule.
         value: A pattern of the value that was found.
@@ -57,7 +65,9 @@ class Refusal:
 
     def pattern(self, operator: str, place: int) -> str:
         """Returns the pattern of the message, given the place of the wrong tensor."""
-        argument = self.argument.format(x="qk"[place] if "_qk" in operator else "x")
+        x = "qk"[place] if "_qk" in operator else "x"
+        weight = f"{x}_weight" if "_qk" in operator else "weight"
+        argument = self.argument.format(x=x, weight=weight)
         return (
             rf"(?s)^rope::{operator}\(\): expected {argument} to {self.rule}, but got {self.value}"
         )
@@ -390,17 +400,81 @@ OF_APPLY_COS_SIN = [
 ]
 
 
+OF_NORMS = [
+    *(
+        Refusal(f"eps is {value}", ValueError, "eps", {"eps": value}, rule=".*finite.*")
+        for value in (-1e-6, float("inf"), float("nan"), -float("inf"))
+    ),
+    *(
+        Refusal(
+            f"weight_offset is {value}",
+            ValueError,
+            "weight_offset",
+            {"weight_offset": value},
+            rule="be finite",
+        )
+        for value in (float("inf"), -float("inf"), float("nan"))
+    ),
+    *(
+        Refusal(
+            f"weight is {dtype}", TypeError, "{weight}", {"weight": zeros(8, dtype=dtype)}
+        )
+        for dtype in (torch.int64, torch.complex64, torch.bool, torch.float8_e4m3fn)
+    ),
+    *(
+        Refusal(f"weight has the shape {shape}", ValueError, "{weight}", {"weight": floats(*shape)})
+        for shape in (
+            (),
+            (1,),
+            (4,),
+            (9,),
+            (0,),
+            (4, 1),
+            (3, 8),
+            (8, 4),
+            (2, 1, 8),
+            (5, 1, 1, 8),
+            (1, 2, 3, 4, 8),
+            (5, 2, 3, 4, 8),
+        )
+    ),
+    *(
+        Refusal(f"norm_axes are {axes}", IndexError, "norm_axes", {"norm_axes": axes})
+        for axes in ((4, -1), (-5, -1), (-1, 2**63 - 1), (-(2**63), -1))
+    ),
+    *(
+        Refusal(f"norm_axes are {axes}", ValueError, "norm_axes", {"norm_axes": axes})
+        for axes in ((), (0,), (-2, 1), (-1, -1), (3, -1), (2, -2, -1))
+    ),
+    Refusal(
+        "norm_axes lack the embedding axis",
+        ValueError,
+        "norm_axes",
+        {"embedding_axis": 1, "norm_axes": (2, 3), "rotary_dim": 2, "positions": torch.tensor(1)},
+        rule="contain embedding_axis, 1",
+    ),
+]
+
+
 def calls(operators: tuple[str, ...], refusals: list[Refusal]) -> list[Any]:
     """Lists each refusal by each operator, and for a pair by each of its two tensors."""
     return [
         pytest.param(operator, place, refusal, id=f"{operator}-{'qk'[place]}-{refusal.name}")
         for operator in operators
         for refusal in refusals
-        for place in range(2 if "_qk" in operator and "x" in refusal.changes else 1)
+        for place in range(2 if "_qk" in operator and {"x", "weight"} & set(refusal.changes) else 1)
     ]
 
 
-CALLS = calls(APPLY, OF_APPLY) + calls(APPLY_COS_SIN, OF_APPLY_COS_SIN)
+CALLS = [
+    *calls(APPLY, OF_APPLY),
+    *calls(APPLY_COS_SIN, OF_APPLY_COS_SIN),
+    *calls(NORM_APPLY, OF_APPLY),
+    *calls(NORM_APPLY_COS_SIN, OF_APPLY_COS_SIN),
+    *calls(NORM_APPLY, OF_NORMS),
+    # By tables, rotary_dim is that of the tables.
+    *calls(NORM_APPLY_COS_SIN, [one for one in OF_NORMS if "rotary_dim" not in one.changes]),
+]
 
 
 def arguments_of(
@@ -421,6 +495,17 @@ def arguments_of(
         named = {"cos": table, "sin": table, **named}
     else:
         named["inv_freq"] = None
+    if "norm" in operator:
+        weight = changes.pop("weight", None)
+        if "_qk" not in operator:
+            weights = {"weight": weight}
+        else:
+            good = floats(4, 8, device=device)
+            weights = {
+                name: weight if index == place or weight is None else good
+                for index, name in enumerate(("q_weight", "k_weight"))
+            }
+        named = {**weights, **named}
     named.update({name: changes.pop(name) for name in list(changes) if name in named})
     return tuple(tensors), list(named.values()), changes
 
@@ -691,7 +776,7 @@ def test_a_wrong_member_of_a_pair_is_named() -> None:
         torch_rope.apply((floats(3, 8), 3), torch.arange(3))
 
 
-@pytest.mark.parametrize("operator", [*APPLY, *APPLY_COS_SIN])
+@pytest.mark.parametrize("operator", [*APPLY, *APPLY_COS_SIN, *NORM_APPLY, *NORM_APPLY_COS_SIN])
 def test_a_storage_that_is_too_small_is_refused(operator: str) -> None:
     """A storage may be resized under a tensor; FSDP frees parameters so."""
 
@@ -705,6 +790,9 @@ def test_a_storage_that_is_too_small_is_refused(operator: str) -> None:
     names = ["cos", "sin", "positions"]
     if "cos_sin" not in operator:
         arguments, names = [torch.arange(3), floats(4)], ["positions", "inv_freq"]
+    if "norm" in operator:
+        weights = ["q_weight", "k_weight"] if "_qk" in operator else ["weight"]
+        arguments, names = [*(floats(8) for _ in weights), *arguments], weights + names
     names = ["qk"[i] if "_qk" in operator else "x" for i in range(len(tensors))] + names
     everything = [*tensors, *arguments]
     for place, name in enumerate(names):
@@ -715,7 +803,7 @@ def test_a_storage_that_is_too_small_is_refused(operator: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["", "_", "_qk", "_qk_", "_composed"])
-@pytest.mark.parametrize("family", ["apply", "apply_cos_sin"])
+@pytest.mark.parametrize("family", ["apply", "apply_cos_sin", "norm_apply", "norm_apply_cos_sin"])
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_strided_nested_tensors_are_refused_alike(
     family: str, suffix: str, requires_grad: bool
@@ -725,8 +813,9 @@ def test_strided_nested_tensors_are_refused_alike(
         nested = torch.nested.nested_tensor(
             [floats(2, 8), floats(3, 8)], requires_grad=requires_grad
         )
-    arguments = (torch.arange(1),) if family == "apply" else (floats(1, 4), floats(1, 4))
+    angles = (floats(1, 4), floats(1, 4)) if "cos_sin" in family else (torch.arange(1),)
     tensors = (nested, nested) if "_qk" in suffix else (nested,)
+    arguments = (*((None,) * len(tensors) if "norm" in family else ()), *angles)
     message = "expected nested tensors to have the layout torch.jagged, but got torch.strided"
     with pytest.raises(NotImplementedError, match=message):
         getattr(torch.ops.rope, family + suffix)(*tensors, *arguments)
@@ -802,3 +891,149 @@ def test_q_is_left_alone_when_k_is_refused(device: str) -> None:
     with pytest.raises(ValueError, match=r"^rope::apply_qk_\(\): expected rotary_dim to"):
         torch_rope.apply_((q, k), torch.tensor(1, device=device), rotary_dim=8)
     assert_same_bits(q, before)
+
+
+# --------------------------------------------------------------------------------------------------
+# Norms
+
+
+@pytest.mark.parametrize("call", [through_python, through_dispatcher])
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("operator", [*NORM_APPLY, *NORM_APPLY_COS_SIN])
+def test_a_weight_on_another_device_is_refused(
+    device: str, operator: str, place: int, call: Call
+) -> None:
+    is_pair = "_qk" in operator
+    tensors = (floats(3, 8, device=device), floats(3, 8, device=device))
+    weights = [floats(8, device=device), floats(8, device=device)]
+    weights[place if is_pair else 0] = floats(8, device=other_than(device))
+    name = ("q_weight", "k_weight")[place] if is_pair else "weight"
+    angles = [torch.arange(3, device=device)]
+    if "cos_sin" in operator:
+        angles = [floats(3, 4, device=device), floats(3, 4, device=device)]
+    pattern = rf"(?s)^rope::{operator}\(\): expected {name} to be on .+, but got .+"
+    count = 1 + is_pair
+    with pytest.raises(TypeError, match=pattern):
+        call(operator, tensors[:count], *weights[:count], *angles)
+
+
+@pytest.mark.parametrize("operator", ["norm_apply_qk", "norm_apply_cos_sin_qk_"])
+def test_norm_axes_that_k_alone_lacks_are_refused(device: str, operator: str) -> None:
+    q, k = floats(2, 3, 4, 8, device=device), floats(4, 8, device=device)
+    angles = [torch.tensor(1, device=device)]
+    if "cos_sin" in operator:
+        angles = [floats(4, device=device), floats(4, device=device)]
+    before = q.clone()
+    for axes in ((-3, -1), (-1, 2)):
+        pattern = rf"^rope::{operator}\(\): expected norm_axes to be in \[-2, 1\] .* k, but got .*"
+        with pytest.raises(IndexError, match=pattern):
+            through_python(operator, (q, k), None, None, *angles, norm_axes=axes)
+    # Of q these are two dimensions, of k one.
+    with pytest.raises(ValueError, match="expected norm_axes to be distinct dimensions of k"):
+        through_python(operator, (q, k), None, None, *angles, norm_axes=(1, -1))
+    assert_same_bits(q, before)
+
+
+def test_a_weight_without_an_offset_needs_no_weight(device: str) -> None:
+    # Without a weight nothing multiplies, and the offset is not looked at; only its finiteness is.
+    x, positions = floats(3, 8, device=device), torch.arange(3, device=device)
+    expected = torch_rope.norm_apply(x, None, positions)
+    assert_same_bits(torch_rope.norm_apply(x, None, positions, weight_offset=3.0), expected)
+
+
+GOOD_NORM = {"x": floats(3, 8), "weight": floats(8), "positions": torch.arange(3), "inv_freq": None}
+GOOD_NORM_TABLES = {"x": floats(3, 8), "weight": None, **{k: TABLES[k] for k in TABLES if k != "x"}}
+
+
+@pytest.mark.parametrize("value", NO_TENSORS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("in_place", ["", "_"])
+@pytest.mark.parametrize(
+    ("function", "argument"),
+    [("norm_apply", name) for name in GOOD_NORM]
+    + [("norm_apply_cos_sin", name) for name in GOOD_NORM_TABLES],
+)
+def test_what_is_no_tensor_is_refused_by_norms(
+    function: str, argument: str, in_place: str, value: Any
+) -> None:
+    arguments = dict(GOOD_NORM if function == "norm_apply" else GOOD_NORM_TABLES)
+    arguments[argument] = value
+    if argument == "x" and isinstance(value, list):
+        arguments["weight"] = None
+    name, got = f"rope::{function}{in_place}", kind(value)
+    expected = f"{name}(): expected {argument} to be a tensor"
+    if argument == "x" and isinstance(value, list):  # a pair, of integers
+        expected = f"rope::{function}_qk{in_place}(): expected q to be a tensor"
+        got = "int"
+    with pytest.raises(TypeError, match=rf"^{re.escape(expected)}.*, but got {re.escape(got)}"):
+        getattr(torch_rope, function + in_place)(*arguments.values())
+
+
+def kind(value: Any) -> str:
+    """Names a type as messages do."""
+    return "numpy.ndarray" if isinstance(value, np.ndarray) else type(value).__name__
+
+
+@pytest.mark.parametrize(
+    "weight", [floats(8), (floats(8),), [floats(8)] * 3, (), 3, {}], ids=lambda w: kind(w)
+)
+@pytest.mark.parametrize(
+    "function", ["norm_apply", "norm_apply_", "norm_apply_cos_sin", "norm_apply_cos_sin_"]
+)
+def test_a_pair_has_two_weights_or_none(function: str, weight: Any) -> None:
+    angles = (floats(3, 4), floats(3, 4)) if "cos_sin" in function else (torch.arange(3),)
+    operator = f"{function.removesuffix('_')}_qk{'_' if function[-1] == '_' else ''}"
+    message = rf"^rope::{operator}\(\): expected weight to be a \(q_weight, k_weight\) tuple or None"
+    with pytest.raises(TypeError, match=message):
+        getattr(torch_rope, function)((floats(3, 8), floats(3, 8)), weight, *angles)
+
+
+@pytest.mark.parametrize("weights", [(None, 3), ("w", None)], ids=str)
+def test_a_wrong_weight_of_a_pair_is_named(weights: Any) -> None:
+    name = "k_weight" if weights[0] is None else "q_weight"
+    with pytest.raises(TypeError, match=rf"^rope::norm_apply_qk\(\): expected {name} to be a tensor"):
+        torch_rope.norm_apply((floats(3, 8), floats(3, 8)), weights, torch.arange(3))
+
+
+@pytest.mark.parametrize("weight", [(floats(8), floats(8)), [None, None]], ids=["tuple", "list"])
+def test_one_tensor_has_one_weight(weight: Any) -> None:
+    with pytest.raises(TypeError, match=r"^rope::norm_apply\(\): expected weight to be a tensor"):
+        torch_rope.norm_apply(floats(3, 8), weight, torch.arange(3))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "rule"),
+    [
+        ("eps", "small", "be a number"),
+        ("eps", None, "be a number"),
+        ("weight_offset", [1.0], "be a number"),
+        ("norm_last", "yes", "be a bool"),
+        ("norm_last", None, "be a bool"),
+        ("norm_axes", -1, "be a sequence of integers"),
+        ("norm_axes", "-1", "be a sequence of integers"),
+        ("norm_axes", (-1.0,), "be a sequence of integers"),
+        ("norm_axes", (-1, None), "be a sequence of integers"),
+        ("norm_axes", {-1}, "be a sequence of integers"),
+    ],
+    ids=str,
+)
+def test_an_option_of_norms_of_another_type_is_refused(option: str, value: Any, rule: str) -> None:
+    for function, arguments in (
+        ("norm_apply", GOOD_NORM),
+        ("norm_apply_cos_sin", GOOD_NORM_TABLES),
+    ):
+        message = rf"^rope::{function}\(\): expected {option} to {rule}.*, but got "
+        with pytest.raises(TypeError, match=message):
+            getattr(torch_rope, function)(*arguments.values(), **{option: value})
+
+
+@pytest.mark.parametrize("axes", [[0, 1], (np.int64(0), -1), torch.Size([0, 1])], ids=kind)
+def test_norm_axes_are_any_sequence_of_integers(axes: Any) -> None:
+    x, positions = floats(3, 8), torch.arange(3)
+    expected = torch_rope.norm_apply(x, None, positions, norm_axes=(0, 1))
+    assert_same_bits(torch_rope.norm_apply(x, None, positions, norm_axes=axes), expected)
+
+
+def test_a_pair_of_norms_is_not_given_one_after_the_other() -> None:
+    q, weight = floats(2, 3, 4, 8), floats(8)
+    with pytest.raises((TypeError, ValueError), match=r"expected \w+ to"):
+        torch_rope.norm_apply(q, q, torch.arange(3)[:, None], weight)
