@@ -115,6 +115,12 @@ struct ReadArgument {
         return false;
       }
     }
+    if constexpr (std::is_same_v<Value, std::optional<std::vector<std::int64_t>>>) {
+      // The caster accepts sets and generators too, which the dispatcher's own Python does not.
+      if (!value.is_none() && PySequence_Check(value.ptr()) == 0) {
+        return false;
+      }
+    }
     return caster_.load(value, /*convert=*/true);
   }
 
