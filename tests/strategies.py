@@ -45,6 +45,14 @@ class Layout:
         return self.of(torch.arange(self.span)).flatten().tolist()
 
 
+def stored(x: Tensor, order: tuple[int, ...], step: int) -> Tensor:
+    """Returns a copy of x whose dimensions are in this order in memory, with steps in the last."""
+    sizes = [x.shape[d] for d in order]
+    buffer = torch.zeros(*sizes[:-1], step * sizes[-1], dtype=x.dtype, device=x.device)
+    copy = buffer[..., ::step].permute([order.index(d) for d in range(x.dim())])
+    return copy.copy_(x)
+
+
 @st.composite
 def layouts(draw: st.DrawFn, size: Sequence[int], *, expanded: bool = False) -> Layout:
     """Draws a layout with permuted dimensions and gaps; ``expanded`` adds strides of 0."""

@@ -7,7 +7,7 @@ import torch
 import torch_rope
 from hypothesis import given
 from reference import assert_same_bits, bits, random_inv_freq, random_positions, random_values
-from strategies import Application, TableApplication, applications, table_applications
+from strategies import Application, TableApplication, applications, table_applications, stored
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -45,14 +45,6 @@ def test_rotation_keeps_the_strides_of_a_transposed_input(device: str) -> None:
 def test_rotation_keeps_the_strides_of_a_transposed_embedding_axis(device: str) -> None:
     x = random_values((2, 64, 9), device=device).transpose(1, 2)
     assert torch_rope.apply(x, torch.arange(9, device=device)).stride() == x.stride()
-
-
-def stored(x: Tensor, order: tuple[int, ...], step: int) -> Tensor:
-    """Returns a copy of x whose dimensions are in this order in memory, with steps in the last."""
-    sizes = [x.shape[d] for d in order]
-    buffer = torch.zeros(*sizes[:-1], step * sizes[-1], dtype=x.dtype, device=x.device)
-    copy = buffer[..., ::step].permute([order.index(d) for d in range(x.dim())])
-    return copy.copy_(x)
 
 
 @pytest.mark.parametrize("step", [1, 2])
