@@ -39,6 +39,7 @@ class Inputs(NamedTuple):
     inv_freq: Tensor  # (4,)
     axes: Tensor  # (3, tokens, 1)
     axis_inv_freq: Tensor  # (3, 4)
+    weight: Tensor  # (4, 8)
     cos: Tensor  # (tokens, 1, 4)
     sin: Tensor
     cos_rows: Tensor  # (50, 4)
@@ -60,6 +61,7 @@ class Inputs(NamedTuple):
             random_inv_freq((4,), torch.float32, device, seed=seed),
             positions(3, tokens, 1),
             random_inv_freq((3, 4), torch.float32, device, seed=seed),
+            values(4, 8),
             values(tokens, 1, 4),
             values(tokens, 1, 4),
             values(50, 4),
@@ -150,7 +152,44 @@ def pair_by_tables_in_place(given: Inputs) -> tuple[Tensor, ...]:
     return (packed,)
 
 
-FORMS = (
+def norm(given: Inputs) -> tuple[Tensor, ...]:
+    """Normalizes over heads and rotates one tensor, a view with gaps."""
+    x = given.packed[:, :, 0]
+    return (torch_rope.norm_apply(x, given.weight, given.positions, norm_axes=(-2, 3)),)
+
+
+def pair_of_norms(given: Inputs) -> tuple[Tensor, ...]:
+    """Normalizes a pair after its rotation, the second with fewer heads and without a weight."""
+    q, k, _ = given.packed.unbind(2)
+    return torch_rope.norm_apply(
+        (q, k[:, :, :2]), (given.weight[0], None), given.positions, given.inv_freq, norm_last=True
+    )
+
+
+def pair_of_norms_by_rows(given: Inputs) -> tuple[Tensor, ...]:
+    """Normalizes a pair and rotates it by rows of tables."""
+    q, k, _ = given.packed.unbind(2)
+    weights = given.weight, given.weight
+    tables = given.cos_rows, given.sin_rows, given.positions
+    return torch_rope.norm_apply_cos_sin((q, k), weights, *tables, weight_offset=1.0, eps=0.1)
+
+
+def norm_in_place(given: Inputs) -> tuple[Tensor, ...]:
+    """Normalizes one view of a packed tensor where it is."""
+    packed = given.packed * 2
+    torch_rope.norm_apply_(packed[:, :, 1], given.weight, given.positions)
+    return (packed,)
+
+
+def pair_of_norms_by_tables_in_place(given: Inputs) -> tuple[Tensor, ...]:
+    """Normalizes two views of a packed tensor where they are."""
+    packed = given.packed * 2
+    pair = packed[:, :, 1], packed[:, :, 2]
+    torch_rope.norm_apply_cos_sin_(pair, (None, given.weight), given.cos, given.sin, eps=0.1)
+    return (packed,)
+
+
+FUNCTIONAL_FORMS = (
     one,
     pair,
     one_by_inv_freq,
@@ -158,12 +197,19 @@ FORMS = (
     one_by_tables,
     one_by_full_width_tables,
     pair_by_rows,
+    norm,
+    pair_of_norms,
+    pair_of_norms_by_rows,
+)
+FORMS = (
+    *FUNCTIONAL_FORMS,
     one_in_place,
     pair_in_place,
     one_by_rows_in_place,
     pair_by_tables_in_place,
+    norm_in_place,
+    pair_of_norms_by_tables_in_place,
 )
-FUNCTIONAL_FORMS = FORMS[:7]
 forms = pytest.mark.parametrize("form", FORMS)
 
 
@@ -308,6 +354,9 @@ def test_the_graph_of_a_form_is_the_operator(device: str) -> None:
         "apply_cos_sin.default",
         "apply_cos_sin.default",
         "apply_cos_sin_qk.default",
+        "norm_apply.default",
+        "norm_apply_qk.default",
+        "norm_apply_cos_sin_qk.default",
     ]
 
 
@@ -382,6 +431,22 @@ def test_the_gradient_of_x_keeps_no_activation(device: str, form: Form, dynamic:
     side_inputs = {tuple(x.shape) for x in given[1:]} | {(9,)}
     if not dynamic:
         assert {tuple(x.shape) for x in saved if x.dim() != 4} <= side_inputs
+
+
+@pytest.mark.parametrize("form", [norm, pair_of_norms, pair_of_norms_by_rows])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_gradients_of_norms_keep_their_inputs(device: str, form: Form, dynamic: bool) -> None:
+    recorder = Recorder()
+    given = Inputs.random(9, device)
+    given = given._replace(
+        packed=given.packed.requires_grad_(), weight=given.weight.requires_grad_()
+    )
+    given.gradients(compile_whole(form, backend=recorder.backend, dynamic=dynamic)(given))
+    backward = operators_of(recorder.backward[0])
+    assert backward == [f"_{operators_of(recorder.forward[0])[0].split('.')[0]}_backward.default"]
+    # q and k, as views, or the packed tensor that they are views of.
+    activations = [x for x in saved_for_backward(recorder) if x.dim() >= 4]
+    assert len(activations) <= (1 if form is norm else 2)
 
 
 def test_gradients_of_angles_keep_one_activation(device: str) -> None:
@@ -683,6 +748,40 @@ def mapped_gradient(given: Inputs) -> Any:
     return vmap(grad(loss))(given.packed)
 
 
+def mapped_norms(given: Inputs) -> Any:
+    """Maps norms over the batch, and over weights."""
+
+    def normalize(packed: Tensor, weight: Tensor) -> Any:
+        return pair_of_norms(given._replace(packed=packed.unsqueeze(0), weight=weight))
+
+    weights = torch.stack((given.weight, given.weight * 2), 1)
+    return vmap(normalize, in_dims=(0, 1))(given.packed, weights)
+
+
+def mapped_gradient_of_norms(given: Inputs) -> Any:
+    """Maps gradients of a weight over the batch."""
+
+    def loss(packed: Tensor, weight: Tensor) -> Tensor:
+        return norm(given._replace(packed=packed.unsqueeze(0), weight=weight))[0].sin().sum()
+
+    return vmap(grad(loss, (0, 1)), in_dims=(0, None))(given.packed, given.weight)
+
+
+def tangent_of_norms(given: Inputs) -> Any:
+    """Differentiates norms forward."""
+
+    def normalize(packed: Tensor, weight: Tensor) -> Any:
+        return pair_of_norms_by_rows(given._replace(packed=packed, weight=weight))
+
+    point = (given.packed, given.weight)
+    return jvp(normalize, point, point)
+
+
+def second_derivative_of_a_norm(given: Inputs) -> Any:
+    """Takes second derivatives with respect to a weight."""
+    return hessian(lambda weight: norm(given._replace(weight=weight))[0].sin().sum())(given.weight)
+
+
 def jacobian(given: Inputs) -> Any:
     """Takes the derivative of each element with respect to each frequency."""
     return jacrev(lambda inv_freq: one_by_inv_freq(given._replace(inv_freq=inv_freq)))(
@@ -723,6 +822,10 @@ def tangent_in_place(given: Inputs) -> Any:
         second_derivative,
         gradient_in_place,
         tangent_in_place,
+        mapped_norms,
+        mapped_gradient_of_norms,
+        tangent_of_norms,
+        second_derivative_of_a_norm,
     ],
 )
 def test_transforms_inside_a_compiled_function(device: str, transformed: Any) -> None:

@@ -15,7 +15,7 @@ LENGTHS = (7, 64, 4097)
 
 
 class Rotations(torch.nn.Module):
-    """Calls all eight operators, on tensors and on views of packed ones."""
+    """Calls all operators, on tensors and on views of packed ones."""
 
     def __init__(self, device: str) -> None:
         """Makes frequencies and tables."""
@@ -23,10 +23,32 @@ class Rotations(torch.nn.Module):
         self.register_buffer("inv_freq", random_inv_freq((4,), torch.float32, device))
         self.register_buffer("cos", random_values((50, 4), device=device, seed=1))
         self.register_buffer("sin", random_values((50, 4), device=device, seed=2))
+        self.register_buffer("weight", random_values((4, 8), device=device, seed=3))
 
     def full_tables(self) -> tuple[Tensor, Tensor]:
         """Returns tables with a column for each element."""
         return torch.cat((self.cos, self.sin), -1), torch.cat((self.sin, self.cos), -1)
+
+    def normalized(self, packed: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """Normalizes q and k in every way."""
+        q, k, _ = packed.unbind(2)
+        one, two, three, four = (packed * factor for factor in (2, 3, 4, 5))
+        rows = self.cos, self.sin, positions
+        weights = self.weight, None
+        torch_rope.norm_apply_(one[:, :, 1], self.weight, positions, self.inv_freq)
+        torch_rope.norm_apply_((two[:, :, 0], two[:, :, 1]), None, positions, norm_last=True)
+        torch_rope.norm_apply_cos_sin_(three[:, :, 2], None, *rows)
+        torch_rope.norm_apply_cos_sin_((four[:, :, 1], four[:, :, 2]), weights, *rows)
+        return (
+            one,
+            two,
+            three,
+            four,
+            torch_rope.norm_apply(q, self.weight[0], positions, norm_axes=(-2, -1), eps=0.1),
+            *torch_rope.norm_apply((q, k[:, :, :2]), weights, positions, weight_offset=1.0),
+            torch_rope.norm_apply_cos_sin(q, self.weight, *rows, norm_last=True),
+            *torch_rope.norm_apply_cos_sin((q, k), weights, *rows, norm_axes=[3, 2]),
+        )
 
     def forward(self, packed: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Rotates q and k of ``packed``, (2, tokens, 3, 4, 8)."""
@@ -37,6 +59,7 @@ class Rotations(torch.nn.Module):
         torch_rope.apply_cos_sin_(three[:, :, 2], self.cos, self.sin, positions)
         torch_rope.apply_cos_sin_((four[:, :, 1], four[:, :, 2]), self.cos, self.sin, positions)
         return (
+            *self.normalized(packed, positions),
             one,
             two,
             three,
@@ -49,7 +72,8 @@ class Rotations(torch.nn.Module):
         )
 
 
-OPERATORS = ["apply", "apply_cos_sin", "apply_cos_sin_qk", "apply_qk"]
+ROTATIONS = ["apply", "apply_cos_sin", "apply_cos_sin_qk", "apply_qk"]
+OPERATORS = [*ROTATIONS, *(f"norm_{name}" for name in ROTATIONS)]
 FUNCTIONAL = [*OPERATORS, "apply_cos_sin"]  # by tables of either width
 IN_PLACE = [f"{name}_" for name in OPERATORS]
 

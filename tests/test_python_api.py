@@ -25,15 +25,21 @@ FUNCTIONS = (
     torch_rope.apply_,
     torch_rope.apply_cos_sin,
     torch_rope.apply_cos_sin_,
+    torch_rope.norm_apply,
+    torch_rope.norm_apply_,
+    torch_rope.norm_apply_cos_sin,
+    torch_rope.norm_apply_cos_sin_,
 )
 Function = Callable[..., Any]
 
 
-def angle_arguments(function: Function, device: str) -> tuple[Tensor, ...]:
-    """Returns what comes after x: positions, or tables."""
+def angle_arguments(function: Function, device: str) -> tuple[Any, ...]:
+    """Returns what comes after x: no weight, then positions, or tables."""
+    weight = (None,) if "norm" in function.__name__ else ()
     if "cos_sin" in function.__name__:
-        return random_values((9, 16), device=device), random_values((9, 16), device=device, seed=1)
-    return (torch.arange(9, device=device),)
+        tables = (random_values((9, 16), device=device, seed=seed) for seed in range(2))
+        return *weight, *tables
+    return *weight, torch.arange(9, device=device)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -105,6 +111,74 @@ def test_options_of_apply_cos_sin_reach_the_operator(device: str) -> None:
         assert_same_bits(actual, expected)
 
 
+NORM_OPTIONS: dict[str, Any] = {
+    "eps": 0.1,
+    "weight_offset": 1.0,
+    "norm_axes": (0, 1),
+    "norm_last": True,
+}
+
+
+def test_options_of_norm_apply_reach_the_operator(device: str) -> None:
+    q, k = (random_values((9, 32, 3), device=device, seed=seed) for seed in range(2))
+    q_weight, k_weight = (random_values((32,), device=device, seed=seed) for seed in (2, 3))
+    options: dict[str, Any] = {
+        "embedding_axis": 1,
+        "rotary_dim": 16,
+        "rotary_offset": 4,
+        "max_wavelength": 500.0,
+        "scale_factor": 2.0,
+        "attention_factor": 1.5,
+        "interleaved": True,
+        "conjugate": True,
+        **NORM_OPTIONS,
+    }
+    positions = torch.arange(27, device=device).view(9, 3)
+    assert_same_bits(
+        torch_rope.norm_apply(q, q_weight, positions, **options),
+        torch.ops.rope.norm_apply(q, q_weight, positions, **options),
+    )
+    for actual, expected in zip(
+        torch_rope.norm_apply((q, k), (q_weight, k_weight), positions, **options),
+        torch.ops.rope.norm_apply_qk(q, k, q_weight, k_weight, positions, **options),
+        strict=True,
+    ):
+        assert_same_bits(actual, expected)
+    # Each option matters.
+    result = torch_rope.norm_apply(q, q_weight, positions, **options)
+    for name in options:
+        if name != "embedding_axis":
+            others = {key: value for key, value in options.items() if key != name}
+            other = torch_rope.norm_apply(q, q_weight, positions, **others)
+            assert not torch.allclose(other, result), name
+
+
+def test_options_of_norm_apply_cos_sin_reach_the_operator(device: str) -> None:
+    q, k = (random_values((9, 32, 3), device=device, seed=seed) for seed in range(2))
+    weight = random_values((32,), device=device, seed=4)
+    cos, sin = (random_values((5, 8), device=device, seed=seed) for seed in (2, 3))
+    options: dict[str, Any] = {
+        "embedding_axis": 1,
+        "rotary_dim": 8,
+        "rotary_offset": 4,
+        "interleaved": True,
+        "conjugate": True,
+        "full_width": True,
+        **NORM_OPTIONS,
+    }
+    angles = cos, sin, torch.arange(27, device=device).view(9, 3) % 5
+    assert_same_bits(
+        torch_rope.norm_apply_cos_sin(q, weight, *angles, **options),
+        torch.ops.rope.norm_apply_cos_sin(q, weight, *angles, **options),
+    )
+    for actual, expected in zip(
+        torch_rope.norm_apply_cos_sin((q, k), (None, weight), *angles, **options),
+        torch.ops.rope.norm_apply_cos_sin_qk(q, k, None, weight, *angles, **options),
+        strict=True,
+    ):
+        assert_same_bits(actual, expected)
+
+
 def test_arguments_have_the_names_of_the_contract(device: str) -> None:
     x = random_values((9, 32), device=device)
     positions, cos, sin = torch.arange(9, device=device), x[:, :16], x[:, 16:]
@@ -114,6 +188,14 @@ def test_arguments_have_the_names_of_the_contract(device: str) -> None:
     assert_same_bits(
         torch_rope.apply_cos_sin(x, cos=cos, sin=sin, positions=None),
         torch_rope.apply_cos_sin(x, cos, sin),
+    )
+    assert_same_bits(
+        torch_rope.norm_apply(x=x, weight=x[0], positions=positions, inv_freq=None),
+        torch_rope.norm_apply(x, x[0], positions),
+    )
+    assert_same_bits(
+        torch_rope.norm_apply_cos_sin(x=x, weight=None, cos=cos, sin=sin, positions=None),
+        torch_rope.norm_apply_cos_sin(x, None, cos, sin),
     )
 
 
@@ -134,6 +216,18 @@ def test_the_defaults_are_those_of_the_contract(device: str) -> None:
         conjugate=False,
     )
     assert_same_bits(torch_rope.apply(x, positions), spelled_out)
+    assert_same_bits(
+        torch_rope.norm_apply(x, x[0], positions),
+        torch_rope.norm_apply(
+            x, x[0], positions, eps=1e-6, weight_offset=0.0, norm_axes=None, norm_last=False
+        ),
+    )
+
+
+OF_NORMS = (
+    "float eps=9.9999999999999995e-07, float weight_offset=0., int[]? norm_axes=None, "
+    "bool norm_last=False"
+)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +246,19 @@ def test_the_defaults_are_those_of_the_contract(device: str) -> None:
             "int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, "
             "bool conjugate=False, bool full_width=False) -> Tensor",
         ),
+        (
+            "norm_apply",
+            "(Tensor x, Tensor positions, Tensor? inv_freq=None, *, int embedding_axis=-1, "
+            "int? rotary_dim=None, int rotary_offset=0, float max_wavelength=10000., "
+            "float scale_factor=1., float attention_factor=1., bool interleaved=False, "
+            f"bool conjugate=False, {OF_NORMS}) -> Tensor",
+        ),
+        (
+            "norm_apply_cos_sin",
+            "(Tensor x, Tensor cos, Tensor sin, Tensor? positions=None, *, int embedding_axis=-1, "
+            "int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, "
+            f"bool conjugate=False, bool full_width=False, {OF_NORMS}) -> Tensor",
+        ),
     ],
 )
 @pytest.mark.parametrize(
@@ -166,6 +273,9 @@ def test_the_defaults_are_those_of_the_contract(device: str) -> None:
 def test_schemas_are_those_of_the_contract(
     operator: str, schema: str, suffix: str, tensors: str, returned: str
 ) -> None:
+    if operator.startswith("norm_"):
+        is_pair = suffix.startswith("_qk")
+        tensors += ", Tensor? q_weight, Tensor? k_weight" if is_pair else ", Tensor? weight"
     expected = schema.replace("Tensor x", tensors).replace("-> Tensor", f"-> {returned}")
     actual = str(getattr(torch.ops.rope, operator + suffix).default._schema)
     assert actual == f"rope::{operator}{suffix}{expected}"

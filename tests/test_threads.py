@@ -54,8 +54,13 @@ def step(seed: int, device: str) -> list[Tensor]:
     second = torch_rope.apply(first[0], positions, inv_freq, interleaved=True)
     third = torch_rope.apply_cos_sin(second, table, table) * 1
     torch_rope.apply_(third, positions)
-    loss = third.square().sum() + first[1].float().square().sum()
-    return [third, first[1], *torch.autograd.grad(loss, (q, k, inv_freq))]
+    weight = random_values((4, size), device=device, seed=seed).requires_grad_()
+    fourth = torch_rope.norm_apply((third, k), (weight, None), positions, norm_axes=(-2, -1))
+    fifth = torch_rope.norm_apply_cos_sin(fourth[0], weight, table, table, norm_last=True)
+    torch_rope.norm_apply_(fifth, weight, positions)
+    loss = fifth.square().sum() + first[1].float().square().sum() + fourth[1].float().sum()
+    gradients = torch.autograd.grad(loss, (q, k, inv_freq, weight))
+    return [third, first[1], fifth, *gradients]
 
 
 def test_forward_and_backward_in_many_threads(device: str) -> None:
@@ -67,11 +72,17 @@ def test_forward_and_backward_in_many_threads(device: str) -> None:
 def test_calls_that_use_several_threads_themselves(device: str) -> None:
     x = random_values((64, 64, 32), device=device)
     positions = random_positions((64, 1), device=device)
-    expected = torch_rope.apply(x, positions)
+    weight = random_values((32,), device=device)
+
+    def work() -> tuple[Tensor, Tensor]:
+        rotated = torch_rope.apply(x, positions)
+        return rotated, torch_rope.norm_apply(rotated, weight, positions, norm_axes=(-2, -1))
+
+    expected = work()
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        actual = at_once(lambda _: [torch_rope.apply(x, positions) for _ in range(ROUNDS)])
+        actual = at_once(lambda _: [work() for _ in range(ROUNDS)])
     finally:
         torch.set_num_threads(before)
     assert_same(actual, [[expected] * ROUNDS] * THREADS)
