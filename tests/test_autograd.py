@@ -10,6 +10,8 @@ import reference
 import torch
 import torch_rope
 from differentiable import CASES, NORMS, ROTATIONS, in_place
+from hypothesis import given
+from hypothesis import strategies as st
 from observe import OperatorsSeen, saved_by
 from reference import (
     assert_rotated,
@@ -18,7 +20,7 @@ from reference import (
     random_positions,
     random_values,
 )
-from strategies import FLOAT_DTYPES
+from strategies import FLOAT_DTYPES, Normalization, layouts, normalizations
 from torch import Tensor
 from torch._dynamo import compiled_autograd
 from torch.autograd import gradcheck, gradgradcheck
@@ -883,6 +885,79 @@ def gradients_of_norm(
     """Returns the gradients of x and a weight."""
     leaves = [leaf(tensor) for tensor in tensors]
     return torch.autograd.grad(function(*leaves), leaves, upstream.to(leaves[0].dtype))
+
+
+@pytest.mark.parametrize("tables", [False, True], ids=["positions", "tables"])
+@given(data=st.data())
+def test_every_gradient_of_any_norm_is_right(
+    device: str, tables: bool, data: st.DataObject
+) -> None:
+    call: Normalization = data.draw(normalizations(tables=tables))
+    tensors = call.tensors(device)
+    upstream = data.draw(layouts(call.x.layout.size, expanded=True)).values(
+        call.x.dtype, device, seed=9
+    )
+    function, exact = (
+        (torch_rope.norm_apply_cos_sin, reference.norm_apply_cos_sin)
+        if tables
+        else (torch_rope.norm_apply, reference.norm_apply)
+    )
+    leaves = [
+        tensor if tensor is None else tensor.detach().requires_grad_(tensor.is_floating_point())
+        for tensor in tensors
+    ]
+    # Frequencies keep their dtype, which is that of the angles.
+    copies = [
+        leaf
+        if leaf is None or not leaf.is_floating_point()
+        else leaf.detach().cpu().to(leaf.dtype if index == 3 and not tables else torch.float64)
+        for index, leaf in enumerate(leaves)
+    ]
+    for copy, original in zip(copies, leaves, strict=True):
+        if copy is not None and copy is not original:
+            copy.requires_grad_()
+    asking = data.draw(
+        st.lists(
+            st.sampled_from([i for i, one in enumerate(copies) if one is not leaves[i]]),
+            min_size=1,
+            unique=True,
+        )
+    )
+    result = function(*leaves, **call.options)
+    gradients = torch.autograd.grad(result, [leaves[i] for i in asking], upstream)
+    expected = exact(*copies, **call.options).values
+    others = torch.autograd.grad(
+        expected, [copies[i] for i in asking], upstream.cpu().double(), allow_unused=True
+    )
+    for index, gradient, other in zip(asking, gradients, others, strict=True):
+        error = 2e-5 if call.x.dtype != torch.float64 else 1e-10
+        if index > 1:  # What was rotated is formed again, in the dtype of x.
+            error = max(error, torch.finfo(call.x.dtype).eps)
+        leaf = leaves[index]
+        assert (gradient.dtype, gradient.shape) == (leaf.dtype, leaf.shape)
+        if gradient.numel() == 0:
+            continue
+        other = torch.zeros(leaf.shape, dtype=torch.float64) if other is None else other.double()
+        allowed = error * other.abs().max() + cancelled(call, copies, upstream, index) * error
+        allowed = allowed + reference.half_ulp(other.abs() + allowed, gradient.dtype)
+        assert ((gradient.cpu().double() - other).abs() <= allowed).all()
+
+
+def cancelled(
+    call: Normalization, tensors: Sequence[Tensor | None], upstream: Tensor, index: int
+) -> float:
+    """Returns a twentieth of the size of the terms of a gradient, which may cancel entirely."""
+    x, weight = tensors[0], tensors[1]
+    assert x is not None
+    axes = call.options["norm_axes"] or [call.options["embedding_axis"]]
+    mean = x.detach().square().mean(axes).min().item()
+    gain = 1.0
+    if weight is not None:
+        gain = weight.detach().abs().max().item() + abs(call.options["weight_offset"])
+    terms = upstream.abs().max().item() * gain
+    if index == 0:
+        return terms / 20 / max(mean + call.options["eps"], 1e-30) ** 0.5
+    return terms * x.numel() ** 0.5 / 20
 
 
 # The shape of x, that of the weight, and options. Of the weight, each of many elements is summed.
