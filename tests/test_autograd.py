@@ -1189,7 +1189,10 @@ def test_autocast_leaves_norms_alone(device: str, dtype: torch.dtype) -> None:
         actual = torch_rope.norm_apply(x, weight, positions)
     assert_same_bits(actual.detach(), expected.detach())
     assert_same_bits(
-        *(torch.autograd.grad(result.sum(), x, retain_graph=True)[0] for result in (actual, expected))
+        *(
+            torch.autograd.grad(result.sum(), x, retain_graph=True)[0]
+            for result in (actual, expected)
+        )
     )
 
 

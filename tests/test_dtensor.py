@@ -721,7 +721,6 @@ def test_a_gradient_that_is_still_to_be_summed_is_rotated_as_it_is(processes: Pr
 
 
 def check_compiled() -> None:
-    mesh = mesh_of()
     positions, inv_freq = torch.arange(S, dtype=torch.float64).unsqueeze(-1), random_inv_freq((N,))
     xs = [random_values((B, S, heads, D), torch.float64, seed=heads) for heads in (H, 2 * H)]
 
@@ -735,8 +734,21 @@ def check_compiled() -> None:
         total = sum((result**3).sum() for result in results)
         return [*results, *torch.autograd.grad(total, leaves)]
 
-    expected = with_gradients(rotate, [*xs, positions, inv_freq])
-    compiled = torch.compile(rotate, fullgraph=True, backend="aot_eager")
+    def normalize(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, ...]:
+        weights = inv_freq.repeat(2), None
+        return torch_rope.norm_apply((q, k), weights, positions, inv_freq, norm_axes=(-2, -1))
+
+    for function in (rotate, normalize):
+        check_compiled_function(function, [*xs, positions, inv_freq], with_gradients)
+
+
+def check_compiled_function(
+    function: Callable[..., Any], tensors: list[Tensor], with_gradients: Callable[..., Any]
+) -> None:
+    mesh = mesh_of()
+    *xs, positions, inv_freq = tensors
+    expected = with_gradients(function, tensors)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for placement in (Shard(1), Shard(3)):  # tokens, and what is gathered
         placed = [place(x, mesh, placement) for x in xs]
         angles = [replicate(tensor, mesh) for tensor in (positions, inv_freq)]

@@ -416,9 +416,7 @@ OF_NORMS = [
         for value in (float("inf"), -float("inf"), float("nan"))
     ),
     *(
-        Refusal(
-            f"weight is {dtype}", TypeError, "{weight}", {"weight": zeros(8, dtype=dtype)}
-        )
+        Refusal(f"weight is {dtype}", TypeError, "{weight}", {"weight": zeros(8, dtype=dtype)})
         for dtype in (torch.int64, torch.complex64, torch.bool, torch.float8_e4m3fn)
     ),
     *(
@@ -982,7 +980,9 @@ def kind(value: Any) -> str:
 def test_a_pair_has_two_weights_or_none(function: str, weight: Any) -> None:
     angles = (floats(3, 4), floats(3, 4)) if "cos_sin" in function else (torch.arange(3),)
     operator = f"{function.removesuffix('_')}_qk{'_' if function[-1] == '_' else ''}"
-    message = rf"^rope::{operator}\(\): expected weight to be a \(q_weight, k_weight\) tuple or None"
+    message = (
+        rf"^rope::{operator}\(\): expected weight to be a \(q_weight, k_weight\) tuple or None"
+    )
     with pytest.raises(TypeError, match=message):
         getattr(torch_rope, function)((floats(3, 8), floats(3, 8)), weight, *angles)
 
@@ -990,7 +990,9 @@ def test_a_pair_has_two_weights_or_none(function: str, weight: Any) -> None:
 @pytest.mark.parametrize("weights", [(None, 3), ("w", None)], ids=str)
 def test_a_wrong_weight_of_a_pair_is_named(weights: Any) -> None:
     name = "k_weight" if weights[0] is None else "q_weight"
-    with pytest.raises(TypeError, match=rf"^rope::norm_apply_qk\(\): expected {name} to be a tensor"):
+    with pytest.raises(
+        TypeError, match=rf"^rope::norm_apply_qk\(\): expected {name} to be a tensor"
+    ):
         torch_rope.norm_apply((floats(3, 8), floats(3, 8)), weights, torch.arange(3))
 
 

@@ -177,9 +177,7 @@ def test_any_map_of_a_call_normalizes_each(device: str, tables: bool, data: st.D
         return (positions + step) % rows
 
     variations = (
-        (scaled, scaled, scaled, scaled, other_row)
-        if tables
-        else (scaled, scaled, shifted, scaled)
+        (scaled, scaled, scaled, scaled, other_row) if tables else (scaled, scaled, shifted, scaled)
     )
     varied = [
         stacked(tensor, drawn, index, vary)
@@ -277,7 +275,8 @@ NORM_PAIR_OPTION_SETS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", NORM_PAIR_OPTION_SETS, ids=str)
 @pytest.mark.parametrize(
-    "dims", [dims for dims in product((None, 2), (None, 1), (None, 0), (None, 1)) if any_mapped(dims)]
+    "dims",
+    [dims for dims in product((None, 2), (None, 1), (None, 0), (None, 1)) if any_mapped(dims)],
 )
 @pytest.mark.parametrize("ranks", ["equal", "different"])
 def test_a_pair_is_normalized_in_one_call_where_axes_agree(
@@ -291,8 +290,7 @@ def test_a_pair_is_normalized_in_one_call_where_axes_agree(
     )
     variations = zip(arguments, (scaled, scaled, scaled, shifted), strict=True)
     varied = [
-        stacked(tensor, [(4, dims)], index, vary)
-        for index, (tensor, vary) in enumerate(variations)
+        stacked(tensor, [(4, dims)], index, vary) for index, (tensor, vary) in enumerate(variations)
     ]
 
     def rotate(q: Tensor, k: Tensor, weight: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -409,7 +407,9 @@ MISFITS |= {
         (4, 6, 6),
     ),
     "norm over nothing": (
-        lambda x: torch_rope.norm_apply_cos_sin(x, None, torch.ones(3), torch.ones(3), norm_axes=[]),
+        lambda x: torch_rope.norm_apply_cos_sin(
+            x, None, torch.ones(3), torch.ones(3), norm_axes=[]
+        ),
         (4, 6, 6),
     ),
 }

@@ -7,7 +7,7 @@ import torch
 import torch_rope
 from hypothesis import given
 from reference import assert_same_bits, bits, random_inv_freq, random_positions, random_values
-from strategies import Application, TableApplication, applications, table_applications, stored
+from strategies import Application, TableApplication, applications, stored, table_applications
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx

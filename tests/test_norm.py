@@ -434,7 +434,12 @@ def test_weights_end_with_the_embedding_axis_wherever_it_is(device: str, axis: i
 def test_weights_can_have_any_strides(device: str) -> None:
     x, positions = random_values((2, 9, 3, 32), device=device), tokens(device)
     every = random_values((32, 6), device=device, seed=1)
-    for weight in (every.t()[::2], every[:, 0], every[:1, :1].expand(3, 32), every[0, 0].expand(32)):
+    for weight in (
+        every.t()[::2],
+        every[:, 0],
+        every[:1, :1].expand(3, 32),
+        every[0, 0].expand(32),
+    ):
         actual = torch_rope.norm_apply(x, weight, positions)
         assert_same_bits(actual, torch_rope.norm_apply(x, weight.contiguous(), positions))
         check(x, weight, positions)

@@ -40,9 +40,7 @@ def check(x: Tensor, weight: Tensor | None, positions: Tensor, **options: Any) -
 @pytest.mark.parametrize("norm_last", [False, True])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("size", [1024, 4096, 8190, 65536])
-def test_wide_rows_are_exact(
-    device: str, size: int, dtype: torch.dtype, norm_last: bool
-) -> None:
+def test_wide_rows_are_exact(device: str, size: int, dtype: torch.dtype, norm_last: bool) -> None:
     x = random_values((3, size), dtype, device)
     weight = random_values((size,), dtype, device, seed=1)
     positions = torch.arange(3, device=device)
@@ -104,9 +102,7 @@ def test_one_large_element_among_small_ones(device: str, norm_last: bool) -> Non
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("norm_last", [False, True])
-def test_weights_of_very_different_sizes(
-    device: str, norm_last: bool, interleaved: bool
-) -> None:
+def test_weights_of_very_different_sizes(device: str, norm_last: bool, interleaved: bool) -> None:
     x = random_values((64, 128), device=device)
     weight = torch.logspace(-6, 6, 128, device=device)[torch.randperm(128)]
     positions = random_positions((64,), device=device)

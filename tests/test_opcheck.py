@@ -143,7 +143,9 @@ def test_norms_of_half_precision(device: str, operator: str, dtype: torch.dtype)
 
 @pytest.mark.parametrize("mask", [(True,) * 4, (True, False, True, True), (False, True) * 2])
 @pytest.mark.parametrize("options", NORM_OPTION_SETS, ids=str)
-@pytest.mark.parametrize("operator", ["norm_apply", "norm_apply_qk", "norm_apply_cos_sin", "norm_apply_cos_sin_qk"])
+@pytest.mark.parametrize(
+    "operator", ["norm_apply", "norm_apply_qk", "norm_apply_cos_sin", "norm_apply_cos_sin_qk"]
+)
 def test_gradients_of_norms(
     device: str, operator: str, options: dict[str, Any], mask: tuple[bool, ...]
 ) -> None:

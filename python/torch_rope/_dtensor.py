@@ -16,7 +16,6 @@ from torch.distributed.tensor._op_schema import OpSchema, OpSpec, OpStrategy, Ru
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-
 # The tensors of a call that belong to x or q, and those that belong to k.
 _GROUPS = (("x", "q", "grad", "grad_q", "weight", "q_weight"), ("k", "grad_k", "k_weight"))
 _ROTATED = ("x", "q", "k")

@@ -180,7 +180,8 @@ class _Arguments:
 
     def of_each(self) -> list[Sequence[Any]]:
         """Returns the arguments of a call for each of the rotated tensors."""
-        weights = [(weight,) for weight in self.weights] or [()] * len(self.rotated)
+        weights: list[tuple[Any, ...]] = [(weight,) for weight in self.weights]
+        weights = weights or [()] * len(self.rotated)
         return [(x, *weight, *self.angles) for x, weight in zip(self.rotated, weights, strict=True)]
 
     def others(self) -> list[Tensor]:
