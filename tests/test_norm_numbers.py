@@ -283,6 +283,23 @@ def test_a_token_has_the_same_bits_alone_and_in_any_batch(
         assert_same_bits(part, expected[:, :tokens])
 
 
+@pytest.mark.parametrize("norm_last", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("size", [2, 8, 34, 64, 150])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_a_token_with_a_weight_of_its_own_has_the_same_bits_alone(
+    device: str, dtype: torch.dtype, size: int, interleaved: bool, norm_last: bool
+) -> None:
+    x = random_values((67, size), dtype, device)
+    weight = random_values((67, size), dtype, device, seed=1)
+    positions = random_positions((67,), device=device)
+    options = {"interleaved": interleaved, "norm_last": norm_last}
+    expected = torch_rope.norm_apply(x, weight, positions, **options)
+    for token in range(67):
+        alone = torch_rope.norm_apply(x[token], weight[token], positions[token], **options)
+        assert_same_bits(alone, expected[token])
+
+
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize(
     ("heads", "head_dim", "axes"),
