@@ -251,8 +251,8 @@ NORMS = {
         (None, (2, D)),
     ),
     "pair of norms over other axes": Form(
-        ((2, D, S, H), (2, D, S)),
-        (),
+        ((2, D, S, H), (2, D, H)),
+        (H,),
         options={"embedding_axis": 1, "norm_axes": (2, 1)},
         weights=(None, None),
     ),

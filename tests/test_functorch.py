@@ -379,8 +379,8 @@ MISFITS: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
 # The same for norms.
 MISFITS |= {
     "weight is a number": (
-        lambda x: torch_rope.norm_apply(x, torch.ones(()), torch.arange(6)),
-        (4, 6, 6),
+        lambda x: torch_rope.norm_apply(x, x[0], torch.tensor(3), rotary_dim=0),
+        (6, 1),
     ),
     "weight meets the batch": (
         lambda x: torch_rope.norm_apply(x, torch.ones(4, 6, 6), torch.arange(6)),
