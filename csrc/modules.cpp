@@ -1,19 +1,22 @@
-// The layers for torch::nn. Their Python counterparts are in _layers.py and _side_inputs.py of
-// python/torch_rope/.
+// The layers for torch::nn. Their Python counterparts are in _layers.py, _norm_layers.py and
+// _side_inputs.py of python/torch_rope/.
 #include "rope/modules.h"
 
 #include <ATen/ATen.h>
+#include <c10/util/accumulate.h>
+#include <torch/serialize/archive.h>
 
 #include <algorithm>
 #include <cmath>
 #include <map>
+#include <set>
 #include <utility>
 
 #include "messages.h"
 
 namespace rope {
 
-// ---- RotaryEmbedding ----
+// ---- Frequencies ----
 
 namespace {
 
@@ -21,30 +24,29 @@ bool is_dynamic(const FrequencyOptions& scheme) { return scheme.rope_type == "dy
 
 bool is_longrope(const FrequencyOptions& scheme) { return scheme.rope_type == "longrope"; }
 
-constexpr const char* kRotary = "RotaryEmbedding";
-
 // Rejects options that are invalid for every call.
-void check_options(std::int64_t rotary_dim, const RotaryEmbeddingOptions& options) {
-  TORCH_CHECK_VALUE(rotary_dim > 0 && rotary_dim % 2 == 0, expected(kRotary, "rotary_dim"),
+template <typename Options>
+void check_options(const char* name, std::int64_t rotary_dim, const Options& options) {
+  TORCH_CHECK_VALUE(rotary_dim > 0 && rotary_dim % 2 == 0, expected(name, "rotary_dim"),
                     "be positive and a multiple of 2, but got ", rotary_dim);
   TORCH_CHECK_VALUE(options.max_wavelength > 0 && std::isfinite(options.max_wavelength),
-                    expected(kRotary, "max_wavelength"), "be positive and finite, but got ",
+                    expected(name, "max_wavelength"), "be positive and finite, but got ",
                     options.max_wavelength);
   TORCH_CHECK_VALUE(std::isfinite(options.attention_factor.value_or(1.0)),
-                    expected(kRotary, "attention_factor"), "be finite, but got ",
+                    expected(name, "attention_factor"), "be finite, but got ",
                     *options.attention_factor);
-  TORCH_CHECK_VALUE(options.rotary_offset >= 0, expected(kRotary, "rotary_offset"),
+  TORCH_CHECK_VALUE(options.rotary_offset >= 0, expected(name, "rotary_offset"),
                     "be at least 0, but got ", options.rotary_offset);
 }
 
-void check_inv_freq(std::int64_t rotary_dim, const at::Tensor& inv_freq) {
-  TORCH_CHECK_TYPE(inv_freq.defined(), expected(kRotary, "inv_freq"), "be a tensor, but got none");
+void check_inv_freq(const char* name, std::int64_t rotary_dim, const at::Tensor& inv_freq) {
+  TORCH_CHECK_TYPE(inv_freq.defined(), expected(name, "inv_freq"), "be a tensor, but got none");
   TORCH_CHECK_TYPE(inv_freq.scalar_type() == at::kFloat || inv_freq.scalar_type() == at::kDouble,
-                   expected(kRotary, "inv_freq"), "be float32 or float64, but got ",
+                   expected(name, "inv_freq"), "be float32 or float64, but got ",
                    name_of(inv_freq.scalar_type()));
-  TORCH_CHECK_VALUE(inv_freq.dim() == 1 || inv_freq.dim() == 2, expected(kRotary, "inv_freq"),
+  TORCH_CHECK_VALUE(inv_freq.dim() == 1 || inv_freq.dim() == 2, expected(name, "inv_freq"),
                     "have shape (N) or (A, N), but got ", inv_freq.sizes());
-  TORCH_CHECK_VALUE(inv_freq.size(-1) == rotary_dim / 2, expected(kRotary, "inv_freq"),
+  TORCH_CHECK_VALUE(inv_freq.size(-1) == rotary_dim / 2, expected(name, "inv_freq"),
                     "have rotary_dim / 2 = ", rotary_dim / 2, " columns, but got ",
                     inv_freq.size(-1));
 }
@@ -90,50 +92,52 @@ void print_scheme(std::ostream& stream, const FrequencyOptions& scheme) {
 
 }  // namespace
 
-RotaryEmbeddingImpl::RotaryEmbeddingImpl(std::int64_t rotary_dim, RotaryEmbeddingOptions given)
+template <typename Derived, typename Options>
+WithFrequencies<Derived, Options>::WithFrequencies(std::int64_t rotary_dim, Options given)
     : options(std::move(given)) {
+  constexpr const char* kName = Derived::kName;
   FrequencyOptions& scheme = options.rope_parameters;
-  check_options(rotary_dim, options);
+  check_options(kName, rotary_dim, options);
   TORCH_CHECK_VALUE(
-      !options.inv_freq.has_value() || scheme.rope_type == FrequencyOptions().rope_type,
-      "rope::RotaryEmbedding(): expected rope_parameters or inv_freq, but got both");
-  TORCH_CHECK_VALUE(
-      options.max_wavelength == RotaryEmbeddingOptions().max_wavelength ||
-          !(scheme.rope_theta.has_value() || options.inv_freq.has_value()),
-      "rope::RotaryEmbedding(): expected max_wavelength to be left at its default together with ",
-      options.inv_freq.has_value() ? "inv_freq" : "rope_theta", ", but got ",
-      options.max_wavelength);
-  TORCH_CHECK_VALUE(
-      !options.learned || !(is_dynamic(scheme) || is_longrope(scheme)),
-      "rope::RotaryEmbedding(): expected learned to be false for a rope_type whose frequencies "
-      "depend on the sequence length, but got true for ",
-      scheme.rope_type);
+      !options.inv_freq.has_value() || scheme.rope_type == FrequencyOptions().rope_type, "rope::",
+      kName, "(): expected rope_parameters or inv_freq, but got both");
+  TORCH_CHECK_VALUE(options.max_wavelength == Options().max_wavelength ||
+                        !(scheme.rope_theta.has_value() || options.inv_freq.has_value()),
+                    expected(kName, "max_wavelength"), "be left at its default together with ",
+                    options.inv_freq.has_value() ? "inv_freq" : "rope_theta", ", but got ",
+                    options.max_wavelength);
+  TORCH_CHECK_VALUE(!options.learned || !(is_dynamic(scheme) || is_longrope(scheme)),
+                    expected(kName, "learned"),
+                    "be false for a rope_type whose frequencies depend on the sequence length, but "
+                    "got true for ",
+                    scheme.rope_type);
   if (options.inv_freq.has_value()) {
-    check_inv_freq(rotary_dim, *options.inv_freq);
+    check_inv_freq(kName, rotary_dim, *options.inv_freq);
   }
   scheme.rotary_dim = rotary_dim;
   scheme.rope_theta = scheme.rope_theta.value_or(options.max_wavelength);
   scheme.seq_len = std::nullopt;
-  reset();
 }
 
-void RotaryEmbeddingImpl::reset() {
+template <typename Derived, typename Options>
+void WithFrequencies<Derived, Options>::reset() {
   const FrequencyOptions& scheme = options.rope_parameters;
   const Frequencies formed = options.inv_freq.has_value()
                                  ? Frequencies{options.inv_freq->detach().clone(), 1.0}
                                  : frequencies(scheme);
   attention_factor = options.attention_factor.value_or(formed.attention_factor);
-  inv_freq = options.learned ? register_parameter("inv_freq", formed.inv_freq)
-                             : register_buffer("inv_freq", formed.inv_freq);
+  inv_freq = options.learned ? this->register_parameter("inv_freq", formed.inv_freq)
+                             : this->register_buffer("inv_freq", formed.inv_freq);
   if (!options.inv_freq.has_value() && is_longrope(scheme)) {
     FrequencyOptions beyond = scheme;
     beyond.seq_len = *scheme.original_max_position_embeddings + 1;
-    long_inv_freq = register_buffer("long_inv_freq", frequencies(beyond).inv_freq);
+    long_inv_freq = this->register_buffer("long_inv_freq", frequencies(beyond).inv_freq);
   }
 }
 
-at::Tensor RotaryEmbeddingImpl::inv_freq_at(const at::Tensor& positions,
-                                            std::optional<std::int64_t> seq_len) const {
+template <typename Derived, typename Options>
+at::Tensor WithFrequencies<Derived, Options>::inv_freq_at(
+    const at::Tensor& positions, std::optional<std::int64_t> seq_len) const {
   const FrequencyOptions& scheme = options.rope_parameters;
   const bool grows = !options.inv_freq.has_value() && is_dynamic(scheme);
   if (!(grows || long_inv_freq.defined()) || positions.numel() == 0) {
@@ -153,6 +157,63 @@ at::Tensor RotaryEmbeddingImpl::inv_freq_at(const at::Tensor& positions,
   }
   return seq_len.has_value() ? long_inv_freq
                              : at::where(length.gt(trained), long_inv_freq, inv_freq);
+}
+
+template <typename Derived, typename Options>
+void WithFrequencies<Derived, Options>::to(torch::Device device, torch::Dtype dtype,
+                                           bool non_blocking) {
+  to(device, non_blocking);
+  to(dtype, non_blocking);
+}
+
+template <typename Derived, typename Options>
+void WithFrequencies<Derived, Options>::to(torch::Dtype dtype, bool non_blocking) {
+  for (const auto& child : this->children()) {
+    child->to(dtype, non_blocking);
+  }
+}
+
+template <typename Derived, typename Options>
+void WithFrequencies<Derived, Options>::to(torch::Device device, bool non_blocking) {
+  torch::nn::Module::to(device, non_blocking);
+}
+
+template <typename Derived, typename Options>
+void WithFrequencies<Derived, Options>::print_options(std::ostream& stream) const {
+  stream << std::boolalpha << options.rope_parameters.rotary_dim;
+  if (options.inv_freq.has_value()) {
+    stream << ", inv_freq of shape " << inv_freq.sizes();
+  } else {
+    print_scheme(stream, options.rope_parameters);
+  }
+  if (attention_factor != 1.0) {
+    stream << ", attention_factor=" << attention_factor;
+  }
+  if (options.embedding_axis != -1) {
+    stream << ", embedding_axis=" << options.embedding_axis;
+  }
+  if (options.rotary_offset != 0) {
+    stream << ", rotary_offset=" << options.rotary_offset;
+  }
+  if (options.interleaved) {
+    stream << ", interleaved=true";
+  }
+  if (options.learned) {
+    stream << ", learned=true";
+  }
+  if (inv_freq.scalar_type() != at::kFloat) {
+    stream << ", dtype=" << name_of(inv_freq.scalar_type());
+  }
+}
+
+template class WithFrequencies<RotaryEmbeddingImpl, RotaryEmbeddingOptions>;
+template class WithFrequencies<QKNormRotaryEmbeddingImpl, QKNormRotaryEmbeddingOptions>;
+
+// ---- RotaryEmbedding ----
+
+RotaryEmbeddingImpl::RotaryEmbeddingImpl(std::int64_t rotary_dim, RotaryEmbeddingOptions given)
+    : WithFrequencies(rotary_dim, std::move(given)) {
+  reset();
 }
 
 ApplyOptions RotaryEmbeddingImpl::apply_options(const at::Tensor& positions,
@@ -176,42 +237,195 @@ std::tuple<at::Tensor, at::Tensor> RotaryEmbeddingImpl::forward(
   return rope::apply_qk(q, k, positions, apply_options(positions, seq_len));
 }
 
-void RotaryEmbeddingImpl::to(torch::Device device, torch::Dtype /*dtype*/, bool non_blocking) {
-  Module::to(device, non_blocking);
-}
-
-void RotaryEmbeddingImpl::to(torch::Dtype /*dtype*/, bool /*non_blocking*/) {}
-
-void RotaryEmbeddingImpl::to(torch::Device device, bool non_blocking) {
-  Module::to(device, non_blocking);
-}
-
 bool RotaryEmbeddingImpl::is_serializable() const { return options.learned; }
 
 void RotaryEmbeddingImpl::pretty_print(std::ostream& stream) const {
-  stream << std::boolalpha << "rope::RotaryEmbedding(" << options.rope_parameters.rotary_dim;
-  if (options.inv_freq.has_value()) {
-    stream << ", inv_freq of shape " << inv_freq.sizes();
+  stream << "rope::" << kName << "(";
+  print_options(stream);
+  stream << ")";
+}
+
+// ---- QKNormRotaryEmbedding ----
+
+NormWeightImpl::NormWeightImpl(std::vector<std::int64_t> shape, double neutral, bool exists,
+                               at::TensorOptions options)
+    : shape_(std::move(shape)), neutral_(neutral), exists_(exists), options_(options) {
+  reset();
+}
+
+std::optional<at::Tensor> NormWeightImpl::viewed() const {
+  if (!exists_) {
+    return std::nullopt;
+  }
+  return shape_.size() == 1 ? weight : weight.view(shape_);
+}
+
+void NormWeightImpl::reset() {
+  if (exists_) {
+    const std::int64_t size = c10::multiply_integers(shape_);
+    weight = register_parameter("weight", at::full({size}, neutral_, options_));
+  }
+}
+
+void NormWeightImpl::pretty_print(std::ostream& stream) const {
+  stream << "rope::NormWeight(";
+  if (exists_) {
+    stream << weight.numel() << ")";
   } else {
-    print_scheme(stream, options.rope_parameters);
+    stream << "no weight)";
   }
-  if (attention_factor != 1.0) {
-    stream << ", attention_factor=" << attention_factor;
+}
+
+namespace {
+
+constexpr const char* kNorm = QKNormRotaryEmbeddingImpl::kName;
+
+// Rejects norms that are invalid for every call.
+void check_norms(std::int64_t rotated, const QKNormRotaryEmbeddingOptions& options) {
+  TORCH_CHECK_VALUE(options.head_dim.value_or(rotated) >= rotated, expected(kNorm, "head_dim"),
+                    "be at least rotary_offset + rotary_dim = ", rotated, ", but got ",
+                    *options.head_dim);
+  TORCH_CHECK_VALUE(options.eps >= 0 && std::isfinite(options.eps), expected(kNorm, "eps"),
+                    "be finite and at least 0, but got ", options.eps);
+  TORCH_CHECK_VALUE(std::isfinite(options.weight_offset), expected(kNorm, "weight_offset"),
+                    "be finite, but got ", options.weight_offset);
+  TORCH_CHECK_TYPE(at::isFloatingType(options.weight_dtype.value_or(at::kFloat)),
+                   expected(kNorm, "weight_dtype"), "be a floating-point dtype, but got ",
+                   name_of(*options.weight_dtype));
+  if (options.norm_axes.has_value()) {
+    const std::vector<std::int64_t>& axes = *options.norm_axes;
+    const std::set<std::int64_t> distinct(axes.begin(), axes.end());
+    TORCH_CHECK_VALUE(!axes.empty() && distinct.size() == axes.size(),
+                      expected(kNorm, "norm_axes"), "be distinct dimensions, but got ", axes);
   }
-  if (options.embedding_axis != -1) {
-    stream << ", embedding_axis=" << options.embedding_axis;
+  if (options.num_heads.has_value()) {
+    const auto [num_q_heads, num_k_heads] = *options.num_heads;
+    TORCH_CHECK_VALUE(
+        std::min(num_q_heads, num_k_heads) >= 1, expected(kNorm, "num_heads"),
+        "be the numbers of query heads and of key heads, at least 1, but got ", num_q_heads,
+        " and ", num_k_heads);
+    const std::vector<std::int64_t>& axes = *options.norm_axes;
+    TORCH_CHECK_VALUE(
+        axes.size() == 2 && std::max(axes[0], axes[1]) < 0 &&
+            (axes[0] == options.embedding_axis || axes[1] == options.embedding_axis),
+        expected(kNorm, "norm_axes"),
+        "be two negative dimensions, that of heads and embedding_axis, together with num_heads, "
+        "but got ",
+        axes);
   }
-  if (options.rotary_offset != 0) {
-    stream << ", rotary_offset=" << options.rotary_offset;
+}
+
+QKNormRotaryEmbeddingOptions with_defaults(QKNormRotaryEmbeddingOptions options) {
+  if (options.num_heads.has_value() && !options.norm_axes.has_value()) {
+    options.norm_axes = {-2, -1};
   }
-  if (options.interleaved) {
-    stream << ", interleaved=true";
+  return options;
+}
+
+}  // namespace
+
+QKNormRotaryEmbeddingImpl::QKNormRotaryEmbeddingImpl(std::int64_t rotary_dim,
+                                                     QKNormRotaryEmbeddingOptions given)
+    : WithFrequencies(rotary_dim, with_defaults(std::move(given))) {
+  const std::int64_t rotated = options.rotary_offset + rotary_dim;
+  check_norms(rotated, options);
+  options.head_dim = options.head_dim.value_or(rotated);
+  reset();
+}
+
+NormWeight QKNormRotaryEmbeddingImpl::make_norm(std::int64_t num_heads, bool has_weight) const {
+  std::vector<std::int64_t> shape = {*options.head_dim};
+  if (options.num_heads.has_value()) {
+    const std::vector<std::int64_t>& axes = *options.norm_axes;
+    const std::int64_t heads = axes[0] + axes[1] - options.embedding_axis;
+    // Weights have the dimensions of x without the embedding axis, and then that.
+    const std::int64_t distance = heads > options.embedding_axis ? -heads : -heads - 1;
+    shape.insert(shape.begin(), distance, 1);
+    shape.front() = num_heads;
   }
+  return NormWeight(
+      std::move(shape), 1.0 - options.weight_offset, has_weight,
+      at::TensorOptions(inv_freq.device())
+          .dtype(options.weight_dtype.value_or(at::get_default_dtype_as_scalartype())));
+}
+
+void QKNormRotaryEmbeddingImpl::reset() {
+  WithFrequencies::reset();
+  const auto [num_q_heads, num_k_heads] = options.num_heads.value_or(std::pair(1, 1));
+  q_norm = register_module("q_norm", make_norm(num_q_heads, options.q_weight));
+  k_norm = register_module("k_norm", make_norm(num_k_heads, options.k_weight));
+}
+
+NormOptions QKNormRotaryEmbeddingImpl::norm_options(const at::Tensor& positions,
+                                                    std::optional<std::int64_t> seq_len) const {
+  return {.inv_freq = inv_freq_at(positions, seq_len),
+          .embedding_axis = options.embedding_axis,
+          .rotary_dim = options.rope_parameters.rotary_dim,
+          .rotary_offset = options.rotary_offset,
+          .attention_factor = attention_factor,
+          .interleaved = options.interleaved,
+          .eps = options.eps,
+          .weight_offset = options.weight_offset,
+          .norm_axes = options.norm_axes,
+          .norm_last = options.norm_last};
+}
+
+at::Tensor QKNormRotaryEmbeddingImpl::forward(const at::Tensor& x, const at::Tensor& positions,
+                                              std::optional<std::int64_t> seq_len) {
+  return rope::norm_apply(x, q_norm->viewed(), positions, norm_options(positions, seq_len));
+}
+
+std::tuple<at::Tensor, at::Tensor> QKNormRotaryEmbeddingImpl::forward(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& positions,
+    std::optional<std::int64_t> seq_len) {
+  return rope::norm_apply_qk(q, k, q_norm->viewed(), k_norm->viewed(), positions,
+                             norm_options(positions, seq_len));
+}
+
+at::Tensor QKNormRotaryEmbeddingImpl::rotate_key(const at::Tensor& x, const at::Tensor& positions,
+                                                 std::optional<std::int64_t> seq_len) {
+  return rope::norm_apply(x, k_norm->viewed(), positions, norm_options(positions, seq_len));
+}
+
+void QKNormRotaryEmbeddingImpl::save(torch::serialize::OutputArchive& archive) const {
   if (options.learned) {
-    stream << ", learned=true";
+    archive.write("inv_freq", inv_freq);
   }
-  if (inv_freq.scalar_type() != at::kFloat) {
-    stream << ", dtype=" << name_of(inv_freq.scalar_type());
+  for (const auto& child : named_children()) {
+    torch::serialize::OutputArchive nested(archive.compilation_unit());
+    child.value()->save(nested);
+    archive.write(child.key(), nested);
+  }
+}
+
+void QKNormRotaryEmbeddingImpl::load(torch::serialize::InputArchive& archive) {
+  if (options.learned) {
+    archive.read("inv_freq", inv_freq);
+  }
+  for (const auto& child : named_children()) {
+    torch::serialize::InputArchive nested;
+    archive.read(child.key(), nested);
+    child.value()->load(nested);
+  }
+}
+
+void QKNormRotaryEmbeddingImpl::pretty_print(std::ostream& stream) const {
+  stream << "rope::" << kName << "(";
+  print_options(stream);
+  if (*options.head_dim != options.rotary_offset + options.rope_parameters.rotary_dim) {
+    stream << ", head_dim=" << *options.head_dim;
+  }
+  if (options.eps != QKNormRotaryEmbeddingOptions().eps) {
+    stream << ", eps=" << options.eps;
+  }
+  if (options.weight_offset != 0.0) {
+    stream << ", weight_offset=" << options.weight_offset;
+  }
+  if (options.norm_axes.has_value()) {
+    stream << ", norm_axes=[" << c10::Join(", ", *options.norm_axes) << "]";
+  }
+  if (options.norm_last) {
+    stream << ", norm_last=true";
   }
   stream << ")";
 }

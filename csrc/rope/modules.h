@@ -5,6 +5,9 @@
 //   rope::RotaryEmbedding rotary(64, rope::RotaryEmbeddingOptions{.max_wavelength = 5e5});
 //   auto [q2, k2] = rotary(q, k, positions);
 //
+//   rope::QKNormRotaryEmbedding norm_and_rotary(64, rope::QKNormRotaryEmbeddingOptions{.eps = 1e-5});
+//   auto [q3, k3] = norm_and_rotary(q, k, positions);
+//
 //   auto model = rope::WithSideInputsFromInputTuple::handling(
 //       torch::nn::Sequential(torch::nn::Linear(64, 64), rope::ApplyRoPE::from_config("tokens",
 //       -1)),
@@ -23,6 +26,7 @@
 #include <ostream>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "rope/frequencies.h"
@@ -48,13 +52,39 @@ struct RotaryEmbeddingOptions {
   bool interleaved = false;
 };
 
-// Holds frequencies and rotates queries and keys by them. They keep their dtype through to(dtype),
-// and are saved only if learned; torch::load skips them in an archive otherwise. For dynamic and
-// longrope they depend on seq_len, by default the greatest position plus one (computed on the
-// device without synchronisation). As everywhere in torch::nn, a module cannot leave the meta
-// device: to(device) throws c10::NotImplementedError.
-class ROPE_API RotaryEmbeddingImpl : public torch::nn::Cloneable<RotaryEmbeddingImpl> {
+// The frequencies of RotaryEmbedding and QKNormRotaryEmbedding. They keep their dtype through
+// to(dtype), and are saved only if learned; torch::load skips them in an archive otherwise. For
+// dynamic and longrope they depend on seq_len, by default the greatest position plus one (computed
+// on the device without synchronisation). As everywhere in torch::nn, a module cannot leave the
+// meta device: to(device) throws c10::NotImplementedError.
+template <typename Derived, typename Options>
+class ROPE_API WithFrequencies : public torch::nn::Cloneable<Derived> {
  public:
+  void reset() override;
+  void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override;
+  void to(torch::Dtype dtype, bool non_blocking = false) override;
+  void to(torch::Device device, bool non_blocking = false) override;
+
+  Options options;
+  at::Tensor inv_freq;
+  // longrope's frequencies beyond the trained length; undefined for other schemes.
+  at::Tensor long_inv_freq;
+  double attention_factor = 1.0;
+
+ protected:
+  WithFrequencies(std::int64_t rotary_dim, Options options);
+
+  at::Tensor inv_freq_at(const at::Tensor& positions, std::optional<std::int64_t> seq_len) const;
+  // Prints rotary_dim, the scheme, and the options that differ from their defaults.
+  void print_options(std::ostream& stream) const;
+};
+
+// Holds frequencies and rotates queries and keys by them.
+class ROPE_API RotaryEmbeddingImpl
+    : public WithFrequencies<RotaryEmbeddingImpl, RotaryEmbeddingOptions> {
+ public:
+  static constexpr const char* kName = "RotaryEmbedding";
+
   explicit RotaryEmbeddingImpl(std::int64_t rotary_dim, RotaryEmbeddingOptions options = {});
 
   at::Tensor forward(const at::Tensor& x, const at::Tensor& positions,
@@ -63,23 +93,12 @@ class ROPE_API RotaryEmbeddingImpl : public torch::nn::Cloneable<RotaryEmbedding
                                              const at::Tensor& positions,
                                              std::optional<std::int64_t> seq_len = std::nullopt);
 
-  void reset() override;
-  void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override;
-  void to(torch::Dtype dtype, bool non_blocking = false) override;
-  void to(torch::Device device, bool non_blocking = false) override;
   bool is_serializable() const override;
   void pretty_print(std::ostream& stream) const override;
-
-  RotaryEmbeddingOptions options;
-  at::Tensor inv_freq;
-  // longrope's frequencies beyond the trained length; undefined for other schemes.
-  at::Tensor long_inv_freq;
-  double attention_factor = 1.0;
 
  private:
   ApplyOptions apply_options(const at::Tensor& positions,
                              std::optional<std::int64_t> seq_len) const;
-  at::Tensor inv_freq_at(const at::Tensor& positions, std::optional<std::int64_t> seq_len) const;
 };
 
 // TORCH_MODULE(RotaryEmbedding) with support for overloads of forward.
@@ -87,6 +106,104 @@ class RotaryEmbedding : public torch::nn::ModuleHolder<RotaryEmbeddingImpl> {
  public:
   using torch::nn::ModuleHolder<RotaryEmbeddingImpl>::ModuleHolder;
   using Impl = RotaryEmbeddingImpl;
+
+  template <typename... Arguments>
+  auto operator()(const Arguments&... arguments) {
+    return impl_->forward(arguments...);
+  }
+};
+
+// The options of RotaryEmbedding, with the same meanings, and of the norms.
+struct QKNormRotaryEmbeddingOptions {
+  FrequencyOptions rope_parameters = {};
+  double max_wavelength = 10000.0;
+  std::optional<at::Tensor> inv_freq = std::nullopt;
+  std::optional<double> attention_factor = std::nullopt;
+  bool learned = false;
+  std::int64_t embedding_axis = -1;
+  std::int64_t rotary_offset = 0;
+  bool interleaved = false;
+  // The size of the embedding axis; by default rotary_offset + rotary_dim.
+  std::optional<std::int64_t> head_dim = std::nullopt;
+  // The options of norm_apply.
+  double eps = 1e-6;
+  double weight_offset = 0.0;
+  std::optional<std::vector<std::int64_t>> norm_axes = std::nullopt;
+  bool norm_last = false;
+  // For norms over all heads, the numbers of query and key heads: each weight then has
+  // num_heads * head_dim elements. norm_axes are by default {-2, -1}, for (B, S, H, D); for
+  // (B, H, S, D) set {-3, -1}.
+  std::optional<std::pair<std::int64_t, std::int64_t>> num_heads = std::nullopt;
+  // Whether the norms have weights.
+  bool q_weight = true;
+  bool k_weight = true;
+  // By default PyTorch's default dtype. The weights are on the device of the frequencies.
+  std::optional<at::ScalarType> weight_dtype = std::nullopt;
+};
+
+// Holds the weight of an RMSNorm, undefined if there is none. It has one dimension, as in models.
+class ROPE_API NormWeightImpl : public torch::nn::Cloneable<NormWeightImpl> {
+ public:
+  // shape is that in which the weight broadcasts, neutral the initial value of its elements.
+  NormWeightImpl(std::vector<std::int64_t> shape, double neutral, bool exists,
+                 at::TensorOptions options);
+
+  // The weight in the shape in which it broadcasts.
+  std::optional<at::Tensor> viewed() const;
+
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+
+  at::Tensor weight;
+
+ private:
+  std::vector<std::int64_t> shape_;
+  double neutral_;
+  bool exists_;
+  at::TensorOptions options_;
+};
+
+TORCH_MODULE(NormWeight);
+
+// Holds frequencies and norm weights; normalizes and rotates queries and keys by them. The weights
+// are the parameters q_norm.weight and k_norm.weight, as in checkpoints, and follow to(dtype).
+// Frequencies that are not learned are not saved.
+class ROPE_API QKNormRotaryEmbeddingImpl
+    : public WithFrequencies<QKNormRotaryEmbeddingImpl, QKNormRotaryEmbeddingOptions> {
+ public:
+  static constexpr const char* kName = "QKNormRotaryEmbedding";
+
+  explicit QKNormRotaryEmbeddingImpl(std::int64_t rotary_dim,
+                                     QKNormRotaryEmbeddingOptions options = {});
+
+  // Queries alone.
+  at::Tensor forward(const at::Tensor& x, const at::Tensor& positions,
+                     std::optional<std::int64_t> seq_len = std::nullopt);
+  std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor& k,
+                                             const at::Tensor& positions,
+                                             std::optional<std::int64_t> seq_len = std::nullopt);
+  // Keys alone.
+  at::Tensor rotate_key(const at::Tensor& x, const at::Tensor& positions,
+                        std::optional<std::int64_t> seq_len = std::nullopt);
+
+  void reset() override;
+  void save(torch::serialize::OutputArchive& archive) const override;
+  void load(torch::serialize::InputArchive& archive) override;
+  void pretty_print(std::ostream& stream) const override;
+
+  NormWeight q_norm = nullptr;
+  NormWeight k_norm = nullptr;
+
+ private:
+  NormOptions norm_options(const at::Tensor& positions, std::optional<std::int64_t> seq_len) const;
+  NormWeight make_norm(std::int64_t num_heads, bool has_weight) const;
+};
+
+// TORCH_MODULE(QKNormRotaryEmbedding) with support for overloads of forward.
+class QKNormRotaryEmbedding : public torch::nn::ModuleHolder<QKNormRotaryEmbeddingImpl> {
+ public:
+  using torch::nn::ModuleHolder<QKNormRotaryEmbeddingImpl>::ModuleHolder;
+  using Impl = QKNormRotaryEmbeddingImpl;
 
   template <typename... Arguments>
   auto operator()(const Arguments&... arguments) {

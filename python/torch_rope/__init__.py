@@ -3,8 +3,8 @@
 ``apply`` rotates by positions, ``apply_cos_sin`` by the caller's tables; ``apply_`` and
 ``apply_cos_sin_`` do the same in place. ``norm_apply`` and its siblings also take the RMSNorm that
 most models apply before they rotate. TorchScript calls the operators as ``torch.ops.rope.apply``
-and so on, C++ as ``rope::apply``. The layers ``RotaryEmbedding`` and ``ApplyRoPE`` are built on
-them, with frequencies from ``frequencies`` and similar functions.
+and so on, C++ as ``rope::apply``. The layers ``RotaryEmbedding``, ``QKNormRotaryEmbedding`` and
+``ApplyRoPE`` are built on them, with frequencies from ``frequencies`` and similar functions.
 """
 
 import sys as _sys
@@ -36,6 +36,7 @@ from torch_rope._frequencies import (
     mrope_frequencies,
 )
 from torch_rope._layers import ApplyRoPE, RotaryEmbedding
+from torch_rope._norm_layers import QKNormRotaryEmbedding
 from torch_rope._norm_operators import (
     norm_apply,
     norm_apply_,
@@ -58,6 +59,7 @@ _register_with_dtensor()  # For torch.ops.rope; the functions of this package do
 __all__ = [
     "ApplyRoPE",
     "Frequencies",
+    "QKNormRotaryEmbedding",
     "RotaryEmbedding",
     "WithSideInputsFromInputTuple",
     "apply",

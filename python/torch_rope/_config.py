@@ -98,13 +98,14 @@ _LOCAL_THETA = ("rope_local_base_freq", "local_rope_theta", "swa_rope_theta")
 # The names of sizes in dictionaries; objects always have the first.
 _HEAD_DIM = ("head_dim", "qk_rope_head_dim", "attention_head_dim", "kv_channels")
 _HIDDEN_SIZE = ("hidden_size", "n_embd", "d_model")
-_NUM_HEADS = ("num_attention_heads", "n_head", "n_heads")
+NUM_HEADS = ("num_attention_heads", "n_head", "n_heads")
 
 
 class RotaryConfig(NamedTuple):
-    """The arguments of ``frequencies``, the M-RoPE sections and the pair convention."""
+    """The arguments of ``frequencies``, the size of a head, M-RoPE sections, pair convention."""
 
     rotary_dim: int
+    head_dim: int
     rope_parameters: dict[str, Any]
     max_position_embeddings: int | None
     mrope_section: list[int] | None
@@ -113,16 +114,13 @@ class RotaryConfig(NamedTuple):
 
 def read_config(config: Any, layer_type: str | None) -> RotaryConfig:
     """Reads a configuration, an object or a dictionary, in the newer or older form."""
-    _check_config(config)
-    model_type = _get(config, "model_type")
-    config = _get(config, "text_config") or config
-    model_type = _get(config, "model_type") or model_type
+    config, model_type = text_part(config)
     _check_readable(config)
     parameters = _rope_parameters(config, layer_type)
     if layer_type is not None:
         config = _of_layer_type(config, layer_type)
 
-    max_position_embeddings = _get(config, "max_position_embeddings")
+    max_position_embeddings = get(config, "max_position_embeddings")
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
     parameters["rope_type"] = _NEWER_TYPES.get(rope_type, rope_type)
     if rope_type == "axial":
@@ -136,7 +134,7 @@ def read_config(config: Any, layer_type: str | None) -> RotaryConfig:
     _set_default(parameters, "partial_rotary_factor", config, "partial_rotary_factor", "rotary_pct")
 
     if parameters["rope_type"] in _WITH_TRAINED_LENGTH:
-        own = _get(config, "original_max_position_embeddings")
+        own = get(config, "original_max_position_embeddings")
         if own is not None and layer_type is None:  # Phi-3.
             parameters["original_max_position_embeddings"] = own
         _set_default(
@@ -146,7 +144,8 @@ def read_config(config: Any, layer_type: str | None) -> RotaryConfig:
         trained = parameters.get("original_max_position_embeddings")
         if trained is not None and max_position_embeddings is not None:
             parameters["factor"] = max_position_embeddings / trained
-    rotary_dim = _rotary_dim(config, parameters)
+    head_dim = _head_dim(config, parameters)
+    rotary_dim = _rotary_dim(config, parameters, head_dim)
     _read_own_keys(parameters, rotary_dim)
     sections = parameters.get("mrope_section")
     if sections is not None and model_type in _OTHER_SECTIONS:
@@ -154,11 +153,20 @@ def read_config(config: Any, layer_type: str | None) -> RotaryConfig:
         raise ValueError(message(_FUNCTION, "config", rule, f"those of {model_type}"))
     return RotaryConfig(
         rotary_dim,
+        head_dim,
         parameters,
         max_position_embeddings,
         sections,
         _is_interleaved(config, model_type),
     )
+
+
+def text_part(config: Any) -> tuple[Any, str | None]:
+    """Returns the part of a configuration that is about text, and its model type."""
+    _check_config(config)
+    model_type = get(config, "model_type")
+    config = get(config, "text_config") or config
+    return config, get(config, "model_type") or model_type
 
 
 def _check_config(config: Any) -> None:
@@ -183,7 +191,7 @@ def _check_config(config: Any) -> None:
 def _check_readable(config: Any) -> None:
     """Raises for keys with an unknown effect on the angles."""
     for key, harmless in _UNREADABLE.items():
-        value = _get(config, key)
+        value = get(config, key)
         if value is not None and value not in harmless:
             rule = "be absent, since its effect on the angles is unknown"
             raise ValueError(message(_FUNCTION, key, rule, repr(value)))
@@ -218,35 +226,36 @@ def _read_own_keys(parameters: dict[str, Any], rotary_dim: int) -> None:
 
 
 def _is_interleaved(config: Any, model_type: str | None) -> bool:
-    given = _get(config, "rope_interleave")
+    given = get(config, "rope_interleave")
     return bool(given) if given is not None else model_type in INTERLEAVED_MODEL_TYPES
 
 
-def _get(config: Any, key: str) -> Any:
+def get(config: Any, key: str) -> Any:
+    """Returns the value of a key of a configuration, or None."""
     return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
 
 
-def _get_first(config: Any, *keys: str) -> Any:
+def get_first(config: Any, *keys: str) -> Any:
     """Returns the value of the first key that the configuration has, or None."""
-    return next((value for key in keys if (value := _get(config, key)) is not None), None)
+    return next((value for key in keys if (value := get(config, key)) is not None), None)
 
 
 def _set_default(parameters: dict[str, Any], key: str, config: Any, *keys: str) -> None:
     """Sets a missing parameter to the first of ``keys`` that the configuration has."""
     if parameters.get(key) is None:
-        parameters[key] = _get_first(config, *keys)
+        parameters[key] = get_first(config, *keys)
 
 
 def _rope_parameters(config: Any, layer_type: str | None) -> dict[str, Any]:
     """Returns a copy of the parameters, those of ``layer_type`` if each type has its own."""
-    parameters = _get(config, "rope_parameters") or _get(config, "rope_scaling") or {}
+    parameters = get(config, "rope_parameters") or get(config, "rope_scaling") or {}
     if not isinstance(parameters, Mapping):
         rule = "be a dictionary"
         raise TypeError(message(_FUNCTION, "rope_parameters", rule, kind_of(parameters)))
-    local = _get_first(config, *_LOCAL_THETA)
+    local = get_first(config, *_LOCAL_THETA)
     if local is not None and isinstance(config, Mapping) and "sliding_attention" not in parameters:
         # Older files of Gemma 3 and ModernBERT; objects have converted this already.
-        own = _get_first(config, "global_rope_theta", "rope_theta")
+        own = get_first(config, "global_rope_theta", "rope_theta")
         full = dict(parameters) if own is None else {"rope_theta": own, **parameters}
         parameters = {"full_attention": full, "sliding_attention": {"rope_theta": local}}
     by_type = {key: value for key, value in parameters.items() if isinstance(value, Mapping)}
@@ -273,26 +282,30 @@ def _of_layer_type(config: Any, layer_type: str) -> Any:
     return config
 
 
-def _rotary_dim(config: Any, parameters: Mapping[str, Any]) -> int:
+def _head_dim(config: Any, parameters: Mapping[str, Any]) -> int:
     is_proportional = parameters["rope_type"] == "proportional"
     own = ("global_head_dim",) if is_proportional else ()  # Gemma 4.
-    head_dim = _get_first(config, *own, *_HEAD_DIM)
+    head_dim = get_first(config, *own, *_HEAD_DIM)
     if head_dim is None:
-        hidden_size, num_heads = _get_first(config, *_HIDDEN_SIZE), _get_first(config, *_NUM_HEADS)
+        hidden_size, num_heads = get_first(config, *_HIDDEN_SIZE), get_first(config, *NUM_HEADS)
         if hidden_size is None or num_heads is None:
             raise ValueError(
                 "torch_rope.RotaryEmbedding.from_config(): expected config to have head_dim, or "
                 "hidden_size and num_attention_heads, but they are missing"
             )
-        _check_size("hidden_size", hidden_size)
-        _check_size("num_attention_heads", num_heads)
+        check_size("hidden_size", hidden_size)
+        check_size("num_attention_heads", num_heads)
         head_dim = hidden_size // num_heads
-    _check_size("head_dim", head_dim)
-    if is_proportional:
-        return int(head_dim)
+    check_size("head_dim", head_dim)
+    return int(head_dim)
+
+
+def _rotary_dim(config: Any, parameters: Mapping[str, Any], head_dim: int) -> int:
+    if parameters["rope_type"] == "proportional":
+        return head_dim
     share = parameters["partial_rotary_factor"]
     if share is None:
-        return int(_get(config, "rotary_dim") or head_dim)
+        return int(get(config, "rotary_dim") or head_dim)
     check_number(_FUNCTION, "partial_rotary_factor", share)
     if not (share > 0 and math.isfinite(share)):
         rule = "be positive and finite"
@@ -300,7 +313,8 @@ def _rotary_dim(config: Any, parameters: Mapping[str, Any]) -> int:
     return int(head_dim * share)
 
 
-def _check_size(key: str, value: Any) -> None:
+def check_size(key: str, value: Any) -> None:
+    """Raises unless a size in a configuration is a positive integer."""
     check_integer(_FUNCTION, key, value)
     if value < 1:
         raise ValueError(message(_FUNCTION, key, "be at least 1", value))

@@ -34,7 +34,7 @@ from torch_rope._side_inputs import side_input
 _APPLY_ROPE = "torch_rope.ApplyRoPE"
 _ROTARY = "torch_rope.RotaryEmbedding"
 
-_MAX_WAVELENGTH = 10000.0
+MAX_WAVELENGTH = 10000.0
 
 # The types whose frequencies depend on the sequence length.
 _FOLLOWING_LENGTH = ("dynamic", "longrope")
@@ -80,7 +80,7 @@ class ApplyRoPE(nn.Module):
     def __init__(
         self,
         embedding_axis: int | str,
-        max_wavelength: float = _MAX_WAVELENGTH,
+        max_wavelength: float = MAX_WAVELENGTH,
         *,
         scale_factor: float = 1.0,
         rotary_dim: int | None = None,
@@ -121,7 +121,7 @@ class ApplyRoPE(nn.Module):
         cls,
         positions_tag: Hashable,
         embedding_axis: int | str,
-        max_wavelength: float = _MAX_WAVELENGTH,
+        max_wavelength: float = MAX_WAVELENGTH,
         **options: Any,
     ) -> "ApplyRoPE":
         """Returns a layer whose positions are the side input with a given tag.
@@ -326,13 +326,16 @@ class RotaryEmbedding(nn.Module):
     inv_freq: Tensor
     long_inv_freq: Tensor | None
 
+    # The class that messages name.
+    _name = _ROTARY
+
     def __init__(
         self,
         rotary_dim: int,
         rope_parameters: Mapping[str, Any] | None = None,
         *,
         max_position_embeddings: int | None = None,
-        max_wavelength: float = _MAX_WAVELENGTH,
+        max_wavelength: float = MAX_WAVELENGTH,
         inv_freq: Tensor | None = None,
         attention_factor: float | None = None,
         learned: bool = False,
@@ -343,33 +346,34 @@ class RotaryEmbedding(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        name = self._name
         _check_rotary_options(
-            rotary_dim, max_wavelength, attention_factor, embedding_axis, rotary_offset
+            name, rotary_dim, max_wavelength, attention_factor, embedding_axis, rotary_offset
         )
-        check_bool(_ROTARY, "interleaved", interleaved)
-        check_bool(_ROTARY, "learned", learned)
-        check_dtype(_ROTARY, dtype)
+        check_bool(name, "interleaved", interleaved)
+        check_bool(name, "learned", learned)
+        check_dtype(name, dtype)
         if device is not None:
-            device = default_device(device, _ROTARY)
+            device = default_device(device, name)
         if rope_parameters is not None:
             hint = " (for the base, use max_wavelength=)"
-            check_rope_parameters(_ROTARY, rope_parameters, hint)
+            check_rope_parameters(name, rope_parameters, hint)
         if inv_freq is not None:
-            _check_inv_freq(inv_freq, rotary_dim, dtype)
+            _check_inv_freq(name, inv_freq, rotary_dim, dtype)
         self.rotary_dim = rotary_dim
         self.embedding_axis = embedding_axis
         self.rotary_offset = rotary_offset
         self.interleaved = interleaved
         self.learned = learned
-        self.rope_parameters = _with_theta(rope_parameters, max_wavelength, inv_freq)
+        self.rope_parameters = _with_theta(name, rope_parameters, max_wavelength, inv_freq)
         if max_position_embeddings is None:
             max_position_embeddings = self.rope_parameters.get("max_position_embeddings")
         self.max_position_embeddings = max_position_embeddings
         self.rope_type = None if inv_freq is not None else _type_of(self.rope_parameters)
         if learned and self.rope_type in _FOLLOWING_LENGTH:
             raise ValueError(
-                "torch_rope.RotaryEmbedding(): expected learned to be False for a rope_type whose "
-                f"frequencies depend on the sequence length, but got True for {self.rope_type}"
+                f"{name}(): expected learned to be False for a rope_type whose frequencies depend "
+                f"on the sequence length, but got True for {self.rope_type}"
             )
 
         # M-RoPE: the number of pairs per axis, and whether the axes alternate.
@@ -450,7 +454,7 @@ class RotaryEmbedding(nn.Module):
             >>> torch_rope.RotaryEmbedding.from_config(config)
             RotaryEmbedding(128, rope_type='default', rope_theta=500000.0)
         """
-        name = "torch_rope.RotaryEmbedding.from_config"
+        name = f"{cls._name}.from_config"
         if layer_type is not None and not isinstance(layer_type, str):
             raise TypeError(message(name, "layer_type", "be a string", kind_of(layer_type)))
         if mrope_interleaved is not None:
@@ -557,30 +561,35 @@ class RotaryEmbedding(nn.Module):
             TypeError: As for :func:`apply`.
             IndexError: As for :func:`apply`.
         """
+        if not is_scripting() and (positions is None or k is None):
+            given = k if positions is None else positions
+            is_plain = isinstance(q, Tensor) and given is not None
+            rotate: Any = self.rotate if is_plain else self._rotate_first
+            rotated: Any = rotate(q, given, seq_len)
+            return cast(tuple[Tensor, Tensor], rotated)
+        assert k is not None, "In TorchScript forward takes q, k and positions"
+        assert positions is not None, "In TorchScript forward takes q, k and positions"
+        return self._rotate_pair(q, k, positions, self._inv_freq_at(positions, seq_len))
+
+    def _rotate_pair(
+        self, q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor
+    ) -> tuple[Tensor, Tensor]:
         if not is_scripting():
-            if positions is None or k is None:
-                given = k if positions is None else positions
-                is_plain = isinstance(q, Tensor) and given is not None
-                rotate: Any = self.rotate if is_plain else self._rotate_first
-                rotated: Any = rotate(q, given, seq_len)
-                return cast(tuple[Tensor, Tensor], rotated)
             return apply(
                 (q, k),
                 positions,
-                self._inv_freq_at(positions, seq_len),
+                inv_freq,
                 embedding_axis=self.embedding_axis,
                 rotary_dim=self.rotary_dim,
                 rotary_offset=self.rotary_offset,
                 attention_factor=self.attention_factor,
                 interleaved=self.interleaved,
             )
-        assert k is not None, "In TorchScript forward takes q, k and positions"
-        assert positions is not None, "In TorchScript forward takes q, k and positions"
         pair: tuple[Tensor, Tensor] = torch.ops.rope.apply_qk(
             q,
             k,
             positions,
-            self._inv_freq_at(positions, seq_len),
+            inv_freq,
             embedding_axis=self.embedding_axis,
             rotary_dim=self.rotary_dim,
             rotary_offset=self.rotary_offset,
@@ -612,12 +621,12 @@ class RotaryEmbedding(nn.Module):
     def _rotate_first(self, q: Any, positions: Any, seq_len: int | None) -> Any:
         """Rotates the first argument of ``forward``, a tensor or a pair."""
         if positions is None:
-            raise TypeError(message(_ROTARY, "positions", "be a tensor", "None"))
+            raise TypeError(message(self._name, "positions", "be a tensor", "None"))
         if not isinstance(q, (tuple, list)):
             return self.rotate(q, positions, seq_len)
         if len(q) != 2:
             got = f"a {kind_of(q)} of {len(q)}"
-            raise TypeError(message(_ROTARY, "q", "be a tensor or a (q, k) tuple", got))
+            raise TypeError(message(self._name, "q", "be a tensor or a (q, k) tuple", got))
         return self.forward(q[0], q[1], positions, seq_len)
 
     def _inv_freq_at(self, positions: Tensor, seq_len: int | None) -> Tensor:
@@ -646,9 +655,12 @@ class RotaryEmbedding(nn.Module):
         """
         if self.rope_type is None:
             raise RuntimeError(
-                "torch_rope.RotaryEmbedding.reset_parameters(): expected the frequencies to come "
-                "from a scheme, but they were given as inv_freq: copy them to module.inv_freq"
+                f"{self._name}.reset_parameters(): expected the frequencies to come from a scheme, "
+                "but they were given as inv_freq: copy them to module.inv_freq"
             )
+        self._reset_frequencies()
+
+    def _reset_frequencies(self) -> None:
         dtype = self.inv_freq.dtype
         with torch.no_grad():
             _fill(self.inv_freq, self._compute(None, dtype, "cpu").inv_freq)
@@ -721,14 +733,16 @@ class RotaryEmbedding(nn.Module):
                 moved.copy_(tensor)
             return moved
 
-        super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
+        for child in self.children() if recurse else ():
+            child._apply(fn)  # type: ignore[no-untyped-call]
+        super()._apply(keep, recurse=False)  # type: ignore[no-untyped-call]
         if is_pending and not self.inv_freq.is_meta:
             if self.rope_type is None:
                 with torch.no_grad():  # Tracers do not see the mark: NaN beats garbage.
                     self.inv_freq.fill_(math.nan)
                 self._mark_unset()
             else:
-                self.reset_parameters()
+                self._reset_frequencies()
         return self
 
     def _mark_unset(self) -> None:
@@ -760,7 +774,7 @@ class RotaryEmbedding(nn.Module):
             is_unset = ask()
         if is_unset:
             rule = "be set after it leaves the meta device (module.inv_freq.copy_)"
-            raise ValueError(message(_ROTARY, "inv_freq", rule, "uninitialised memory"))
+            raise ValueError(message(self._name, "inv_freq", rule, "uninitialised memory"))
 
     def __prepare_scriptable__(self) -> "RotaryEmbedding":
         self._is_unset()
@@ -801,7 +815,7 @@ class RotaryEmbedding(nn.Module):
     def _load_own(self, saved: Tensor, assign: bool) -> None:
         if saved.shape != self.inv_freq.shape:
             rule = f"have shape {tuple(self.inv_freq.shape)} in the state dict"
-            raise ValueError(message(_ROTARY, "inv_freq", rule, tuple(saved.shape)))
+            raise ValueError(message(self._name, "inv_freq", rule, tuple(saved.shape)))
         if assign:
             self.inv_freq = saved.detach().to(self.inv_freq.dtype)
         else:
@@ -852,6 +866,7 @@ def _fill(tensor: Any, values: Tensor) -> None:
 
 
 def _check_rotary_options(
+    name: str,
     rotary_dim: Any,
     max_wavelength: Any,
     attention_factor: Any,
@@ -859,52 +874,55 @@ def _check_rotary_options(
     rotary_offset: Any,
 ) -> None:
     """Raises for numbers that are invalid for every call."""
-    check_integer(_ROTARY, "rotary_dim", rotary_dim)
+    check_integer(name, "rotary_dim", rotary_dim)
     if rotary_dim <= 0 or rotary_dim % 2:
         rule = "be positive and a multiple of 2"
-        raise ValueError(message(_ROTARY, "rotary_dim", rule, rotary_dim))
-    check_number(_ROTARY, "max_wavelength", max_wavelength)
+        raise ValueError(message(name, "rotary_dim", rule, rotary_dim))
+    check_number(name, "max_wavelength", max_wavelength)
     if not (max_wavelength > 0 and math.isfinite(max_wavelength)):
         rule = "be positive and finite"
-        raise ValueError(message(_ROTARY, "max_wavelength", rule, max_wavelength))
+        raise ValueError(message(name, "max_wavelength", rule, max_wavelength))
     if attention_factor is not None:
-        check_number(_ROTARY, "attention_factor", attention_factor)
+        check_number(name, "attention_factor", attention_factor)
         if not math.isfinite(attention_factor):
-            raise ValueError(message(_ROTARY, "attention_factor", "be finite", attention_factor))
-    check_integer(_ROTARY, "embedding_axis", embedding_axis)
-    check_integer(_ROTARY, "rotary_offset", rotary_offset)
+            raise ValueError(message(name, "attention_factor", "be finite", attention_factor))
+    check_integer(name, "embedding_axis", embedding_axis)
+    check_integer(name, "rotary_offset", rotary_offset)
     if rotary_offset < 0:
-        raise ValueError(message(_ROTARY, "rotary_offset", "be at least 0", rotary_offset))
+        raise ValueError(message(name, "rotary_offset", "be at least 0", rotary_offset))
 
 
-def _check_inv_freq(inv_freq: Any, rotary_dim: int, dtype: torch.dtype) -> None:
+def _check_inv_freq(name: str, inv_freq: Any, rotary_dim: int, dtype: torch.dtype) -> None:
     """Raises for frequencies that every call would reject."""
     if not isinstance(inv_freq, Tensor):
-        raise TypeError(message(_ROTARY, "inv_freq", "be a tensor", kind_of(inv_freq)))
+        raise TypeError(message(name, "inv_freq", "be a tensor", kind_of(inv_freq)))
     if inv_freq.dtype not in (torch.float32, torch.float64):
         got = str(inv_freq.dtype).removeprefix("torch.")
-        raise TypeError(message(_ROTARY, "inv_freq", "be float32 or float64", got))
+        raise TypeError(message(name, "inv_freq", "be float32 or float64", got))
     if inv_freq.dim() not in (1, 2):
         rule = "have shape (N) or (A, N)"
-        raise ValueError(message(_ROTARY, "inv_freq", rule, tuple(inv_freq.shape)))
+        raise ValueError(message(name, "inv_freq", rule, tuple(inv_freq.shape)))
     if inv_freq.shape[-1] != rotary_dim // 2:
         rule = f"have rotary_dim / 2 = {rotary_dim // 2} columns"
-        raise ValueError(message(_ROTARY, "inv_freq", rule, inv_freq.shape[-1]))
+        raise ValueError(message(name, "inv_freq", rule, inv_freq.shape[-1]))
     if dtype not in (torch.float32, inv_freq.dtype):
         rule = "be left at its default together with inv_freq"
-        raise ValueError(message(_ROTARY, "dtype", rule, dtype))
+        raise ValueError(message(name, "dtype", rule, dtype))
 
 
 def _with_theta(
-    rope_parameters: Mapping[str, Any] | None, max_wavelength: float, inv_freq: Tensor | None
+    name: str,
+    rope_parameters: Mapping[str, Any] | None,
+    max_wavelength: float,
+    inv_freq: Tensor | None,
 ) -> dict[str, Any]:
     """Returns a copy of the scheme with its rope_theta; empty if inv_freq is given."""
-    expected = "torch_rope.RotaryEmbedding(): expected"
+    expected = f"{name}(): expected"
     parameters = dict(rope_parameters or {})
     if inv_freq is not None and rope_parameters is not None:
         raise ValueError(f"{expected} rope_parameters or inv_freq, but got both")
     fixed = parameters.get("rope_theta") is not None or inv_freq is not None
-    if fixed and max_wavelength != _MAX_WAVELENGTH:
+    if fixed and max_wavelength != MAX_WAVELENGTH:
         other = "rope_theta" if inv_freq is None else "inv_freq"
         raise ValueError(
             f"{expected} max_wavelength to be left at its default together with {other}, but got "
