@@ -99,8 +99,8 @@ WithFrequencies<Derived, Options>::WithFrequencies(std::int64_t rotary_dim, Opti
   FrequencyOptions& scheme = options.rope_parameters;
   check_options(kName, rotary_dim, options);
   TORCH_CHECK_VALUE(
-      !options.inv_freq.has_value() || scheme.rope_type == FrequencyOptions().rope_type, "rope::",
-      kName, "(): expected rope_parameters or inv_freq, but got both");
+      !options.inv_freq.has_value() || scheme.rope_type == FrequencyOptions().rope_type,
+      "rope::", kName, "(): expected rope_parameters or inv_freq, but got both");
   TORCH_CHECK_VALUE(options.max_wavelength == Options().max_wavelength ||
                         !(scheme.rope_theta.has_value() || options.inv_freq.has_value()),
                     expected(kName, "max_wavelength"), "be left at its default together with ",
@@ -286,25 +286,24 @@ void check_norms(std::int64_t rotated, const QKNormRotaryEmbeddingOptions& optio
                     "be at least rotary_offset + rotary_dim = ", rotated, ", but got ",
                     *options.head_dim);
   TORCH_CHECK_VALUE(options.eps >= 0 && std::isfinite(options.eps), expected(kNorm, "eps"),
-                    "be finite and at least 0, but got ", options.eps);
+                    "be at least 0 and finite, but got ", options.eps);
   TORCH_CHECK_VALUE(std::isfinite(options.weight_offset), expected(kNorm, "weight_offset"),
                     "be finite, but got ", options.weight_offset);
   TORCH_CHECK_TYPE(at::isFloatingType(options.weight_dtype.value_or(at::kFloat)),
                    expected(kNorm, "weight_dtype"), "be a floating-point dtype, but got ",
                    name_of(*options.weight_dtype));
   if (options.norm_axes.has_value()) {
-    const std::vector<std::int64_t>& axes = *options.norm_axes;
+    const at::IntArrayRef axes = *options.norm_axes;
     const std::set<std::int64_t> distinct(axes.begin(), axes.end());
-    TORCH_CHECK_VALUE(!axes.empty() && distinct.size() == axes.size(),
-                      expected(kNorm, "norm_axes"), "be distinct dimensions, but got ", axes);
+    TORCH_CHECK_VALUE(!axes.empty() && distinct.size() == axes.size(), expected(kNorm, "norm_axes"),
+                      "be distinct dimensions, but got ", axes);
   }
   if (options.num_heads.has_value()) {
     const auto [num_q_heads, num_k_heads] = *options.num_heads;
-    TORCH_CHECK_VALUE(
-        std::min(num_q_heads, num_k_heads) >= 1, expected(kNorm, "num_heads"),
-        "be the numbers of query heads and of key heads, at least 1, but got ", num_q_heads,
-        " and ", num_k_heads);
-    const std::vector<std::int64_t>& axes = *options.norm_axes;
+    TORCH_CHECK_VALUE(std::min(num_q_heads, num_k_heads) >= 1, expected(kNorm, "num_heads"),
+                      "be the numbers of query heads and of key heads, at least 1, but got ",
+                      num_q_heads, " and ", num_k_heads);
+    const at::IntArrayRef axes = *options.norm_axes;
     TORCH_CHECK_VALUE(
         axes.size() == 2 && std::max(axes[0], axes[1]) < 0 &&
             (axes[0] == options.embedding_axis || axes[1] == options.embedding_axis),

@@ -165,13 +165,33 @@ def test_a_program_has_what_the_library_needs_of_cuda(folder: Path) -> None:
     assert of_cuda <= set(libraries_of(folder / "test_registration"))
 
 
-@pytest.mark.parametrize("program", [*CONSUMERS, "run_package"])
+@pytest.mark.parametrize("program", [*CONSUMERS, "run_layer", "run_package"])
 def test_the_program_does_not_need_python(folder: Path, program: str) -> None:
     file = folder / program
     linked = re.findall(r"=> (/\S+)", run("ldd", file))
     assert any(path.endswith("/librope.so") for path in linked)
     assert not [path for path in linked if "python" in Path(path).name]
     assert not [name for name in libraries_of(file) if "python" in name]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+def test_a_layer_of_cpp_has_the_weights_that_python_saved(folder: Path, tmp_path: Path) -> None:
+    layer = torch_rope.QKNormRotaryEmbedding(
+        32, max_wavelength=5e5, eps=1e-3, weight_offset=1.0, num_heads=(4, 2)
+    )
+    for seed, parameter in enumerate(layer.parameters()):
+        parameter.data.copy_(random_values(tuple(parameter.shape), seed=seed))
+    q, k = random_values((2, 7, 4, 32)), random_values((2, 7, 2, 32), seed=1)
+    positions = random_positions((7, 1))
+    torch.save(dict(layer.state_dict()), tmp_path / "state")
+    torch.jit.script(layer).save(str(tmp_path / "scripted"))
+    torch.save([q, k, positions], tmp_path / "inputs")
+    files = (tmp_path / name for name in ("state", "scripted", "inputs", "outputs"))
+    run(folder / "run_layer", *files)
+    results = torch.load(tmp_path / "outputs", weights_only=False)
+    for result, expected in zip(results, 2 * layer(q, k, positions), strict=True):
+        assert_same_bits(result, expected)
 
 
 class Rotations(torch.nn.Module):

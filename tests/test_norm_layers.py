@@ -213,8 +213,8 @@ def test_new_weights_change_nothing(device: str) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "rule"),
     [
-        ({"eps": -1.0}, ValueError, "eps to be finite and at least 0, but got -1.0"),
-        ({"eps": math.nan}, ValueError, "eps to be finite and at least 0, but got nan"),
+        ({"eps": -1.0}, ValueError, "eps to be at least 0 and finite, but got -1.0"),
+        ({"eps": math.nan}, ValueError, "eps to be at least 0 and finite, but got nan"),
         ({"eps": "small"}, TypeError, "eps to be a number, but got str"),
         ({"eps": None}, TypeError, "eps to be a number, but got None"),
         ({"weight_offset": math.inf}, ValueError, "weight_offset to be finite, but got inf"),

@@ -5,8 +5,8 @@
 //   rope::RotaryEmbedding rotary(64, rope::RotaryEmbeddingOptions{.max_wavelength = 5e5});
 //   auto [q2, k2] = rotary(q, k, positions);
 //
-//   rope::QKNormRotaryEmbedding norm_and_rotary(64, rope::QKNormRotaryEmbeddingOptions{.eps = 1e-5});
-//   auto [q3, k3] = norm_and_rotary(q, k, positions);
+//   rope::QKNormRotaryEmbedding norms(64, rope::QKNormRotaryEmbeddingOptions{.eps = 1e-5});
+//   auto [q3, k3] = norms(q, k, positions);
 //
 //   auto model = rope::WithSideInputsFromInputTuple::handling(
 //       torch::nn::Sequential(torch::nn::Linear(64, 64), rope::ApplyRoPE::from_config("tokens",

@@ -399,7 +399,7 @@ def _check_norm(eps: Any, weight_offset: Any, norm_axes: Any, weight_dtype: Any)
     """Raises for options that are invalid for every call."""
     check_number(_NAME, "eps", eps)
     if not (eps >= 0 and math.isfinite(eps)):
-        raise ValueError(message(_NAME, "eps", "be finite and at least 0", eps))
+        raise ValueError(message(_NAME, "eps", "be at least 0 and finite", eps))
     check_number(_NAME, "weight_offset", weight_offset)
     if not math.isfinite(weight_offset):
         raise ValueError(message(_NAME, "weight_offset", "be finite", weight_offset))

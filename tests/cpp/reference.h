@@ -1,5 +1,5 @@
-// The rotation in float64, straight from its formula, and the error allowed in an output. Shares no
-// code with the library but the option structs of rope/rope.h.
+// The rotation and the norm in float64, straight from their formulas, and the error allowed in an
+// output. Shares no code with the library but the option structs of rope/rope.h.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -44,14 +44,25 @@ struct Angles {
   at::Tensor cos_a, sin_a, cos_b, sin_b;
 };
 
-// Angles and error have one column per pair, and broadcast with x without the embedding axis.
-inline Expected rotate(const at::Tensor& x, const Angles& angle, const at::Tensor& error,
-                       const Slice& slice) {
-  const std::int64_t num_pairs = angle.cos_a.size(-1);
-  const at::Tensor n = at::arange(num_pairs);
-  const at::Tensor first = slice.rotary_offset + (slice.interleaved ? 2 * n : n);
-  const at::Tensor second = first + (slice.interleaved ? 1 : num_pairs);
+// How to rotate: angles and error have one column per pair, and broadcast with x without the
+// embedding axis.
+struct Rotation {
+  Angles angle;
+  at::Tensor error;
+  Slice slice;
+};
 
+// The places of the first elements of the pairs and of the second.
+inline std::pair<at::Tensor, at::Tensor> elements_of_pairs(const Rotation& rotation) {
+  const std::int64_t num_pairs = rotation.angle.cos_a.size(-1);
+  const at::Tensor n = at::arange(num_pairs);
+  const at::Tensor first = rotation.slice.rotary_offset + (rotation.slice.interleaved ? 2 * n : n);
+  return {first, first + (rotation.slice.interleaved ? 1 : num_pairs)};
+}
+
+inline Expected rotate(const at::Tensor& x, const Rotation& rotation) {
+  const auto& [angle, error, slice] = rotation;
+  const auto [first, second] = elements_of_pairs(rotation);
   const at::Tensor values = x.detach().to(at::kDouble).movedim(slice.embedding_axis, -1);
   const at::Tensor a = values.index_select(-1, first);
   const at::Tensor b = values.index_select(-1, second);
@@ -65,14 +76,9 @@ inline Expected rotate(const at::Tensor& x, const Angles& angle, const at::Tenso
   return {rotated.movedim(-1, slice.embedding_axis), tolerance.movedim(-1, slice.embedding_axis)};
 }
 
-inline Expected rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
-                       const at::Tensor& error, const Slice& slice) {
-  return rotate(x, {cos, sin, cos, sin}, error, slice);
-}
-
 // The angle of each pair at each position, float64 of shape (..., N).
-inline at::Tensor angles(const at::Tensor& positions, std::int64_t rotary_dim,
-                         const rope::ApplyOptions& options) {
+template <typename Options>
+at::Tensor angles(const at::Tensor& positions, std::int64_t rotary_dim, const Options& options) {
   if (!options.inv_freq.has_value()) {
     std::vector<double> frequencies;
     for (std::int64_t n = 0; n < rotary_dim / 2; ++n) {
@@ -94,9 +100,9 @@ inline at::Tensor angles(const at::Tensor& positions, std::int64_t rotary_dim,
   return sum.to(at::kDouble);
 }
 
-// What rope::apply should return.
-inline Expected apply(const at::Tensor& x, const at::Tensor& positions,
-                      const rope::ApplyOptions& options = {}) {
+template <typename Options>
+Rotation rotation_by_positions(const at::Tensor& x, const at::Tensor& positions,
+                               const Options& options) {
   const std::int64_t rotary_dim =
       options.inv_freq.has_value()
           ? 2 * options.inv_freq->size(-1)
@@ -109,13 +115,21 @@ inline Expected apply(const at::Tensor& x, const at::Tensor& positions,
   }
   const at::Tensor cos = options.attention_factor * angle.cos();
   const at::Tensor sin = options.attention_factor * angle.sin();
-  return rotate(x, cos, options.conjugate ? -sin : sin, error,
-                {options.embedding_axis, options.rotary_offset, options.interleaved});
+  const at::Tensor turned = options.conjugate ? -sin : sin;
+  return {{cos, turned, cos, turned},
+          error,
+          {options.embedding_axis, options.rotary_offset, options.interleaved}};
 }
 
-// What rope::apply_cos_sin should return.
-inline Expected apply_cos_sin(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
-                              const rope::CosSinOptions& options = {}) {
+// What rope::apply should return.
+inline Expected apply(const at::Tensor& x, const at::Tensor& positions,
+                      const rope::ApplyOptions& options = {}) {
+  return rotate(x, rotation_by_positions(x, positions, options));
+}
+
+template <typename Options>
+Rotation rotation_by_tables(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
+                            const Options& options) {
   const auto rows_of = [&](const at::Tensor& table) {
     const at::Tensor exact = table.detach().to(at::kDouble);
     if (!options.positions.has_value()) {
@@ -132,8 +146,8 @@ inline Expected apply_cos_sin(const at::Tensor& x, const at::Tensor& cos, const 
       x.scalar_type() == at::kDouble ? kFloat64ErrorOfTables : kFloat32Error;
   const Slice slice = {options.embedding_axis, options.rotary_offset, options.interleaved};
   if (!options.full_width) {
-    return rotate(x, used_cos, options.conjugate ? -used_sin : used_sin,
-                  at::full_like(used_cos, error_of_tables), slice);
+    const at::Tensor turned = options.conjugate ? -used_sin : used_sin;
+    return {{used_cos, turned, used_cos, turned}, at::full_like(used_cos, error_of_tables), slice};
   }
   const auto halves = [&](const at::Tensor& table) -> std::pair<at::Tensor, at::Tensor> {
     const std::int64_t width = table.size(-1);
@@ -146,7 +160,70 @@ inline Expected apply_cos_sin(const at::Tensor& x, const at::Tensor& cos, const 
   const auto [sin_a, sin_b] = halves(used_sin);
   const Angles angle =
       options.conjugate ? Angles{cos_a, -sin_b, cos_b, -sin_a} : Angles{cos_a, sin_a, cos_b, sin_b};
-  return rotate(x, angle, at::full_like(cos_a, error_of_tables), slice);
+  return {angle, at::full_like(cos_a, error_of_tables), slice};
+}
+
+// What rope::apply_cos_sin should return.
+inline Expected apply_cos_sin(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
+                              const rope::CosSinOptions& options = {}) {
+  return rotate(x, rotation_by_tables(x, cos, sin, options));
+}
+
+// The error that the norm adds, over the length of the pair, or over the element outside the slice.
+inline double error_of_norm(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? 1e-14 : 1e-6;
+}
+
+template <typename Options>
+at::Tensor reciprocal_root(const at::Tensor& x, const Options& options) {
+  const std::vector<std::int64_t> axes =
+      options.norm_axes.value_or(std::vector<std::int64_t>{options.embedding_axis});
+  return (x.square().mean(axes, /*keepdim=*/true) + options.eps).rsqrt();
+}
+
+// Of each element the magnitude of its own, or for a pair that of the larger.
+inline at::Tensor largest_of_pairs(const at::Tensor& x, const Rotation& rotation) {
+  const auto [first, second] = elements_of_pairs(rotation);
+  at::Tensor largest = x.abs().movedim(rotation.slice.embedding_axis, -1).clone();
+  const at::Tensor of_pair =
+      at::maximum(largest.index_select(-1, first), largest.index_select(-1, second));
+  largest.index_copy_(-1, first, of_pair).index_copy_(-1, second, of_pair);
+  return largest.movedim(-1, rotation.slice.embedding_axis);
+}
+
+// The norm of x and its rotation, in the order that the options give.
+template <typename Options>
+Expected norm_and_rotate(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                         Rotation rotation, const Options& options) {
+  const at::Tensor values = x.detach().to(at::kDouble);
+  at::Tensor gain = at::ones_like(values);
+  if (weight.has_value()) {
+    const at::Tensor given = weight->detach().to(at::kDouble) + options.weight_offset;
+    gain = given.expand_as(values.movedim(options.embedding_axis, -1))
+               .movedim(-1, options.embedding_axis);
+  }
+  rotation.error = rotation.error + error_of_norm(x);
+  const Expected rotated = rotate(values, rotation);
+  const at::Tensor root = reciprocal_root(options.norm_last ? rotated.values : values, options);
+  const at::Tensor result = options.norm_last ? rotated.values * root * gain
+                                              : rotate(values * root * gain, rotation).values;
+  // Outside the slice the error is that of the norm alone.
+  const at::Tensor tolerance =
+      at::where(rotated.tolerance > 0, rotated.tolerance, error_of_norm(x) * values.abs());
+  return {result, tolerance * root * largest_of_pairs(gain, rotation)};
+}
+
+// What rope::norm_apply should return.
+inline Expected norm_apply(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                           const at::Tensor& positions, const rope::NormOptions& options = {}) {
+  return norm_and_rotate(x, weight, rotation_by_positions(x, positions, options), options);
+}
+
+// What rope::norm_apply_cos_sin should return.
+inline Expected norm_apply_cos_sin(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                                   const at::Tensor& cos, const at::Tensor& sin,
+                                   const rope::NormCosSinOptions& options = {}) {
+  return norm_and_rotate(x, weight, rotation_by_tables(x, cos, sin, options), options);
 }
 
 // The largest error of rounding a number of this magnitude to the dtype.

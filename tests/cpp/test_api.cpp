@@ -20,16 +20,32 @@ using reference::random_positions;
 using reference::random_values;
 using reference::same_bits;
 
-const char* const kOperators[] = {"apply",          "apply_qk",         "apply_",
-                                  "apply_qk_",      "apply_cos_sin",    "apply_cos_sin_qk",
-                                  "apply_cos_sin_", "apply_cos_sin_qk_"};
+const char* const kOperators[] = {"apply",
+                                  "apply_qk",
+                                  "apply_",
+                                  "apply_qk_",
+                                  "apply_cos_sin",
+                                  "apply_cos_sin_qk",
+                                  "apply_cos_sin_",
+                                  "apply_cos_sin_qk_",
+                                  "norm_apply",
+                                  "norm_apply_qk",
+                                  "norm_apply_",
+                                  "norm_apply_qk_",
+                                  "norm_apply_cos_sin",
+                                  "norm_apply_cos_sin_qk",
+                                  "norm_apply_cos_sin_",
+                                  "norm_apply_cos_sin_qk_"};
 
 const c10::FunctionSchema& schema_of(const std::string& name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(("rope::" + name).c_str(), "").schema();
 }
 
 // The members of the options, by their names in the schemas.
-std::map<std::string, c10::IValue> members(const rope::ApplyOptions& options) {
+using Members = std::map<std::string, c10::IValue>;
+
+template <typename Options>
+Members members_for_positions(const Options& options) {
   return {{"inv_freq", options.inv_freq},
           {"embedding_axis", options.embedding_axis},
           {"rotary_dim", options.rotary_dim},
@@ -41,16 +57,26 @@ std::map<std::string, c10::IValue> members(const rope::ApplyOptions& options) {
           {"conjugate", options.conjugate}};
 }
 
-std::map<std::string, c10::IValue> members(const rope::CosSinOptions& options) {
+template <typename Options>
+Members members_for_tables(const Options& options) {
   return {{"positions", options.positions},     {"embedding_axis", options.embedding_axis},
           {"rotary_dim", options.rotary_dim},   {"rotary_offset", options.rotary_offset},
           {"interleaved", options.interleaved}, {"conjugate", options.conjugate},
           {"full_width", options.full_width}};
 }
 
+template <typename Options>
+Members with_norm(Members members, const Options& options) {
+  members.insert({{"eps", options.eps},
+                  {"weight_offset", options.weight_offset},
+                  {"norm_axes", options.norm_axes},
+                  {"norm_last", options.norm_last}});
+  return members;
+}
+
 // The arguments of a schema that have a default, and the default.
-std::map<std::string, c10::IValue> defaults(const c10::FunctionSchema& schema) {
-  std::map<std::string, c10::IValue> result;
+Members defaults(const c10::FunctionSchema& schema) {
+  Members result;
   for (const c10::Argument& argument : schema.arguments()) {
     if (argument.default_value().has_value()) {
       result.emplace(argument.name(), *argument.default_value());
@@ -63,14 +89,23 @@ TEST(Options, HaveTheMembersAndDefaultsOfTheSchemas) {
   for (const std::string name : kOperators) {
     SCOPED_TRACE(name);
     const bool uses_tables = name.find("cos_sin") != std::string::npos;
-    EXPECT_EQ(defaults(schema_of(name)),
-              uses_tables ? members(rope::CosSinOptions()) : members(rope::ApplyOptions()));
+    Members expected = uses_tables ? members_for_tables(rope::CosSinOptions())
+                                   : members_for_positions(rope::ApplyOptions());
+    if (name.starts_with("norm_")) {
+      const rope::NormOptions by_positions;
+      const rope::NormCosSinOptions by_tables;
+      expected = uses_tables ? with_norm(members_for_tables(by_tables), by_tables)
+                             : with_norm(members_for_positions(by_positions), by_positions);
+    }
+    EXPECT_EQ(defaults(schema_of(name)), expected);
   }
 }
 
 TEST(Options, AreAggregates) {
   EXPECT_TRUE(std::is_aggregate_v<rope::ApplyOptions>);
   EXPECT_TRUE(std::is_aggregate_v<rope::CosSinOptions>);
+  EXPECT_TRUE(std::is_aggregate_v<rope::NormOptions>);
+  EXPECT_TRUE(std::is_aggregate_v<rope::NormCosSinOptions>);
 }
 
 TEST(Apply, RotatesEveryDtypeByPositionsOfEveryDtype) {
@@ -272,6 +307,217 @@ TEST(ApplyCosSin, RotatesPairsAndInPlaceAlike) {
   EXPECT_TRUE(same_bits(k, k_expected));
 }
 
+TEST(NormApply, NormalizesAndRotatesEveryDtypeWithWeightsOfEveryDtype) {
+  for (const at::ScalarType dtype : kFloatDtypes) {
+    for (const at::ScalarType weight_dtype : kFloatDtypes) {
+      SCOPED_TRACE(c10::str(dtype, " with a weight of ", weight_dtype));
+      const at::Tensor x = random_values({2, 7, 3, 32}, dtype);
+      const at::Tensor weight = random_values({32}, weight_dtype, 1);
+      const at::Tensor positions = random_positions({7, 1});
+      const at::Tensor y = rope::norm_apply(x, weight, positions);
+      EXPECT_EQ(y.scalar_type(), dtype);
+      EXPECT_TRUE(is_rotated(y, reference::norm_apply(x, weight, positions)));
+    }
+  }
+}
+
+TEST(NormApply, TakesEachOption) {
+  const at::Tensor x = random_values({3, 40, 7});
+  const at::Tensor weight = random_values({40}, at::kFloat, 1);
+  const at::Tensor positions = random_positions({7});
+  const at::Tensor axes = random_positions({3, 3, 7});
+  for (const bool norm_last : {false, true}) {
+    SCOPED_TRACE(norm_last);
+    for (rope::NormOptions options :
+         {rope::NormOptions{.embedding_axis = 1}, rope::NormOptions{.embedding_axis = -2},
+          rope::NormOptions{.rotary_dim = 16}, rope::NormOptions{.rotary_offset = 8},
+          rope::NormOptions{.rotary_dim = 16, .rotary_offset = 3},
+          rope::NormOptions{.max_wavelength = 5e5}, rope::NormOptions{.scale_factor = 4},
+          rope::NormOptions{.attention_factor = 1.5}, rope::NormOptions{.interleaved = true},
+          rope::NormOptions{.conjugate = true}, rope::NormOptions{.eps = 0.3},
+          rope::NormOptions{.eps = 0}, rope::NormOptions{.weight_offset = 1},
+          rope::NormOptions{.norm_axes = {{1}}}, rope::NormOptions{.norm_axes = {{-2, 2}}},
+          rope::NormOptions{.norm_axes = {{0, 1, 2}}},
+          rope::NormOptions{.inv_freq = random_inv_freq({12})},
+          rope::NormOptions{.inv_freq = random_inv_freq({12}, at::kDouble)}}) {
+      options.embedding_axis = options.embedding_axis == -2 ? -2 : 1;
+      options.norm_last = norm_last;
+      for (const std::optional<at::Tensor>& used : {std::optional(weight), {}}) {
+        EXPECT_TRUE(is_rotated(rope::norm_apply(x, used, positions, options),
+                               reference::norm_apply(x, used, positions, options)));
+      }
+    }
+    const rope::NormOptions of_axes = {
+        .inv_freq = random_inv_freq({3, 12}), .embedding_axis = 1, .norm_last = norm_last};
+    EXPECT_TRUE(is_rotated(rope::norm_apply(x, weight, axes, of_axes),
+                           reference::norm_apply(x, weight, axes, of_axes)));
+  }
+}
+
+TEST(NormApply, TakesWeightsThatBroadcast) {
+  const at::Tensor x = random_values({2, 7, 3, 32});
+  const at::Tensor positions = random_positions({7, 1});
+  for (const at::Tensor& weight :
+       {random_values({3, 32}), random_values({7, 1, 32}), random_values({2, 7, 3, 32}),
+        random_values({32, 3}).t(), random_values({1}).expand({32})}) {
+    EXPECT_TRUE(is_rotated(rope::norm_apply(x, weight, positions),
+                           reference::norm_apply(x, weight, positions)));
+  }
+}
+
+TEST(NormApply, NormalizesOverAllHeads) {
+  const at::Tensor x = random_values({2, 7, 3, 32});
+  const at::Tensor weight = random_values({3, 32}, at::kFloat, 1);
+  const at::Tensor positions = random_positions({7, 1});
+  const at::Tensor y = rope::norm_apply(x, weight, positions, {.norm_axes = {{-2, -1}}});
+  const at::Tensor flat = x.flatten(2).to(at::kDouble);
+  const at::Tensor normalized =
+      flat / (flat.square().mean(-1, true) + 1e-6).sqrt() * weight.flatten();
+  const at::Tensor expected = rope::apply(normalized.view_as(x), positions);
+  EXPECT_TRUE(at::allclose(y.to(at::kDouble), expected, 0, 1e-5));
+}
+
+TEST(NormApply, OfNoRotationIsANorm) {
+  const at::Tensor x = random_values({7, 32}, at::kDouble);
+  const at::Tensor weight = random_values({32}, at::kDouble, 1);
+  const at::Tensor y = rope::norm_apply(x, weight, at::tensor(3), {.rotary_dim = 0, .eps = 0.1});
+  EXPECT_TRUE(at::allclose(y, at::rms_norm(x, {32}, weight, 0.1), 0, 1e-13));
+}
+
+TEST(NormApply, KeepsTheStridesOfATransposedInputAndLeavesItAlone) {
+  const at::Tensor x = random_values({2, 3, 7, 32}).transpose(1, 2);
+  const at::Tensor before = x.clone();
+  const at::Tensor y = rope::norm_apply(x, std::nullopt, random_positions({7, 1}));
+  EXPECT_EQ(y.strides(), x.strides());
+  EXPECT_TRUE(same_bits(x, before));
+}
+
+TEST(NormApply, TakesEmptyTensorsAndAScalarPosition) {
+  const at::Tensor weight = at::ones({32});
+  EXPECT_EQ(rope::norm_apply(at::empty({0, 32}), weight, at::arange(0)).sizes(),
+            at::IntArrayRef({0, 32}));
+  EXPECT_EQ(rope::norm_apply(at::empty({3, 0}), at::empty({0}), at::arange(3)).sizes(),
+            at::IntArrayRef({3, 0}));
+  const at::Tensor x = random_values({7, 32});
+  EXPECT_TRUE(is_rotated(rope::norm_apply(x, weight, at::tensor(5)),
+                         reference::norm_apply(x, weight, at::tensor(5))));
+}
+
+TEST(NormApply, KeepsNaNInItsOwnMean) {
+  at::Tensor x = random_values({7, 32});
+  x[2][3] = std::numeric_limits<double>::quiet_NaN();
+  const at::Tensor wrong = rope::norm_apply(x, std::nullopt, random_positions({7})).isnan();
+  EXPECT_TRUE(wrong[2].all().item<bool>());
+  EXPECT_EQ(wrong.sum().item<int>(), 32);
+}
+
+TEST(NormApply, WorksOnMetaTensors) {
+  const auto meta = [](at::IntArrayRef sizes, at::ScalarType dtype) {
+    return at::empty(sizes, at::dtype(dtype).device(at::kMeta));
+  };
+  const at::Tensor y =
+      rope::norm_apply(meta({7, 32}, at::kHalf), meta({32}, at::kFloat), meta({7}, at::kLong));
+  EXPECT_TRUE(y.is_meta());
+  EXPECT_EQ(y.sizes(), at::IntArrayRef({7, 32}));
+  EXPECT_EQ(y.scalar_type(), at::kHalf);
+}
+
+TEST(NormApplyQk, TreatsEachAsAlone) {
+  const at::Tensor q = random_values({2, 7, 6, 32});
+  const at::Tensor positions = random_positions({7, 1});
+  const at::Tensor q_weight = random_values({32}, at::kFloat, 2);
+  for (const at::Tensor& k :
+       {random_values({2, 7, 2, 32}, at::kFloat, 1), random_values({7, 2, 32}, at::kHalf, 1),
+        random_values({2, 2, 7, 32}).transpose(1, 2)}) {
+    for (const std::optional<at::Tensor>& k_weight :
+         {std::optional(random_values({2, 32}, at::kDouble, 3)), {}}) {
+      const rope::NormOptions options = {.inv_freq = random_inv_freq({12}), .weight_offset = 1};
+      const auto [q_result, k_result] =
+          rope::norm_apply_qk(q, k, q_weight, k_weight, positions, options);
+      EXPECT_TRUE(is_rotated(q_result, reference::norm_apply(q, q_weight, positions, options)));
+      EXPECT_TRUE(is_rotated(k_result, reference::norm_apply(k, k_weight, positions, options)));
+      EXPECT_TRUE(same_bits(q_result, rope::norm_apply(q, q_weight, positions, options)));
+      EXPECT_TRUE(same_bits(k_result, rope::norm_apply(k, k_weight, positions, options)));
+    }
+  }
+}
+
+TEST(NormApplyInPlace, WritesWhatItIsGivenAndReturnsIt) {
+  const at::Tensor packed = random_values({7, 3, 32});
+  const at::Tensor before = packed.clone();
+  const at::Tensor q = packed.select(1, 0);
+  const at::Tensor k = packed.select(1, 1);
+  const at::Tensor weight = random_values({32}, at::kFloat, 1);
+  const at::Tensor positions = random_positions({7});
+  const rope::NormOptions options = {.rotary_dim = 16, .rotary_offset = 5, .norm_last = true};
+  const at::Tensor q_expected = rope::norm_apply(q, weight, positions, options);
+  const at::Tensor k_expected = rope::norm_apply(k, std::nullopt, positions, options);
+
+  const auto [q_returned, k_returned] =
+      rope::norm_apply_qk_(q, k, weight, std::nullopt, positions, options);
+  EXPECT_TRUE(q_returned.is_same(q));
+  EXPECT_TRUE(k_returned.is_same(k));
+  EXPECT_TRUE(same_bits(q, q_expected));
+  EXPECT_TRUE(same_bits(k, k_expected));
+  EXPECT_TRUE(same_bits(packed.select(1, 2), before.select(1, 2)));
+
+  const at::Tensor x = before.select(1, 0).clone();
+  EXPECT_TRUE(rope::norm_apply_(x, weight, positions, options).is_same(x));
+  EXPECT_TRUE(same_bits(x, q_expected));
+}
+
+TEST(NormApplyCosSin, TakesEachOption) {
+  const at::Tensor x = random_values({3, 40, 7});
+  const at::Tensor weight = random_values({7, 40}, at::kFloat, 3);
+  const at::Tensor cos = random_values({7, 12}, at::kFloat, 1);
+  const at::Tensor sin = random_values({7, 12}, at::kFloat, 2);
+  const at::Tensor rows = random_positions({3, 7}, at::kInt, 0, 7);
+  for (const bool norm_last : {false, true}) {
+    SCOPED_TRACE(norm_last);
+    for (rope::NormCosSinOptions options :
+         {rope::NormCosSinOptions{}, rope::NormCosSinOptions{.positions = rows},
+          rope::NormCosSinOptions{.rotary_dim = 24, .rotary_offset = 5},
+          rope::NormCosSinOptions{.interleaved = true}, rope::NormCosSinOptions{.conjugate = true},
+          rope::NormCosSinOptions{.full_width = true}, rope::NormCosSinOptions{.eps = 0.3},
+          rope::NormCosSinOptions{.weight_offset = -2},
+          rope::NormCosSinOptions{.norm_axes = {{0, -2}}}}) {
+      options.embedding_axis = 1;
+      options.norm_last = norm_last;
+      EXPECT_TRUE(is_rotated(rope::norm_apply_cos_sin(x, weight, cos, sin, options),
+                             reference::norm_apply_cos_sin(x, weight, cos, sin, options)));
+    }
+  }
+}
+
+TEST(NormApplyCosSin, TreatsPairsAndInPlaceAlike) {
+  const at::Tensor q = random_values({7, 6, 32});
+  const at::Tensor k = random_values({7, 2, 32}, at::kFloat, 1);
+  const at::Tensor k_weight = random_values({2, 32}, at::kFloat, 4);
+  const at::Tensor cos = random_values({9, 16}, at::kDouble, 2);
+  const at::Tensor sin = random_values({9, 16}, at::kDouble, 3);
+  const rope::NormCosSinOptions options = {.positions = random_positions({7, 1}, at::kLong, 0, 9)};
+  const at::Tensor q_expected = rope::norm_apply_cos_sin(q, std::nullopt, cos, sin, options);
+  const at::Tensor k_expected = rope::norm_apply_cos_sin(k, k_weight, cos, sin, options);
+  EXPECT_TRUE(
+      is_rotated(q_expected, reference::norm_apply_cos_sin(q, std::nullopt, cos, sin, options)));
+
+  const auto [q_result, k_result] =
+      rope::norm_apply_cos_sin_qk(q, k, std::nullopt, k_weight, cos, sin, options);
+  EXPECT_TRUE(same_bits(q_result, q_expected));
+  EXPECT_TRUE(same_bits(k_result, k_expected));
+
+  const at::Tensor x = q.clone();
+  EXPECT_TRUE(rope::norm_apply_cos_sin_(x, std::nullopt, cos, sin, options).is_same(x));
+  EXPECT_TRUE(same_bits(x, q_expected));
+
+  const auto [q_returned, k_returned] =
+      rope::norm_apply_cos_sin_qk_(q, k, std::nullopt, k_weight, cos, sin, options);
+  EXPECT_TRUE(q_returned.is_same(q));
+  EXPECT_TRUE(k_returned.is_same(k));
+  EXPECT_TRUE(same_bits(q, q_expected));
+  EXPECT_TRUE(same_bits(k, k_expected));
+}
+
 // Expects a call to throw exactly this message, as exactly this type.
 template <typename Error>
 void expect_error(const std::function<void()>& call, const std::string& message) {
@@ -377,6 +623,56 @@ TEST(Errors, TellThatATensorIsMissing) {
   EXPECT_THROW(rope::apply_cos_sin_qk_(none, none, none, none), c10::Error);
 }
 
+TEST(Errors, OfNormsNameWhatIsWrong) {
+  const at::Tensor x = at::ones({2, 7, 3, 16});
+  const at::Tensor weight = at::ones({16});
+  const at::Tensor positions = at::arange(7).unsqueeze(1);
+  const auto expect = [&](const rope::NormOptions& options, const std::string& message) {
+    expect_error<c10::ValueError>([&] { rope::norm_apply(x, weight, positions, options); },
+                                  "rope::norm_apply(): expected " + message);
+  };
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  expect({.eps = -1}, "eps to be at least 0 and finite, but got -1");
+  expect({.eps = kInfinity}, "eps to be at least 0 and finite, but got inf");
+  expect({.weight_offset = -kInfinity}, "weight_offset to be finite, but got -inf");
+  expect({.norm_axes = std::vector<std::int64_t>()},
+         "norm_axes to contain embedding_axis, -1, but got []");
+  expect({.norm_axes = {{-2}}}, "norm_axes to contain embedding_axis, -1, but got [-2]");
+  expect({.norm_axes = {{-1, 3}}}, "norm_axes to be distinct dimensions of x, but got [-1, 3]");
+  // The rules of the rotation, under the name of this operator.
+  expect({.rotary_dim = 7}, "rotary_dim to be even, but got 7");
+  expect_error<c10::IndexError>(
+      [&] { rope::norm_apply(x, weight, positions, {.norm_axes = {{-1, 4}}}); },
+      "rope::norm_apply(): expected norm_axes to be in [-4, 3] for the dimensions of x, but got "
+      "[-1, 4]");
+}
+
+TEST(Errors, OfWeightsNameTheOperatorAndTheWeight) {
+  const at::Tensor q = at::ones({2, 7, 3, 16});
+  const at::Tensor k = at::ones({7, 1, 16});
+  const at::Tensor weight = at::ones({16});
+  const at::Tensor positions = at::arange(7).unsqueeze(1);
+  expect_error<c10::ValueError>(
+      [&] { rope::norm_apply(q, at::ones({8}), positions); },
+      "rope::norm_apply(): expected weight to have a last dimension of size 16, that of x along "
+      "embedding_axis, but got [8]");
+  expect_error<c10::ValueError>(
+      [&] { rope::norm_apply_qk(q, k, weight, at::ones({3, 16}), positions); },
+      "rope::norm_apply_qk(): expected k_weight to be broadcastable, without the last dimension, "
+      "with [7, 1], the shape of k without embedding_axis, but got [3, 16]");
+  expect_error<c10::TypeError>(
+      [&] { rope::norm_apply_qk_(q, k, at::ones({16}, at::kInt), weight, positions); },
+      "rope::norm_apply_qk_(): expected q_weight to be float64, float32, float16 or bfloat16, but "
+      "got int32");
+  const at::Tensor table = at::ones({7, 1, 8});
+  const at::Tensor elsewhere = at::ones({16}, at::kMeta);
+  expect_error<c10::TypeError>(
+      [&] { rope::norm_apply_cos_sin_(q, elsewhere, table, table); },
+      "rope::norm_apply_cos_sin_(): expected weight to be on cpu with x, but got a tensor on "
+      "meta");
+  EXPECT_TRUE(at::equal(q, at::ones_like(q)));
+}
+
 TEST(Autograd, TheGradientOfXIsTheConjugateRotation) {
   const at::Tensor x = random_values({7, 2, 32}).requires_grad_();
   const at::Tensor positions = random_positions({7, 1});
@@ -427,6 +723,70 @@ TEST(Autograd, GivesTheGradientsOfTables) {
   const at::Tensor b = x.slice(-1, 16, 32);
   EXPECT_TRUE(at::allclose(cos.grad(), (a + b).sum(1, true)));
   EXPECT_TRUE(at::allclose(sin.grad(), (a - b).sum(1, true)));
+}
+
+// The norm and the rotation in plain operators, of pairs in halves.
+at::Tensor plainly(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& angle) {
+  const at::Tensor y = x / (x.square().mean(-1, true) + 1e-6).sqrt() * (1 + weight);
+  const std::vector<at::Tensor> halves = y.chunk(2, -1);
+  return at::cat({halves[0] * angle.cos() - halves[1] * angle.sin(),
+                  halves[1] * angle.cos() + halves[0] * angle.sin()},
+                 -1);
+}
+
+TEST(Autograd, GivesTheGradientsOfNormsAndWeightsAndAngles) {
+  const auto leaves = [] {
+    return std::vector{random_values({7, 3, 32}, at::kDouble).requires_grad_(),
+                       random_values({7, 2, 32}, at::kDouble, 1).requires_grad_(),
+                       random_values({32}, at::kDouble, 2).requires_grad_(),
+                       random_values({2, 32}, at::kDouble, 3).requires_grad_(),
+                       random_inv_freq({16}, at::kDouble).requires_grad_()};
+  };
+  const at::Tensor positions = random_positions({7, 1}, at::kDouble, -9, 9);
+  const at::Tensor q_gradient = random_values({7, 3, 32}, at::kDouble, 4);
+  const at::Tensor k_gradient = random_values({7, 2, 32}, at::kDouble, 5);
+
+  const std::vector<at::Tensor> ours = leaves();
+  const auto [q, k] = rope::norm_apply_qk(ours[0], ours[1], ours[2], ours[3], positions,
+                                          {.inv_freq = ours[4], .weight_offset = 1});
+  ((q * q_gradient).sum() + (k * k_gradient).sum()).backward();
+
+  const std::vector<at::Tensor> plain = leaves();
+  const at::Tensor angle = positions.unsqueeze(-1) * plain[4];
+  ((plainly(plain[0], plain[2], angle) * q_gradient).sum() +
+   (plainly(plain[1], plain[3], angle) * k_gradient).sum())
+      .backward();
+  for (std::size_t i = 0; i < ours.size(); ++i) {
+    SCOPED_TRACE(i);
+    EXPECT_EQ(ours[i].grad().sizes(), ours[i].sizes());
+    EXPECT_TRUE(at::allclose(ours[i].grad(), plain[i].grad(), 1e-9, 1e-9));
+  }
+}
+
+TEST(Autograd, GivesOnlyTheGradientsThatAreWanted) {
+  const at::Tensor x = random_values({7, 32}, at::kDouble);
+  const at::Tensor weight = random_values({32}, at::kDouble, 1).requires_grad_();
+  rope::norm_apply(x, weight, random_positions({7})).sum().backward();
+  EXPECT_TRUE(weight.grad().defined());
+  EXPECT_FALSE(x.grad().defined());
+}
+
+TEST(Autograd, FollowsANormInPlace) {
+  const at::Tensor positions = random_positions({7});
+  std::vector<at::Tensor> gradients;
+  for (const bool in_place : {false, true}) {
+    const at::Tensor x = random_values({7, 32}).requires_grad_();
+    const at::Tensor weight = random_values({32}, at::kFloat, 1).requires_grad_();
+    const at::Tensor y = x * 3;
+    const at::Tensor z =
+        in_place ? rope::norm_apply_(y, weight, positions) : rope::norm_apply(y, weight, positions);
+    (z * random_values({7, 32}, at::kFloat, 2)).sum().backward();
+    gradients.insert(gradients.end(), {x.grad(), weight.grad()});
+  }
+  EXPECT_TRUE(same_bits(gradients[2], gradients[0]));
+  EXPECT_TRUE(same_bits(gradients[3], gradients[1]));
+  const at::Tensor leaf = random_values({7, 32}).requires_grad_();
+  EXPECT_THROW(rope::norm_apply_(leaf, std::nullopt, positions), c10::Error);
 }
 
 TEST(Autograd, FollowsARotationInPlace) {

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <torch/nn/modules/activation.h>
 #include <torch/nn/modules/container/functional.h>
+#include <torch/nn/modules/container/modulelist.h>
 #include <torch/nn/modules/linear.h>
 #include <torch/serialize.h>
 
@@ -23,6 +24,8 @@ using reference::random_values;
 using reference::same_bits;
 using rope::ApplyRoPE;
 using rope::FrequencyOptions;
+using rope::QKNormRotaryEmbedding;
+using rope::QKNormRotaryEmbeddingOptions;
 using rope::RotaryEmbedding;
 using rope::RotaryEmbeddingOptions;
 using rope::WithSideInputsFromInputTuple;
@@ -64,6 +67,7 @@ TEST(Frequencies, OptionsAreAggregates) {
   EXPECT_TRUE(std::is_aggregate_v<FrequencyOptions>);
   EXPECT_TRUE(std::is_aggregate_v<RotaryEmbeddingOptions>);
   EXPECT_TRUE(std::is_aggregate_v<rope::ApplyRoPEOptions>);
+  EXPECT_TRUE(std::is_aggregate_v<QKNormRotaryEmbeddingOptions>);
 }
 
 TEST(Frequencies, AreThoseOfTheFormula) {
@@ -329,6 +333,192 @@ TEST(RotaryEmbedding, IsPrintedWithItsSchemeAndItsOptions) {
   EXPECT_EQ(printed(RotaryEmbedding(
                 32, RotaryEmbeddingOptions{.inv_freq = random_inv_freq({3, 16}, at::kDouble)})),
             "rope::RotaryEmbedding(32, inv_freq of shape [3, 16], dtype=float64)");
+}
+
+// Sets the weights to random values.
+QKNormRotaryEmbedding with_random_weights(QKNormRotaryEmbedding layer) {
+  const at::NoGradGuard no_grad;
+  std::uint64_t seed = 10;
+  for (at::Tensor& weight : layer->parameters()) {
+    weight.copy_(random_values(weight.sizes(), at::kFloat, seed++));
+  }
+  return layer;
+}
+
+TEST(QKNormRotaryEmbedding, CallsTheOperatorWithItsOptions) {
+  const at::Tensor q = random_values({2, 40, 9});
+  const at::Tensor k = random_values({40, 9}, at::kFloat, 1);
+  const at::Tensor positions = at::arange(100, 109);
+  auto layer = with_random_weights(
+      QKNormRotaryEmbedding(32, QKNormRotaryEmbeddingOptions{.rope_parameters = kLinear,
+                                                             .attention_factor = 1.5,
+                                                             .embedding_axis = -2,
+                                                             .rotary_offset = 5,
+                                                             .interleaved = true,
+                                                             .head_dim = 40,
+                                                             .eps = 0.1,
+                                                             .weight_offset = 0.5,
+                                                             .norm_axes = {{-2, -1}},
+                                                             .norm_last = true}));
+  const rope::NormOptions options = {.inv_freq = inv_freq_of(kLinear),
+                                     .embedding_axis = -2,
+                                     .rotary_offset = 5,
+                                     .attention_factor = 1.5,
+                                     .interleaved = true,
+                                     .eps = 0.1,
+                                     .weight_offset = 0.5,
+                                     .norm_axes = {{-2, -1}},
+                                     .norm_last = true};
+  EXPECT_EQ(layer->q_norm->weight.sizes(), at::IntArrayRef({40}));
+  const at::Tensor q_expected = rope::norm_apply(q, layer->q_norm->weight, positions, options);
+  const at::Tensor k_expected = rope::norm_apply(k, layer->k_norm->weight, positions, options);
+  EXPECT_TRUE(same_pair(layer(q, k, positions), {q_expected, k_expected}));
+  EXPECT_TRUE(same_bits(layer(q, positions), q_expected));
+  EXPECT_TRUE(same_bits(layer->rotate_key(k, positions), k_expected));
+}
+
+TEST(QKNormRotaryEmbedding, FollowsTheLength) {
+  const at::Tensor q = random_values({9, 4, 32});
+  QKNormRotaryEmbedding layer(32, QKNormRotaryEmbeddingOptions{.rope_parameters = kDynamic});
+  for (const std::int64_t length : {9, 200}) {
+    const at::Tensor expected = rope::norm_apply(q, std::nullopt, positions_from(0),
+                                                 {.inv_freq = inv_freq_of(kDynamic, length)});
+    EXPECT_TRUE(same_bits(layer(q, positions_from(0), length), expected));
+  }
+}
+
+TEST(QKNormRotaryEmbedding, NormalizesOverHeadsInEitherLayout) {
+  const at::Tensor q = random_values({2, 9, 4, 32});
+  const at::Tensor k = random_values({2, 9, 2, 32}, at::kFloat, 1);
+  auto layer = with_random_weights(
+      QKNormRotaryEmbedding(32, QKNormRotaryEmbeddingOptions{.num_heads = {{4, 2}}}));
+  auto heads_first = with_random_weights(QKNormRotaryEmbedding(
+      32, QKNormRotaryEmbeddingOptions{.norm_axes = {{-3, -1}}, .num_heads = {{4, 2}}}));
+  EXPECT_EQ(layer->q_norm->weight.sizes(), at::IntArrayRef({4 * 32}));
+  EXPECT_EQ(layer->k_norm->weight.sizes(), at::IntArrayRef({2 * 32}));
+  const auto [q_result, k_result] = layer(q, k, positions_from(0));
+  const rope::NormOptions options = {.inv_freq = layer->inv_freq, .norm_axes = {{-2, -1}}};
+  EXPECT_TRUE(same_bits(q_result, rope::norm_apply(q, layer->q_norm->weight.view({4, 32}),
+                                                   positions_from(0), options)));
+  const auto [q_other, k_other] =
+      heads_first(q.transpose(1, 2), k.transpose(1, 2), positions_from(0).squeeze(-1));
+  EXPECT_TRUE(at::allclose(q_other.transpose(1, 2), q_result, 0, 1e-5));
+  EXPECT_TRUE(at::allclose(k_other.transpose(1, 2), k_result, 0, 1e-5));
+}
+
+TEST(QKNormRotaryEmbedding, HasTheParametersOfModels) {
+  const auto names = [](const QKNormRotaryEmbedding& layer) {
+    return layer->named_parameters().keys();
+  };
+  using Names = std::vector<std::string>;
+  EXPECT_EQ(names(QKNormRotaryEmbedding(32)), Names({"q_norm.weight", "k_norm.weight"}));
+  EXPECT_EQ(names(QKNormRotaryEmbedding(
+                32, QKNormRotaryEmbeddingOptions{.learned = true, .q_weight = false})),
+            Names({"inv_freq", "k_norm.weight"}));
+  const at::Tensor q = random_values({9, 32});
+  QKNormRotaryEmbedding plain(32, QKNormRotaryEmbeddingOptions{.q_weight = false});
+  EXPECT_FALSE(plain->q_norm->weight.defined());
+  EXPECT_TRUE(same_bits(plain(q, at::arange(9)), rope::norm_apply(q, std::nullopt, at::arange(9),
+                                                                  {.inv_freq = plain->inv_freq})));
+  // Neutral weights.
+  EXPECT_TRUE(at::equal(QKNormRotaryEmbedding(32)->q_norm->weight, at::ones(32)));
+  const QKNormRotaryEmbeddingOptions gemma = {.weight_offset = 1};
+  EXPECT_TRUE(at::equal(QKNormRotaryEmbedding(32, gemma)->k_norm->weight, at::zeros(32)));
+}
+
+TEST(QKNormRotaryEmbedding, ConvertsItsWeightsAndKeepsItsFrequencies) {
+  QKNormRotaryEmbedding layer(
+      32, QKNormRotaryEmbeddingOptions{.rope_parameters = kLinear, .weight_dtype = at::kDouble});
+  EXPECT_EQ(layer->q_norm->weight.scalar_type(), at::kDouble);
+  torch::nn::ModuleList model(layer);
+  model->to(at::kBFloat16);
+  EXPECT_EQ(layer->q_norm->weight.scalar_type(), at::kBFloat16);
+  model->to(at::Device(at::kCPU), at::kHalf);
+  EXPECT_EQ(layer->k_norm->weight.scalar_type(), at::kHalf);
+  EXPECT_TRUE(same_bits(layer->inv_freq, inv_freq_of(kLinear)));
+}
+
+TEST(QKNormRotaryEmbedding, SavesItsWeightsAndNotItsFrequencies) {
+  for (const bool learned : {false, true}) {
+    const QKNormRotaryEmbeddingOptions options = {.rope_parameters = kLinear, .learned = learned};
+    auto saved = with_random_weights(QKNormRotaryEmbedding(32, options));
+    {
+      const at::NoGradGuard no_grad;
+      saved->inv_freq.fill_(3.0);
+    }
+    std::stringstream stream;
+    torch::save(torch::nn::ModuleList(saved), stream);
+    QKNormRotaryEmbedding loaded(32, options);
+    torch::nn::ModuleList model(loaded);
+    torch::load(model, stream);
+    EXPECT_TRUE(same_bits(loaded->q_norm->weight, saved->q_norm->weight));
+    EXPECT_TRUE(same_bits(loaded->k_norm->weight, saved->k_norm->weight));
+    EXPECT_TRUE(same_bits(loaded->inv_freq, learned ? at::full(16, 3.0) : inv_freq_of(kLinear)));
+  }
+}
+
+TEST(QKNormRotaryEmbedding, HasCopiesWithTheirOwnWeights) {
+  const at::Tensor q = random_values({9, 4, 32});
+  auto layer = with_random_weights(
+      QKNormRotaryEmbedding(32, QKNormRotaryEmbeddingOptions{.num_heads = {{4, 2}}}));
+  torch::nn::ModuleList model(layer);
+  const auto copy = std::dynamic_pointer_cast<torch::nn::ModuleListImpl>(model->clone());
+  const auto copied = copy->ptr<rope::QKNormRotaryEmbeddingImpl>(0);
+  EXPECT_TRUE(same_bits(copied->forward(q, positions_from(0)), layer(q, positions_from(0))));
+  EXPECT_FALSE(copied->q_norm->weight.is_same(layer->q_norm->weight));
+  EXPECT_TRUE(copied->parameters()[0].is_same(copied->q_norm->weight));
+}
+
+TEST(QKNormRotaryEmbedding, TrainsItsWeights) {
+  const at::Tensor q = random_values({9, 4, 32});
+  QKNormRotaryEmbedding layer(32, QKNormRotaryEmbeddingOptions{.num_heads = {{4, 2}}});
+  layer(q, positions_from(0)).square().sum().backward();
+  EXPECT_EQ(layer->q_norm->weight.grad().sizes(), at::IntArrayRef({4 * 32}));
+  EXPECT_FALSE(layer->k_norm->weight.grad().defined());
+}
+
+TEST(QKNormRotaryEmbedding, RefusesOptionsOfNoUse) {
+  const auto expect = [](const QKNormRotaryEmbeddingOptions& options, const std::string& message) {
+    EXPECT_THROW_WITH(QKNormRotaryEmbedding(32, options), c10::ValueError,
+                      "rope::QKNormRotaryEmbedding(): expected " + message);
+  };
+  expect({.head_dim = 30}, "head_dim to be at least rotary_offset + rotary_dim = 32, but got 30");
+  expect({.eps = -1}, "eps to be at least 0 and finite, but got -1");
+  expect({.weight_offset = std::nan("")}, "weight_offset to be finite, but got nan");
+  expect({.norm_axes = {{-1, -1}}}, "norm_axes to be distinct dimensions, but got [-1, -1]");
+  expect({.num_heads = {{4, 0}}},
+         "num_heads to be the numbers of query heads and of key heads, at least 1, but got 4 and "
+         "0");
+  const std::string two_negative =
+      "norm_axes to be two negative dimensions, that of heads and embedding_axis, together with "
+      "num_heads, but got ";
+  expect({.norm_axes = {{-1}}, .num_heads = {{4, 2}}}, two_negative + "[-1]");
+  expect({.norm_axes = {{-3, -2}}, .num_heads = {{4, 2}}}, two_negative + "[-3, -2]");
+  // Those of RotaryEmbedding.
+  expect({.rotary_offset = -2}, "rotary_offset to be at least 0, but got -2");
+  expect({.rope_parameters = kDynamic, .learned = true}, "learned to be false for a rope_type");
+  EXPECT_THROW_WITH(
+      QKNormRotaryEmbedding(32, QKNormRotaryEmbeddingOptions{.weight_dtype = at::kInt}),
+      c10::TypeError, "expected weight_dtype to be a floating-point dtype, but got int32");
+}
+
+TEST(QKNormRotaryEmbedding, IsPrintedWithItsOptions) {
+  EXPECT_EQ(printed(QKNormRotaryEmbedding(
+                32, QKNormRotaryEmbeddingOptions{.interleaved = true, .k_weight = false})),
+            "rope::QKNormRotaryEmbedding(32, rope_type=default, rope_theta=10000, "
+            "interleaved=true)(\n"
+            "  (q_norm): rope::NormWeight(32)\n"
+            "  (k_norm): rope::NormWeight(no weight)\n"
+            ")");
+  const std::string shown =
+      printed(QKNormRotaryEmbedding(32, QKNormRotaryEmbeddingOptions{.head_dim = 64,
+                                                                     .eps = 1e-5,
+                                                                     .weight_offset = 1,
+                                                                     .norm_last = true,
+                                                                     .num_heads = {{4, 2}}}));
+  EXPECT_EQ(shown.substr(0, shown.find('\n')),
+            "rope::QKNormRotaryEmbedding(32, rope_type=default, rope_theta=10000, head_dim=64, "
+            "eps=1e-05, weight_offset=1, norm_axes=[-2, -1], norm_last=true)(");
 }
 
 TEST(ApplyRoPE, IsPrintedWithItsOptions) {

@@ -2,6 +2,7 @@
 // operators.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <gtest/gtest.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/jit/frontend/resolver.h>
 #include <torch/script.h>
 
@@ -58,6 +59,18 @@ def forward(self, x, cos, sin):
     return rope.apply_cos_sin(x, cos, sin, interleaved=True)
 )";
 
+const char* const kNormalizePair = R"(
+def forward(self, q, k, weight, positions):
+    return rope.norm_apply_qk(q, k, weight, None, positions, eps=0.5, weight_offset=1.0)
+)";
+
+const char* const kNormalizeInPlace = R"(
+def forward(self, x, weight, cos, sin):
+    y = x.clone()
+    rope.norm_apply_cos_sin_(y, weight, cos, sin, eps=0.5, norm_axes=[-2, -1], norm_last=True)
+    return y
+)";
+
 // One pair, so one frequency: 1 radian per unit of position.
 at::Tensor rotated(const at::Tensor& x, double angle) {
   const at::Tensor a = x.select(-1, 0);
@@ -66,11 +79,16 @@ at::Tensor rotated(const at::Tensor& x, double angle) {
       {a * std::cos(angle) - b * std::sin(angle), b * std::cos(angle) + a * std::sin(angle)}, -1);
 }
 
-TEST(Registration, DefinesAllEightOperators) {
-  for (const char* name : {"apply", "apply_qk", "apply_", "apply_qk_", "apply_cos_sin",
-                           "apply_cos_sin_qk", "apply_cos_sin_", "apply_cos_sin_qk_"}) {
-    const auto found = c10::Dispatcher::singleton().findSchema({std::string("rope::") + name, ""});
-    EXPECT_TRUE(found.has_value()) << name;
+at::Tensor normalized(const at::Tensor& x, at::IntArrayRef axes) {
+  return x / (x.square().mean(axes, /*keepdim=*/true) + 0.5).sqrt();
+}
+
+TEST(Registration, DefinesAllSixteenOperators) {
+  for (const char* family : {"apply", "apply_cos_sin", "norm_apply", "norm_apply_cos_sin"}) {
+    for (const char* form : {"", "_qk", "_", "_qk_"}) {
+      const std::string name = std::string("rope::") + family + form;
+      EXPECT_TRUE(c10::Dispatcher::singleton().findSchema({name, ""}).has_value()) << name;
+    }
   }
 }
 
@@ -103,6 +121,36 @@ TEST(Registration, ALoadedModelUsesTables) {
   const at::Tensor angle = at::full({1}, 0.7, at::kDouble);
   const at::Tensor y = model.forward({x, angle.cos(), angle.sin()}).toTensor();
   EXPECT_TRUE(at::allclose(y, rotated(x, 0.7), 0, 1e-11));
+}
+
+TEST(Registration, ALoadedModelNormalizesAPairAndDifferentiates) {
+  torch::jit::Module model = saved_and_loaded(scripted(kNormalizePair));
+  const at::Tensor gradient = at::randn({4, 2}, at::kDouble);
+  // The first runs are profiled, the later ones optimised.
+  for (int i = 0; i < 4; ++i) {
+    const at::Tensor q = at::randn({4, 2}, at::kDouble).requires_grad_();
+    const at::Tensor k = at::randn({3, 4, 2}, at::kDouble);
+    const at::Tensor weight = at::randn({2}, at::kDouble).requires_grad_();
+    const auto result = model.forward({q, k, weight, at::tensor(3)}).toTuple();
+    const at::Tensor q_result = result->elements()[0].toTensor();
+    const at::Tensor expected = rotated(normalized(q, {-1}) * (1 + weight), 3.0);
+    EXPECT_TRUE(at::allclose(q_result, expected, 0, 1e-11));
+    EXPECT_TRUE(at::allclose(result->elements()[1].toTensor(), rotated(normalized(k, {-1}), 3.0), 0,
+                             1e-11));
+    const auto ours = torch::autograd::grad({q_result}, {q, weight}, {gradient});
+    const auto plain = torch::autograd::grad({expected}, {q, weight}, {gradient});
+    EXPECT_TRUE(at::allclose(ours[0], plain[0], 0, 1e-11));
+    EXPECT_TRUE(at::allclose(ours[1], plain[1], 0, 1e-11));
+  }
+}
+
+TEST(Registration, ALoadedModelNormalizesInPlaceAfterTheRotation) {
+  torch::jit::Module model = saved_and_loaded(scripted(kNormalizeInPlace));
+  const at::Tensor x = at::randn({5, 4, 2}, at::kDouble);
+  const at::Tensor weight = at::randn({4, 2}, at::kDouble);
+  const at::Tensor angle = at::full({1}, 0.7, at::kDouble);
+  const at::Tensor y = model.forward({x, weight, angle.cos(), angle.sin()}).toTensor();
+  EXPECT_TRUE(at::allclose(y, normalized(rotated(x, 0.7), {-2, -1}) * weight, 0, 1e-11));
 }
 
 TEST(Registration, ALoadedModelDifferentiates) {
