@@ -1,4 +1,4 @@
-"""Saves a small scripted transformer that uses the operator, and generates tokens with it.
+"""Saves a small scripted transformer that uses a layer of torch-rope, and generates tokens with it.
 
     python export.py model.pt 3 1 4 1 5
 
@@ -9,7 +9,7 @@ generated tokens, then the scores of the last step.
 import sys
 
 import torch
-import torch_rope  # noqa: F401  registers torch.ops.rope
+import torch_rope
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -17,7 +17,7 @@ NEW_TOKENS = 12
 
 
 class Attention(nn.Module):
-    """Causal attention with rotated queries and keys, and a key-value cache."""
+    """Causal attention with normalized and rotated queries and keys, and a key-value cache."""
 
     def __init__(self, width: int, heads: int, key_heads: int) -> None:
         """Creates the layers; each key head serves ``heads / key_heads`` query heads."""
@@ -26,6 +26,7 @@ class Attention(nn.Module):
         self.key_heads = key_heads
         self.head_size = width // heads
         self.input = nn.Linear(width, (heads + 2 * key_heads) * self.head_size, bias=False)
+        self.rotary = torch_rope.QKNormRotaryEmbedding(self.head_size)
         self.output = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, positions: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +45,7 @@ class Attention(nn.Module):
         packed = self.input(x).view(batch, tokens, -1, self.head_size).transpose(1, 2)
         q, k, v = packed.split([self.heads, self.key_heads, self.key_heads], dim=1)
         # Positions (S,) broadcast with (B, heads, S). Strided views such as q and k cost nothing.
-        q, k = torch.ops.rope.apply_qk(q, k, positions, max_wavelength=10000.0)
+        q, k = self.rotary(q, k, positions)
         cache = torch.cat([cache, torch.stack([k, v])], dim=3)
         seen = torch.arange(cache.shape[3], device=x.device) <= positions[:, None]
         keys, values = cache.repeat_interleave(self.heads // self.key_heads, dim=2).unbind(0)
