@@ -5,13 +5,16 @@ python benchmarks/bench_cuda.py --cases "BSHD 4096$" --without-peers --json F.js
 """
 
 import argparse
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
+import norms
 import torch
 from cases import Case, Problem, torch_rope_call
-from peers import ALWAYS_INTERLEAVED, PEERS, Call, Unsupported, as_tensors
+from norms import NormProblem
+from peers import ALWAYS_INTERLEAVED, PEERS, Call, Unsupported, as_tensors, prepare_to_compile
 from report import add_outputs, describe_environment, publish, table
 from timing import Graph, Timing, capture, count_buffers, l2_size, time_graphs
 from torch import Tensor
@@ -32,7 +35,8 @@ class Target:
     Attributes:
         case: The case.
         fraction: Of the speed of the best copy of what must be moved.
-        form: ``"functional"``, ``"in place"`` or ``"backward"``: of q and k alone.
+        form: ``"functional"``, ``"in place"`` or ``"backward"``: of q and k alone; or ``"norm"``,
+            the norm and the rotation, or ``"norm, backward"``: of q, k and both weights.
     """
 
     case: Case
@@ -45,8 +49,19 @@ class Target:
 
     @property
     def copied_share(self) -> float:
-        """The fraction of q and k that must be moved: in place only the rotated part."""
-        return self.case.rotated / self.case.head_dim if self.form == "in place" else 1.0
+        """The bytes that must be moved, as a multiple of those of a copy of q and k.
+
+        In place only the rotated part is. Backward, the norm reads q and k too: three passes over
+        memory instead of the two of a copy.
+        """
+        if self.form == "in place":
+            return self.case.rotated / self.case.head_dim
+        return 1.5 if self.form == "norm, backward" else 1.0
+
+    def problem(self, device: str) -> Problem:
+        """Returns random tensors for the case."""
+        make = NormProblem if self.form.startswith("norm") else Problem
+        return make(self.case, device, self.form.endswith("backward"))
 
 
 TARGETS = (
@@ -79,6 +94,9 @@ TARGETS = (
     Target(PARTIAL, 0.93),
     Target(PARTIAL, 0.85, "in place"),
     Target(PLAIN, 0.96, "backward"),
+    Target(PLAIN, 0.90, "norm"),
+    Target(replace(PLAIN, tokens=16384), 0.94, "norm"),
+    Target(PLAIN, 0.85, "norm, backward"),
     Target(replace(PLAIN, layout="BDS", tokens=131072, k_heads=0, variant="embedding axis 1"), 0.5),
     Target(replace(HEADS_OF_64, storage_offset=1, variant="D 64, odd offset"), 0.5),
 )
@@ -142,6 +160,8 @@ def copies(nbytes: int) -> dict[str, Call]:
 
 def ours(problem: Problem, form: str) -> Call:
     """Returns torch-rope's call, after checking its result."""
+    if isinstance(problem, NormProblem):
+        return of_norm(problem, norms.norm_apply(problem), form)
     interleaved = problem.case.interleaved
     if form == "backward":
         rotated = tuple_of(torch_rope_call(problem)())
@@ -157,29 +177,70 @@ def ours(problem: Problem, form: str) -> Call:
     return call
 
 
+def of_norm(problem: NormProblem, forward: Call, form: str) -> Call:
+    """Returns a call of ``norms.py``, or its backward pass alone, after checking its result."""
+    if form == "norm":
+        problem.check(as_tensors(forward()), problem.results())
+        return forward
+    rotated = as_tensors(forward())
+    gradients = (torch.randn_like(problem.q), torch.randn_like(problem.k))
+
+    def backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(rotated, problem.leaves, gradients, retain_graph=True)
+
+    problem.check(backward(), problem.gradients(gradients))
+    return backward
+
+
 def tuple_of(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Returns a pair as it is, and wraps a single tensor in a tuple."""
     return (result,) if isinstance(result, Tensor) else result
 
 
-def peer_graphs(problems: Sequence[Problem], excluded: dict[str, str]) -> dict[str, Graph]:
-    """Captures the peers that can be imported and support the case, after checking each.
+def peer_calls(
+    problems: Sequence[Problem], form: str
+) -> Iterator[tuple[str, Callable[[], list[Call]]]]:
+    """Lists the peers; each is made and checked when its function is called.
 
     Args:
         problems: The tensors to rotate, one problem per set of buffers.
+        form: Of the target.
+    """
+    first = problems[0]
+    if isinstance(first, NormProblem):
+        prepare_to_compile()
+        for name, make_norm in norms.PEERS.items():
+            yield (
+                name,
+                lambda make=make_norm: [of_norm(each, make(each), form) for each in problems],
+            )
+        return
+
+    def checked(name: str, make: Callable[[Problem], Call]) -> list[Call]:
+        calls = [make(problem) for problem in problems]
+        interleaved = first.case.interleaved or name in ALWAYS_INTERLEAVED
+        first.check(as_tensors(calls[0]()), first.rotate_exactly(first.tensors, interleaved))
+        return calls
+
+    for name, make in PEERS.items():
+        if name not in NOT_CAPTURED and first.case.k_heads and first.case.layout != "BDS":
+            yield name, functools.partial(checked, name, make)
+
+
+def peer_graphs(
+    problems: Sequence[Problem], form: str, excluded: dict[str, str]
+) -> dict[str, Graph]:
+    """Captures the peers that can be imported and support the case, after checking them.
+
+    Args:
+        problems: The tensors to rotate, one problem per set of buffers.
+        form: Of the target.
         excluded: Receives the peers that fail, and why.
     """
     graphs = {}
-    first = problems[0]
-    for name, make in PEERS.items():
-        if name in NOT_CAPTURED or not first.case.k_heads or first.case.layout == "BDS":
-            continue
+    for name, make in peer_calls(problems, form):
         try:
-            calls = [make(problem) for problem in problems]
-            interleaved = first.case.interleaved or name in ALWAYS_INTERLEAVED
-            exact = first.rotate_exactly(first.tensors, interleaved)
-            first.check(as_tensors(calls[0]()), exact)
-            graphs[name] = capture(calls)
+            graphs[name] = capture(make())
         except (ImportError, Unsupported):
             continue
         except Exception as error:
@@ -189,11 +250,10 @@ def peer_graphs(problems: Sequence[Problem], excluded: dict[str, str]) -> dict[s
 
 def measure(target: Target, rounds: int, with_peers: bool) -> Row:
     """Captures and times ours, the copies and the peers."""
-    case, form = target.case, target.form
-    problem = Problem(case, "meta")
-    nbytes = sum(x.nbytes for x in problem.tensors)
+    form = target.form
+    nbytes = sum(x.nbytes for x in Problem(target.case, "meta").tensors)
     count = count_buffers(nbytes if form == "in place" else 2 * nbytes, l2_size())
-    problems = [Problem(case, "cuda", requires_grad=form == "backward") for _ in range(count)]
+    problems = [target.problem("cuda") for _ in range(count)]
     graphs = {OURS: capture([ours(problem, form) for problem in problems])}
 
     copied = int(target.copied_share * nbytes)
@@ -202,8 +262,8 @@ def measure(target: Target, rounds: int, with_peers: bool) -> Row:
         graphs[name] = capture([copy[name] for copy in buffers])
 
     excluded: dict[str, str] = {}
-    if with_peers and form == "functional":
-        graphs |= peer_graphs(problems, excluded)
+    if with_peers and form in ("functional", "norm", "norm, backward"):
+        graphs |= peer_graphs(problems, form, excluded)
     return Row(str(target), target.fraction, time_graphs(graphs, rounds), excluded)
 
 

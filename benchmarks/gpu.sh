@@ -84,7 +84,7 @@ step 20 "Decoding, and the host's time" "$python" "$benchmarks/bench_decode.py" 
 step 20 "Gradients of angles" "$python" "$benchmarks/bench_gradients.py" --json "$results/$name-gradients.json" \
   --markdown "$results/$name-gradients.md"
 # Every test of a device: the values and derivatives of the operators first.
-first=("$tests"/test_{apply,cos_sin,pair,in_place,layouts,numbers,gradient_sums,autograd}.py)
+first=("$tests"/test_{apply,norm,cos_sin,pair,in_place,layouts,numbers,gradient_sums,autograd}.py)
 step 150 "The Python tests on CUDA" env OMP_NUM_THREADS=2 "${pytest[@]}" "${many[@]}" -k "[cuda" \
   --ignore-glob="*/test_cuda*.py" "${first[@]}" "$tests"
 if command -v compute-sanitizer > /dev/null; then
@@ -93,7 +93,7 @@ else
   heading "compute-sanitizer is not here: left out"
 fi
 # Few cases: each has to be compiled by torch.compile, which takes most of the time.
-step 60 "Peers" "$python" "$benchmarks/bench_cuda.py" --cases "^bfloat16 BSHD (1|1024|4096|16384)$" \
+step 60 "Peers" "$python" "$benchmarks/bench_cuda.py" --cases "^bfloat16 BSHD ((1|1024|4096|16384)$|4096, norm)" \
   --json "$results/$name-peers.json" --markdown "$results/$name-peers.md"
 
 heading "Done"

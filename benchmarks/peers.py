@@ -80,15 +80,22 @@ def eager_function(problem: Problem) -> tuple[Callable[..., Pair], Pair]:
     return rotate_eagerly, (cos, sin)
 
 
-def compiled(problem: Problem) -> Call:
-    """The same, compiled for the shapes of the case."""
-    function, (cos, sin) = eager_function(problem)
+def prepare_to_compile() -> None:
+    """Forgets compiled code, and chooses a cache.
+
+    One per ATEN_CPU_CAPABILITY: TorchInductor does not distinguish them, and code for another one
+    writes past the end of its outputs.
+    """
     torch.compiler.reset()
-    # One cache per ATEN_CPU_CAPABILITY: TorchInductor does not distinguish them, and code for
-    # another one writes past the end of its outputs.
     capability = torch.backends.cpu.get_cpu_capability()
     folder = f"torch-rope-{getpass.getuser()}-{capability}"
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir(), folder))
+
+
+def compiled(problem: Problem) -> Call:
+    """The same, compiled for the shapes of the case."""
+    function, (cos, sin) = eager_function(problem)
+    prepare_to_compile()
     rotate = torch.compile(function, dynamic=False)
     return lambda: rotate(problem.q, problem.k, cos, sin, problem.case.interleaved)
 

@@ -19,6 +19,7 @@ PACKAGES = (
     "flash-attn",
     "flashinfer-python",
     "liger-kernel",
+    "axolotl",
     "transformer-engine",
     "triton",
 )

@@ -35,7 +35,7 @@ def number_of_targets() -> int:
 def test_every_case_has_the_exact_result(bench_cuda: Any, place: int) -> None:
     target = bench_cuda.TARGETS[place]
     case = replace(target.case, tokens=min(target.case.tokens, 17))
-    problem = bench_cuda.Problem(case, "cpu", requires_grad=target.form == "backward")
+    problem = replace(target, case=case).problem("cpu")
     call = bench_cuda.ours(problem, target.form)  # Checked in it.
     assert all(x.data_ptr() % 16 for x in problem.tensors) == (case.storage_offset % 2 == 1)
     call()
@@ -108,9 +108,79 @@ def test_figures_are_fractions_of_the_better_copy(bench_cuda: Any) -> None:
     assert "Targets met: 1 of 1." in text
 
 
-def test_in_place_only_what_is_rotated_must_be_moved(bench_cuda: Any) -> None:
+def test_what_must_be_moved_is_half_in_place_and_one_and_a_half_for_gradients_of_norms(
+    bench_cuda: Any,
+) -> None:
     shares = {str(target): target.copied_share for target in bench_cuda.TARGETS}
-    assert [name for name in shares if shares[name] != 1] == [
-        "bfloat16 BSHD 4096 partial 64 of 128, in place"
-    ]
-    assert 0.5 in shares.values()
+    assert {name: share for name, share in shares.items() if share != 1} == {
+        "bfloat16 BSHD 4096 partial 64 of 128, in place": 0.5,
+        "bfloat16 BSHD 4096, norm, backward": 1.5,
+    }
+
+
+@pytest.fixture
+def bench_norm(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script, imported from its folder."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    pytest.importorskip("tqdm")
+    import bench_norm
+
+    return bench_norm
+
+
+@pytest.mark.usefixtures("bench_norm")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("over_heads", [False, True])
+@pytest.mark.parametrize("layout", ["BSHD", "BHSD"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_norms_have_the_exact_result(
+    dtype: str, layout: str, over_heads: bool, training: bool
+) -> None:
+    bench_norm, norms, cases = (sys.modules[name] for name in ("bench_norm", "norms", "cases"))
+    case = cases.Case(dtype, layout, 17, q_heads=3, k_heads=2, head_dim=16)
+    problem = norms.NormProblem(case, "cpu", training, over_heads)
+    for make in (norms.norm_apply, norms.unfused, norms.plain):
+        bench_norm.checked(problem, make(problem), training)()
+
+    def wrong() -> Any:
+        q, k = norms.norm_apply(problem)()
+        return q, 1.1 * k
+
+    with pytest.raises(AssertionError, match="from the exact result"):
+        bench_norm.checked(problem, wrong, training)
+
+
+def test_every_case_of_a_norm_is_compared_with_a_call_that_is_timed(
+    bench_norm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_norm, "PEERS", {bench_norm.UNFUSED: sys.modules["norms"].unfused})
+    cases = bench_norm.list_cases(quick=False)
+    assert len({str(case) for case in cases}) == len(cases)
+    assert set(map(str, bench_norm.list_cases(quick=True))) <= set(map(str, cases))
+    kinds = {case.target: case for case in cases}
+    assert set(kinds) == {
+        (bench_norm.ROTATION, 1.4),
+        (bench_norm.ROTATION, 1.15),
+        (bench_norm.ROTATION, 1.3),
+        (bench_norm.UNFUSED, 1 / 3),
+        (bench_norm.PER_HEAD, 1.6),
+    }
+    for (bound, _), case in kinds.items():
+        small = replace(case, case=replace(case.case, tokens=2))
+        excluded: dict[str, str] = {}
+        calls = bench_norm.list_calls(small, excluded)
+        assert {bench_norm.OURS, bound, "copy_"} <= set(calls)
+        assert not excluded
+
+
+def test_figures_of_a_norm_are_multiples_of_its_bound(bench_norm: Any) -> None:
+    timing = sys.modules["timing"]
+    seconds = {"torch-rope": 3.0, "apply": 2.0, "copy_": 1.5, "memcpy": 1.0}
+    seconds |= dict(zip(bench_norm.COMPILED, (9.0, 6.0), strict=True))
+    timings = {name: timing.Timing(each, 0.01, 0.0) for name, each in seconds.items()}
+    row = bench_norm.Row(1, "a case", timings, "apply", 1.4)
+    cells = ["a case", "3000.0000", "1%", "apply", "1.50", "1.40", "miss", "2.0", "pass"]
+    assert row.cells() == cells
+    assert replace(row, target=1.5).cells()[6] == "pass"
+    text = bench_norm.report([row], {"device": "a machine", "date": "today"})
+    assert "| a case | 1000.0000 | 3.00       | 2.00  | 9.00" in text
