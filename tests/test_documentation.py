@@ -25,6 +25,14 @@ class Rotate(torch.nn.Module):
 
 model, args = Rotate(), (torch.randn(2, 8, 5, 64), torch.arange(5))
 """,
+    "docs/norms.md": """
+import torch
+import torch_rope
+
+q, k = torch.randn(2, 9, 4, 64), torch.randn(2, 9, 2, 64)
+q_weight, k_weight = torch.rand(4 * 64), torch.rand(2 * 64)
+positions = torch.arange(9)[:, None]
+""",
     "docs/transformers.md": """
 from transformers import LlamaConfig, LlamaModel
 
@@ -49,6 +57,12 @@ import onnx
 operators = [node.op_type for node in onnx.load("model.onnx").graph.node]
 assert operators.count("RotaryEmbedding") == 1
 """,
+    "docs/norms.md": """
+flat = torch.nn.functional.rms_norm(q.flatten(-2), (4 * 64,), q_weight, eps=1e-6)
+expected = torch_rope.apply(flat.view_as(q), positions)
+assert torch.allclose(q_rotated, expected, atol=1e-5)
+assert torch.equal(attention.rotary.q_norm.weight, q_norm)
+""",
     "docs/transformers.md": """
 from kernels.layer.globals import _KERNEL_MAPPING
 
@@ -63,6 +77,7 @@ assert "rotary_pos_emb" in _KERNEL_MAPPING.get()
 NEEDS = {
     "README.md": ["transformers"],
     "docs/integrations.md": ["onnxscript"],
+    "docs/norms.md": [],
     "docs/transformers.md": ["transformers", "kernels"],
 }
 
