@@ -167,16 +167,21 @@ def test_norms_over_all_heads_have_a_weight_for_each_element(
         torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-5)
 
 
-def test_heads_may_lie_behind_the_embedding_axis(device: str) -> None:
+@pytest.mark.parametrize("order", [(0, 1, 3, 2), (0, 3, 2, 1), (0, 3, 1, 2), (2, 0, 1, 3)])
+def test_heads_may_lie_anywhere(device: str, order: tuple[int, ...]) -> None:
     x, _, positions = inputs(device)
-    moved = x.movedim(-2, -1)  # (B, S, D, H)
+    heads, embedding_axis = order.index(2) - 4, order.index(3) - 4
     options: dict[str, Any] = {"num_heads": (Q_HEADS, Q_HEADS), "device": device}
     layer = with_random_weights(QKNormRotaryEmbedding(HEAD_DIM, **options))
-    other = QKNormRotaryEmbedding(HEAD_DIM, embedding_axis=-2, norm_axes=(-1, -2), **options)
-    with torch.no_grad():  # A weight's last dimension is the embedding axis in both.
-        other.q_norm.weight.copy_(layer.q_norm.weight)
-    actual = other(moved, positions)
-    torch.testing.assert_close(actual, layer(x, positions).movedim(-2, -1), rtol=1e-5, atol=1e-5)
+    other = QKNormRotaryEmbedding(
+        HEAD_DIM, embedding_axis=embedding_axis, norm_axes=(embedding_axis, heads), **options
+    )
+    other.load_state_dict(layer.state_dict())
+    # The positions of (B, S, H), in the order of x without the embedding axis.
+    moved = positions.expand(2, 9, 1).permute([axis for axis in order if axis != 3])
+    actual = other(x.permute(order), moved)
+    expected = layer(x, positions).permute(order)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("q_weight", [False, True])

@@ -387,7 +387,7 @@ TEST(QKNormRotaryEmbedding, FollowsTheLength) {
   }
 }
 
-TEST(QKNormRotaryEmbedding, NormalizesOverHeadsInEitherLayout) {
+TEST(QKNormRotaryEmbedding, NormalizesOverHeadsInAnyLayout) {
   const at::Tensor q = random_values({2, 9, 4, 32});
   const at::Tensor k = random_values({2, 9, 2, 32}, at::kFloat, 1);
   auto layer = with_random_weights(
@@ -404,6 +404,12 @@ TEST(QKNormRotaryEmbedding, NormalizesOverHeadsInEitherLayout) {
       heads_first(q.transpose(1, 2), k.transpose(1, 2), positions_from(0).squeeze(-1));
   EXPECT_TRUE(at::allclose(q_other.transpose(1, 2), q_result, 0, 1e-5));
   EXPECT_TRUE(at::allclose(k_other.transpose(1, 2), k_result, 0, 1e-5));
+  // (B, D, H, S): the heads follow the embedding axis.
+  auto heads_later = with_random_weights(QKNormRotaryEmbedding(
+      32, QKNormRotaryEmbeddingOptions{
+              .embedding_axis = -3, .norm_axes = {{-3, -2}}, .num_heads = {{4, 2}}}));
+  const at::Tensor moved = heads_later(q.permute({0, 3, 2, 1}), positions_from(0).squeeze(-1));
+  EXPECT_TRUE(at::allclose(moved.permute({0, 3, 2, 1}), q_result, 0, 1e-5));
 }
 
 TEST(QKNormRotaryEmbedding, HasTheParametersOfModels) {
