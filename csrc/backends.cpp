@@ -43,7 +43,7 @@ at::Tensor empty_like_on_cpu(const at::Tensor& x) {
 // Finishes the gradients of weights: run(launch, make_weight_sums) carries out a launch.
 template <typename Run>
 NormGradients norm_gradients(const NormGradientCall& call, const Run& run) {
-  if (is_unfused(call)) {
+  if (is_unfused(call, /*weights_may_vary=*/false)) {
     return unfused_norm_gradients(call);
   }
   NormGradients outputs = empty_gradients(call);
@@ -73,7 +73,7 @@ NormGradients norm_gradients(const NormGradientCall& call, const Run& run) {
 Outputs rotate_on_cpu(const Call& call) {
   Outputs outputs = check_and_allocate<empty_like_on_cpu>(call);
   check_rows_exist(call);
-  if (call.normalizes && is_unfused(call)) {
+  if (call.normalizes && is_unfused(call, /*weights_may_vary=*/true)) {
     normalize_unfused(call, outputs);
     return outputs;
   }

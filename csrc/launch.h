@@ -122,8 +122,11 @@ enum TokenArray : int {
   kIn,     // in and out of operand i are kIn + 2 * i and kOut + 2 * i
   kOut,
   kTokenArrays = kIn + 4,
-  kGrad = kTokenArrays,  // kGrad + i for operand i, in launches for gradients of norms
-  kAllTokenArrays = kGrad + 2,
+  // Of launches that normalize, each + i for operand i, as in HeadArray.
+  kGrad = kTokenArrays,
+  kGain = kGrad + 2,
+  kWeight = kGain + 2,
+  kAllTokenArrays = kWeight + 2,
 };
 
 // NOTE [ Norms ]

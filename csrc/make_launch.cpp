@@ -170,6 +170,10 @@ class LaunchBuilder {
         tokens_[token].strides[kIn + 2 * index] = in.stride(d);
         tokens_[token].strides[kOut + 2 * index] = out.stride(d);
         tokens_[token].strides[kGrad + index] = grad.stride(d);
+        tokens_[token].strides[kGain + index] =
+            weight_stride(weight_sizes, gain_strides, from_right);
+        tokens_[token].strides[kWeight + index] =
+            weight_stride(weight_sizes, weight_strides, from_right);
       } else if (in.size(d) != 1) {
         Loop<kHeadArrays> loop{in.size(d), {in.stride(d), out.stride(d)}};
         if (call_.normalizes) {

@@ -29,11 +29,11 @@ at::IntArrayRef angle_sizes(const Call& call) {
   return call.positions.sizes().slice(has_axes ? 1 : 0);
 }
 
-bool is_unfused_one(const Call& call) {
-  const at::Tensor& x = call.q;
+bool is_unfused_one(const Call& call, const at::Tensor& x, const at::Tensor& weight,
+                    bool weights_may_vary) {
   const at::IntArrayRef angles = angle_sizes(call);
-  const at::IntArrayRef weights = call.q_weight.defined()
-                                      ? call.q_weight.sizes().slice(0, call.q_weight.dim() - 1)
+  const at::IntArrayRef weights = weight.defined() && !weights_may_vary
+                                      ? weight.sizes().slice(0, weight.dim() - 1)
                                       : at::IntArrayRef();
   const std::int64_t axis = c10::maybe_wrap_dim(call.options.embedding_axis, x.dim());
   const auto shares_mean = [&](std::int64_t d) {
@@ -85,9 +85,9 @@ NormGradients gradients_of_one(const NormGradientCall& call) {
 
 }  // namespace
 
-bool is_unfused(const Call& call) {
-  return is_unfused_one(call, call.q, call.q_weight) ||
-         (call.is_pair && is_unfused_one(call, call.k, call.k_weight));
+bool is_unfused(const Call& call, bool weights_may_vary) {
+  return is_unfused_one(call, call.q, call.q_weight, weights_may_vary) ||
+         (call.is_pair && is_unfused_one(call, call.k, call.k_weight, weights_may_vary));
 }
 
 void normalize_unfused(const Call& call, const Outputs& outputs) {

@@ -71,6 +71,7 @@ struct NormWorkspace {
   void* counted;               // (2 * kPadding) of the opmath type
   void* rows;                  // (3, axis size) elements, where axes are strided
   std::int64_t* grad_offsets;  // (tokens, 2): the gradient of each operand
+  std::int64_t* gain_offsets;  // (tokens, 2): its gains
   std::int64_t* head_offsets;  // (kMaxHeads, or more that share a mean, kHeadArrays)
   void* weight_grads[2];       // of each operand: (2, weights, gain_length) of the opmath type
   void* weight_sums[2];        // the block's part of WeightSums

@@ -49,6 +49,16 @@ ROPE_INLINE void arrange_weight(const RowShape<scalar_t>& shape, const Weight* w
   });
 }
 
+// The loops over which an array varies.
+template <int kArrays>
+ROPE_INLINE Loops<kArrays> loops_of_array(const Loops<kArrays>& loops, int array) {
+  Loops<kArrays> varying = loops;
+  for (int d = 0; d < loops.num_dims; ++d) {
+    varying.sizes[d] = loops.strides[array][d] == 0 ? 1 : loops.sizes[d];
+  }
+  return varying;
+}
+
 // Lays out the weights of an operand: see NOTE [ Gains ].
 template <typename scalar_t>
 ROPE_INLINE void arrange_gains(const Launch& launch, int index, void* to) {
@@ -66,20 +76,22 @@ ROPE_INLINE void arrange_gains(const Launch& launch, int index, void* to) {
                             __attribute__((always_inline)) { gains[slot] = 1; });
     return;
   }
-  // The heads over which the weight varies.
-  Loops<kHeadArrays> heads = operand.heads;
-  for (int d = 0; d < heads.num_dims; ++d) {
-    heads.sizes[d] = heads.strides[kHeadGain][d] == 0 ? 1 : heads.sizes[d];
-  }
-  const std::int64_t count = heads.count();
-  for (std::int64_t head = 0; head < count; ++head) {
-    std::int64_t offsets[kHeadArrays];
-    heads.offsets(head, offsets);
-    Real* row = gains + offsets[kHeadGain] / operand.axis_size * length;
+  const auto heads = loops_of_array(operand.heads, kHeadGain);
+  const auto tokens = loops_of_array(launch.tokens, kGain + index);
+  const std::int64_t num_heads = heads.count();
+  const std::int64_t count = num_heads * tokens.count();
+  for (std::int64_t i = 0; i < count; ++i) {
+    std::int64_t of_head[kHeadArrays];
+    std::int64_t of_token[kAllTokenArrays];
+    heads.offsets(i % num_heads, of_head);
+    tokens.offsets(i / num_heads, of_token);
+    const std::int64_t gain = of_head[kHeadGain] + of_token[kGain + index];
+    const std::int64_t from = of_head[kHeadWeight] + of_token[kWeight + index];
+    Real* row = gains + gain / operand.axis_size * length;
     const auto arrange = [&](auto type) __attribute__((always_inline)) {
       using Weight = decltype(type);
-      arrange_weight(shape, static_cast<const Weight*>(norm.weight) + offsets[kHeadWeight],
-                     norm.weight_axis_stride, launch.weight_offset, row);
+      arrange_weight(shape, static_cast<const Weight*>(norm.weight) + from, norm.weight_axis_stride,
+                     launch.weight_offset, row);
     };
     switch (norm.weight_dtype) {
       case c10::ScalarType::Double:
@@ -167,7 +179,8 @@ ROPE_INLINE NormRow<scalar_t> row_in_place(const NormPart<scalar_t>& part, std::
   const std::int64_t* of_token =
       part.workspace.angles.token_offsets + token * kTokenArrays + kIn + 2 * part.index;
   const std::int64_t* of_head = part.workspace.head_offsets + head * kHeadArrays;
-  const std::int64_t gain = of_head[kHeadGain];
+  const std::int64_t gain =
+      of_head[kHeadGain] + part.workspace.gain_offsets[2 * token + part.index];
   NormRow<scalar_t> row{};
   row.in = static_cast<const scalar_t*>(operand.in) + of_token[0] + of_head[kHeadIn];
   row.gains = static_cast<const Real*>(part.workspace.gains[part.index]) + gain;
@@ -508,6 +521,11 @@ ROPE_INLINE void process_block(const Launch& launch, const NormWorkspace& worksp
     }
     workspace.grad_offsets[2 * token] = offsets[kGrad];
     workspace.grad_offsets[2 * token + 1] = offsets[kGrad + 1];
+    for (int index = 0; index < launch.num_operands; ++index) {
+      const std::int64_t axis_size = launch.operands[index].axis_size;
+      workspace.gain_offsets[2 * token + index] =
+          offsets[kGain + index] / axis_size * gain_length(axis_size);
+    }
   }
   const auto angles = find_angles<scalar_t>(launch, workspace.angles, Along::kAxis, 0, num_tokens);
   for (int index = 0; index < launch.num_operands; ++index) {

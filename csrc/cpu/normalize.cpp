@@ -74,6 +74,7 @@ class NormRun {
     const std::int64_t counted = pieces.add(2 * kPadding * kWide);
     const std::int64_t rows = pieces.add(3 * axis_size * kWide);
     const std::int64_t grad_offsets = pieces.add(plan_.block_tokens * 2 * kWide);
+    const std::int64_t gain_offsets = pieces.add(plan_.block_tokens * 2 * kWide);
     const std::int64_t head_offsets = pieces.add(tile_heads * kHeadArrays * kWide);
     const auto [angles, base] = thread_workspace(launch_, plan_, pieces.total());
     NormWorkspace workspace{};
@@ -81,6 +82,7 @@ class NormRun {
     workspace.counted = base + counted;
     workspace.rows = base + rows;
     workspace.grad_offsets = reinterpret_cast<std::int64_t*>(base + grad_offsets);
+    workspace.gain_offsets = reinterpret_cast<std::int64_t*>(base + gain_offsets);
     workspace.head_offsets = reinterpret_cast<std::int64_t*>(base + head_offsets);
     for (int i = 0; i < launch_.num_operands; ++i) {
       workspace.gains[i] = gains_[i];
