@@ -134,8 +134,9 @@ enum TokenArray : int {
 // Elements that share a mean are the rows (heads along the embedding axis) of some number of heads
 // of one token, num_members of an operand: 1 for the norm of each head. The heads are sorted so
 // that members of a mean follow each other, in the order of the dimensions of x whatever their
-// strides, since the order of a sum shows in its bits. Norms over tokens, and weights that vary
-// over tokens, are no launch: unfused_norm.h carries them out as a norm and a rotation.
+// strides, since the order of a sum shows in its bits. Norms over tokens are no launch, nor are
+// weights that vary over tokens where a kernel does not support them: unfused_norm.h carries them
+// out as a norm and a rotation.
 //
 // All backends compute, in the opmath type and in this order:
 //
