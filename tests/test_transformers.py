@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -102,7 +103,10 @@ def turning_the_other_way(name: str, original: Callable[..., Any]) -> Callable[.
 
     def rotate(*arguments: Any, **options: Any) -> Any:
         bound = inspect.signature(original).bind(*arguments, **options)
-        bound.arguments["sin"] = -bound.arguments["sin"]
+        if "freqs_cis" in bound.arguments:
+            bound.arguments["freqs_cis"] = bound.arguments["freqs_cis"].conj()
+        else:
+            bound.arguments["sin"] = -bound.arguments["sin"]
         return original(*bound.args, **bound.kwargs)
 
     return rotate
@@ -195,28 +199,62 @@ def check_bfloat16(module: ModuleType, subject: Subject) -> None:
         assert distance(patched[i], exact[i]) <= 2 * noise
 
 
+@contextmanager
+def fusing_classes_watched(model: nn.Module) -> Iterator[set[str]]:
+    """Gives the classes of the layers that normalise and rotate in one call meanwhile."""
+    running: list[str] = []
+    found: set[str] = set()
+    operator = _forms.norm_apply_cos_sin
+
+    def watched(*tensors: Any, **options: Any) -> Any:
+        found.update(running)
+        return operator(*tensors, **options)
+
+    def enter(layer: nn.Module, given: object) -> None:
+        running.append(type(layer).__name__)
+
+    def leave(layer: nn.Module, given: object, result: object) -> None:
+        running.pop()
+
+    layers = [layer for layer in model.modules() if next(layer.children(), None) is not None]
+    hooks = [layer.register_forward_pre_hook(enter) for layer in layers]
+    hooks += [layer.register_forward_hook(leave) for layer in layers]
+    with pytest.MonkeyPatch.context() as change:
+        change.setattr(_forms, "norm_apply_cos_sin", watched)
+        yield found
+    for hook in hooks:
+        hook.remove()
+
+
 @cache
 def outcomes(family: str) -> dict[str, str]:
-    """Runs a family; returns "covered", or why it is not, for each of its functions."""
+    """Runs a family.
+
+    Returns:
+        "covered", or why not, for each of its functions, and for each of its classes that have
+        norms next to a rotation.
+    """
     module = tiny_transformers.load(family)
-    functions = [name for name in FUNCTIONS if hasattr(module, name)]
+    functions = {name for name in FUNCTIONS if hasattr(module, name)}
     with patch(module) as done:
-        left_alone = {name.rpartition(".")[2]: why for name, why in done.left_alone.items()}
-    found = {name: f"left alone: {why}" for name, why in left_alone.items()}
+        left_alone = done.left_alone | done.norms_left_alone
+        fused = {name.rpartition(".")[2] for name in done.fused}
+    found = {name.rpartition(".")[2]: f"left alone: {why}" for name, why in left_alone.items()}
     text = inspect.getsource(module)
     for name in functions:
         if text.count(f"{name}(") == 1:  # Its definition.
             found.setdefault(name, "not run: its module does not call it")
-    if found.keys() == set(functions):
-        return found
-    for subject in tiny_transformers.subjects(module, set(functions) - found.keys()):
+    wanted = functions - found.keys()
+    for subject in tiny_transformers.subjects(module, wanted, fused) if wanted else ():
+        with patch(module), fusing_classes_watched(subject.model) as ran:
+            first_output(subject.model, subject.inputs)
         check_float32(module, subject)
         check_axes(module, subject)
         if family not in WITHOUT_BFLOAT16:
             check_bfloat16(module, subject)
-        for name in subject.functions:
+        for name in subject.functions | (ran & fused):
             found.setdefault(name, "covered")
-    for name in functions:
+    for name in functions | fused:
         found.setdefault(name, "not run: no tiny model of it was made")
     return found
 
@@ -245,16 +283,38 @@ def test_the_page_has_the_count_of_the_report(capsys: pytest.CaptureFixture[str]
         for family in FAMILIES
         for name, outcome in outcomes(family).items()
     }
+    counts = []
+    for kind in ("functions", "classes"):
+        some = {
+            name: outcome == "covered"
+            for name, outcome in found.items()
+            if (name.partition(".")[2] in FUNCTIONS) == (kind == "functions")
+        }
+        families = {name.partition(".")[0] for name, is_covered in some.items() if is_covered}
+        counts.append(f"{sum(some.values())} of {len(some)} {kind}, in {len(families)} families")
     others = {name: outcome for name, outcome in found.items() if outcome != "covered"}
-    covered = len(found) - len(others)
-    families = len({name.partition(".")[0] for name in found.keys() - others.keys()})
     with capsys.disabled():
-        print(f"\n{covered} of {len(found)} functions covered, in {families} families")
-        for name, outcome in others.items():
-            print(f"| `{name}` | {outcome} |")
+        print("", *counts, *(f"| `{name}` | {why} |" for name, why in others.items()), sep="\n")
+        for family in FAMILIES:
+            print(f"{family}: {state_of(family)}")
     text = " ".join(PAGE.read_text().split())
-    assert f"**{covered} of {len(found)} functions, in {families} families**" in text
+    for count in counts:
+        assert f"**{count}**" in text
     assert others == documented()
+
+
+def state_of(family: str) -> str:
+    """Returns whether a family's norms are fused, only its functions replaced, or nothing."""
+    classes, functions = {}, {}
+    for name, outcome in outcomes(family).items():
+        (functions if name in FUNCTIONS else classes)[name] = outcome
+    fused = [name for name, outcome in classes.items() if not outcome.startswith("left alone")]
+    others = "; ".join(f"{name} {why}" for name, why in classes.items() if name not in fused)
+    if fused:
+        return f"fused: {', '.join(fused)}" + (f"; {others}" if others else "")
+    if all(outcome.startswith("left alone") for outcome in functions.values()):
+        return f"untouched: {'; '.join(functions.values())}"
+    return f"rotation only: {others or 'no norm is next to a rotation'}"
 
 
 # One function of each form: module, name, where an angle stands in its tables, and the width of q.
@@ -444,7 +504,7 @@ def reason(function: Callable[..., Any]) -> str:
 
 
 def test_the_reason_names_what_a_function_takes() -> None:
-    def complex_table(xq: Any, xk: Any, freqs_cis: Any) -> Any:
+    def complex_table(q: Any, k: Any, freqs_cis: Any) -> Any:
         raise NotImplementedError
 
     def other_shapes(q: Any, k: Any, cos: Any, sin: Any) -> Any:
@@ -455,7 +515,7 @@ def test_the_reason_names_what_a_function_takes() -> None:
         return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
 
     assert reason(complex_table) == (
-        "its parameters are (xq, xk, freqs_cis): it takes freqs_cis, not cos and sin"
+        "its parameters are (q, k, freqs_cis): it takes freqs_cis, not cos and sin"
     )
     assert reason(other_shapes) == (
         "it rejects the trial tensors (ValueError: expected six dimensions)"
@@ -730,13 +790,16 @@ def test_vmap_over_a_model_comes_before_any_other_call() -> None:
 def widths(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Records whether the operator is given half of a table or all of it."""
     seen: list[str] = []
-    operator = _forms.apply_cos_sin
 
-    def watched(x: Any, cos: Tensor, sin: Tensor, **options: Any) -> Any:
-        seen.append("full" if options["full_width"] else "half")
-        return operator(x, cos, sin, **options)
+    def watched(operator: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*tensors: Any, **options: Any) -> Any:
+            seen.append("full" if options["full_width"] else "half")
+            return operator(*tensors, **options)
 
-    monkeypatch.setattr(_forms, "apply_cos_sin", watched)
+        return call
+
+    for name in ("apply_cos_sin", "norm_apply_cos_sin"):
+        monkeypatch.setattr(_forms, name, watched(getattr(_forms, name)))
     return seen
 
 
@@ -1006,6 +1069,7 @@ def test_a_patched_model_is_pickled() -> None:
 # Every family, or a few.
 
 A_FEW = ("llama", "cohere", "nanochat", "deepseek_v3", "gemma3", "hunyuan_vl", "dinov3_vit")
+A_FEW += ("qwen3", "olmo2", "llama4")
 CHOSEN = FAMILIES if os.environ.get("ROPE_ALL_FAMILIES") else A_FEW
 
 
@@ -1092,7 +1156,8 @@ def test_the_functions_of_a_family_run_under_vmap(family: str) -> None:
     module = tiny_transformers.load(family)
     for subject in subjects_of(family):
         for name, given in calls_of(module, subject).items():
-            tables = {key: given.pop(key) for key in ("cos", "sin")}
+            keys = given.keys() & {"cos", "sin", "freqs_cis"}
+            tables = {key: given.pop(key) for key in keys}
             batch = {key: torch.stack((t, -t, t.flip(-1))) for key, t in tables.items()}
 
             def rotate(some: dict[str, Tensor], name: str = name, given: Any = given) -> Any:

@@ -119,6 +119,7 @@ NEEDED: dict[str, dict[str, Any]] = {
         "vocab_size_per_layer_input": VOCABULARY,
         "hidden_size_per_layer_input": 16,
     },
+    "Glm4MoeConfig": {"use_qk_norm": True},
     "Glm4vMoeTextConfig": {
         "rope_parameters": SECTIONS | {"mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
     },
@@ -275,20 +276,35 @@ def inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 @dataclass
 class Subject:
-    """A model that calls some of the functions, and what it is given."""
+    """A model that calls some of the functions, and what it is given.
+
+    Attributes:
+        model, inputs: The model, and what it is given.
+        functions: The names of the functions that it calls.
+        classes: The names of its layers' classes.
+    """
 
     model: nn.Module
     inputs: dict[str, Tensor]
     functions: frozenset[str]
+    classes: frozenset[str]
 
 
 # Models whose classes end so come first.
 PREFERRED = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ForMaskedLM", "Model", "")
 
 
-def subjects(module: ModuleType, functions: set[str]) -> Iterator[Subject]:
-    """Builds models until each of these functions of the module was called by one of them."""
-    missing = set(functions)
+def subjects(
+    module: ModuleType, functions: set[str], layers: set[str] | None = None
+) -> Iterator[Subject]:
+    """Builds models until one of them called each of these functions or has each of these layers.
+
+    Args:
+        module: The models' module.
+        functions: The names of functions.
+        layers: The names of classes.
+    """
+    missing = set(functions) | (layers or set())
     classes = [
         value
         for value in vars(module).values()
@@ -305,8 +321,8 @@ def subjects(module: ModuleType, functions: set[str]) -> Iterator[Subject]:
             if not missing:
                 return
             subject = try_to_build(module, model_class, variation)
-            if subject is not None and subject.functions & missing:
-                missing -= subject.functions
+            if subject is not None and (subject.functions | subject.classes) & missing:
+                missing -= subject.functions | subject.classes
                 yield subject
 
 
@@ -325,7 +341,8 @@ def try_to_build(module: ModuleType, model_class: Any, variation: dict[str, Any]
             except Exception:
                 continue
         if called:
-            return Subject(model, given, frozenset(called))
+            classes = frozenset(type(layer).__name__ for layer in model.modules())
+            return Subject(model, given, frozenset(called), classes)
     return None
 
 

@@ -14,14 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from torch_rope._norm_operators import norm_apply_cos_sin
 from torch_rope._operators import apply_cos_sin
+from torch_rope.integrations._deferred import Normed
+from torch_rope.integrations._norms import Function, NormForm, UnknownFormError
 from torch_rope.integrations._proof import Columns, angles_are_doubled, first, second
-
-Function = Callable[..., Any]
-
-
-class UnknownFormError(Exception):
-    """No form matches a function; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +67,29 @@ class Form:
             )
         return cos, sin, True
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, full_width: bool) -> Tensor:
+    def rotate(self, x: Tensor | Normed, cos: Tensor, sin: Tensor, full_width: bool) -> Tensor:
         """Rotates a tensor by tables that broadcast with it."""
         options = self._options(x, cos, full_width)
+        if isinstance(x, Normed):
+            normed = self._prepare(x.x, cos)
+            return norm_apply_cos_sin(normed, x.weight, cos, sin, **options, **x.options)
         return apply_cos_sin(self._prepare(x, cos), cos, sin, **options)
 
     def rotate_pair(
-        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, full_width: bool
+        self, q: Tensor | Normed, k: Tensor | Normed, cos: Tensor, sin: Tensor, full_width: bool
     ) -> tuple[Tensor, Tensor]:
         """Rotates a query and a key by tables that broadcast with both."""
-        pair = self._prepare(q, cos), self._prepare(k, cos)
-        q_rotated, k_rotated = apply_cos_sin(pair, cos, sin, **self._options(q, cos, full_width))
-        return q_rotated, self._convert(k_rotated, q)
+        options = self._options(q, cos, full_width)
+        if isinstance(q, Normed) and isinstance(k, Normed) and q.options == k.options:
+            pair = self._prepare(q.x, cos), self._prepare(k.x, cos)
+            weights = q.weight, k.weight
+            rotated = norm_apply_cos_sin(pair, weights, cos, sin, **options, **q.options)
+        elif isinstance(q, Normed) or isinstance(k, Normed):
+            rotated = self.rotate(q, cos, sin, full_width), self.rotate(k, cos, sin, full_width)
+        else:
+            pair = self._prepare(q, cos), self._prepare(k, cos)
+            rotated = apply_cos_sin(pair, cos, sin, **options)
+        return rotated[0], self._convert(rotated[1], q)
 
     def rotate_value(
         self, v: Tensor, q: Tensor, cos: Tensor, sin: Tensor, full_width: bool
@@ -89,7 +97,7 @@ class Form:
         """Rotates a value like a key."""
         return self._convert(self.rotate(v, cos, sin, full_width), q)
 
-    def _convert(self, rotated: Tensor, q: Tensor) -> Tensor:
+    def _convert(self, rotated: Tensor, q: Tensor | Normed) -> Tensor:
         return rotated.to(q.dtype) if self.dtype == "of q" else rotated
 
     def _prepare(self, x: Tensor, cos: Tensor) -> Tensor:
@@ -102,7 +110,7 @@ class Form:
     def _is_interleaved(self) -> bool:
         return self.interleaved and not self.to_halves
 
-    def _options(self, x: Tensor, cos: Tensor, full_width: bool) -> dict[str, Any]:
+    def _options(self, x: Tensor | Normed, cos: Tensor, full_width: bool) -> dict[str, Any]:
         width = cos.shape[-1] if full_width else 2 * cos.shape[-1]
         return {
             "rotary_offset": x.shape[-1] - width if self.last else 0,
@@ -146,6 +154,7 @@ def replacement(function: Function) -> Function:
         ours: Any = call.make(form, function)
         ours.__defaults__ = defaults
         functools.update_wrapper(ours, function)
+        ours.fuses_norms = not form.to_halves and _fuses_norms(ours, function, names, call, form)
         return ours  # type: ignore[no-any-return]
     # A reason about the arithmetic is more useful than a rejected shape.
     raise UnknownFormError(next((r for r in refusals if not r.startswith(_FAILS)), refusals[-1]))
@@ -252,6 +261,13 @@ def _of_last_tokens(form: Form, original: Function) -> Function:
         before = q.shape[-2] - sin.shape[-2]
         if options or before == 0:
             return rotate_all(q, k, cos, sin, **options)
+        if isinstance(q, Normed) or isinstance(k, Normed):  # The others are rotated by zero.
+            zero = (cos.new_ones(()), sin.new_zeros(()))
+            tables = (
+                torch.cat((one.expand(*t.shape[:-2], before, t.shape[-1]), t), dim=-2)
+                for one, t in zip(zero, (cos, sin), strict=True)
+            )
+            return rotate_all(q, k, *tables)
         cos, sin, full_width = form.tables(cos, sin)
         rotated = form.rotate_pair(q[..., before:, :], k[..., before:, :], cos, sin, full_width)
         return tuple(
@@ -260,6 +276,17 @@ def _of_last_tokens(form: Form, original: Function) -> Function:
         )
 
     return rotate
+
+
+def _of_pair_by_complex_numbers(dim: int) -> Callable[[Form, Function], Function]:
+    def make(form: Form, original: Function) -> Function:
+        def rotate(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> Any:
+            table = freqs_cis.unsqueeze(dim).to(xq.device)
+            return form.rotate_pair(xq, xk, table.real, table.imag, full_width=False)
+
+        return rotate
+
+    return make
 
 
 def _of_tensor(form: Form, original: Function) -> Function:
@@ -278,6 +305,10 @@ def _of_tensor_sin_first(form: Form, original: Function) -> Function:
         return rotate_tensor(tensor, cos, sin, 2)
 
     return rotate
+
+
+# The parameters that are rotated.
+_TENSORS = ("q", "k", "v", "xq", "xk", "x", "tensor")
 
 
 @dataclass(frozen=True)
@@ -309,6 +340,8 @@ class _Trial:
         q = _random((*self.q, self.width), 0).to(self.dtypes[0])
         k = _random((*self.k, self.width), 1).to(self.dtypes[1]) if self.with_k else None
         tensors = {"q": q, "x": q, "tensor": q, "k": k, "v": k, "cos": cos, "sin": sin}
+        if "freqs_cis" in names:
+            tensors |= {"xq": q, "xk": k, "freqs_cis": torch.complex(cos, sin)}
         return {name: tensors[name] for name in names if name in tensors} | self.options
 
 
@@ -319,7 +352,12 @@ def _random(shape: tuple[int, ...], seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Call:
-    """A calling convention: what makes the replacement, and the trials to verify it."""
+    """A calling convention.
+
+    Attributes:
+        make: Makes the replacement.
+        trials: What verifies it.
+    """
 
     make: Callable[[Form, Function], Function]
     trials: tuple[_Trial, ...]
@@ -365,6 +403,10 @@ _CALLS: dict[tuple[str, ...], tuple[_Call, ...]] = {
     ("q", "k", "cos", "sin"): _WITHOUT_OPTION,
     ("q", "k", "cos", "sin", "**kwargs"): _WITHOUT_OPTION,
     ("x", "cos", "sin", "unsqueeze_dim"): (_Call(_of_tensor, _EITHER),),
+    ("xq", "xk", "freqs_cis"): (
+        _Call(_of_pair_by_complex_numbers(2), (_BY_TOKENS,)),
+        _Call(_of_pair_by_complex_numbers(1), (_BY_HEADS,)),
+    ),
     ("tensor", "sin", "cos"): (_Call(_of_tensor_sin_first, (_BY_TOKENS,)),),
 }
 
@@ -399,9 +441,12 @@ def _find_form(function: Function, names: tuple[str, ...], call: _Call) -> Form:
         ours = call.make(form, function)
         defaults = {"k": None, "unsqueeze_dim": 1, "position_ids": None}
         for trial in (replace(trial, **changes) for trial in call.trials):
+            expected = attempt(form, trial)
+            if expected is None:
+                return False
             arguments = trial.arguments(names, form)
             missing = {name: defaults[name] for name in names if name in defaults} | arguments
-            if not _close(ours(**missing), attempt(form, trial)):
+            if not _close(ours(**missing), expected):
                 return False
         return True
 
@@ -433,6 +478,39 @@ def _find_form(function: Function, names: tuple[str, ...], call: _Call) -> Form:
         dtype=_dtype(attempt(form, replace(trial, dtypes=dtypes)), dtypes),
         without_k="q" if isinstance(without_k, Tensor) else "pair",
     )
+
+
+def _fuses_norms(
+    ours: Function, function: Function, names: tuple[str, ...], call: _Call, form: Form
+) -> bool:
+    """Returns whether a replacement has the results and gradients of a norm and the function."""
+    with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
+        norm = nn.RMSNorm(8, eps=0.5, dtype=torch.float32)
+        norm.weight.data = _random((8,), 4)
+        norm_form = NormForm("eps", 0.0, keeps_dtype=True, forward=nn.RMSNorm.forward)
+
+        def run(function: Function, trial: _Trial, is_last: bool) -> tuple[Tensor, ...]:
+            arguments = trial.arguments(names, form)
+            inputs = [arguments[name].requires_grad_() for name in names if name in _TENSORS]
+            for name in names:
+                if name not in _TENSORS:
+                    continue
+                if function is ours:
+                    arguments[name] = Normed(norm, norm_form, arguments[name], is_last)
+                elif not is_last:
+                    arguments[name] = norm(arguments[name])
+            results = function(**arguments)
+            results = results if isinstance(results, tuple) else (results,)
+            if function is not ours and is_last:
+                results = tuple(map(norm, results))
+            upstream = [_random(tuple(x.shape), 5) for x in results]
+            return *results, *torch.autograd.grad(results, [*inputs, norm.weight], upstream)
+
+        return all(
+            _close(run(ours, trial, is_last), run(function, trial, is_last))
+            for trial in call.trials
+            for is_last in (False, True)
+        )
 
 
 def _dtype(results: Any, dtypes: tuple[torch.dtype, ...]) -> Literal["own", "of q", "promoted"]:

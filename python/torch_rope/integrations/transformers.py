@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from torch_rope._arguments import kind_of, message
-from torch_rope.integrations._forms import Function, UnknownFormError, replacement
+from torch_rope.integrations._forms import replacement
+from torch_rope.integrations._forwards import fused_forward
+from torch_rope.integrations._norms import Function, UnknownFormError
 from torch_rope.integrations._proof import forget, prove
 
 __all__ = ["FUNCTIONS", "Patch", "kernel_mapping", "patch", "unpatch"]
@@ -26,6 +28,7 @@ FUNCTIONS = (
     "apply_rotary_pos_emb",
     "apply_rotary_pos_emb_interleave",
     "apply_rotary_pos_emb_vision",
+    "apply_rotary_emb",
 )
 
 # Where patch() looks by default: transformers, and code it loads from model repositories.
@@ -34,8 +37,11 @@ _PACKAGES = ("transformers.models.", "transformers_modules.")
 _PATCH = "torch_rope.integrations.transformers.patch"
 _UNPATCH = "torch_rope.integrations.transformers.unpatch"
 
-# The original and the replacement, by module and name.
-_replaced: dict[tuple[ModuleType, str], tuple[Function, Function]] = {}
+# What has functions that are replaced: modules, and classes of layers.
+_Owner = ModuleType | type[nn.Module]
+
+# The original and the replacement, by owner and name.
+_replaced: dict[tuple[_Owner, str], tuple[Function, Function]] = {}
 
 
 @dataclass
@@ -46,11 +52,17 @@ class Patch:
         replaced: The functions that the call replaced, as ``module.function``.
         already: The functions that an earlier call had replaced; they stay replaced on exit.
         left_alone: The functions that the operators cannot express, each with the reason.
+        fused: The classes, as ``module.class``, whose forward runs norms and rotations together
+            since the call.
+        norms_left_alone: The classes that have norms next to a rotation and keep their forward,
+            each with the reason.
     """
 
     replaced: list[str] = field(default_factory=list)
     already: list[str] = field(default_factory=list)
     left_alone: dict[str, str] = field(default_factory=dict)
+    fused: list[str] = field(default_factory=list)
+    norms_left_alone: dict[str, str] = field(default_factory=dict)
     _installed: list[Function] = field(default_factory=list, repr=False)
     _proven: list[nn.Module] = field(default_factory=list, repr=False)
 
@@ -60,6 +72,7 @@ class Patch:
             if any(ours is one for one in self._installed):
                 _restore(*key)
         self.replaced.clear()
+        self.fused.clear()
         self._installed.clear()
         forget(self._proven)
 
@@ -77,13 +90,19 @@ class Patch:
         self.unpatch()
 
 
-def patch(model_or_module: nn.Module | ModuleType | None = None) -> Patch:
+def patch(model_or_module: nn.Module | ModuleType | None = None, *, norms: bool = True) -> Patch:
     """Makes transformers' models rotate queries and keys with ``torch_rope.apply_cos_sin``.
 
     Replaces the functions named in :data:`FUNCTIONS` in modeling modules by functions with the same
     signature, output layout and dtypes. Each is first called with random numbers, and replaced only
     if the operators give the same results. Patching a module affects all models that it defines,
     existing and future. Models train, compile and generate as before.
+
+    Where an attention class normalises queries and keys with an RMSNorm before or after the
+    function, with nothing in between but views, its forward is replaced as well, and
+    ``torch_rope.norm_apply_cos_sin`` computes both. The weights and epsilon are those of the
+    layer's norms at the time of the call. A norm with hooks, a replaced one and one of another
+    class are called as before.
 
     A model's tables have two values per pair, which the functions pass on with ``full_width=True``.
     If a model is given, its rotary modules are also called with random positions: if the two values
@@ -98,6 +117,7 @@ def patch(model_or_module: nn.Module | ModuleType | None = None) -> Patch:
             patch it; or None, to patch all modules of ``transformers.models`` imported so far, and
             code that transformers loaded from model repositories. Modules imported later are not
             patched: create the model first, or pass it.
+        norms: Whether to replace the forwards of attention classes, too.
 
     Returns:
         What was replaced, what was already replaced and what was left alone. Use it as a context
@@ -126,25 +146,11 @@ def patch(model_or_module: nn.Module | ModuleType | None = None) -> Patch:
         {}
     """
     done = Patch()
-    found = False
-    for module in _modules(model_or_module):
-        for name in FUNCTIONS:
-            original = vars(module).get(name)
-            if original is None:
-                continue
-            found = True
-            if (module, name) in _replaced and original is _replaced[module, name][1]:
-                done.already.append(_name(module, name))
-                continue
-            try:
-                ours = replacement(original)
-            except UnknownFormError as reason:
-                done.left_alone[_name(module, name)] = str(reason)
-                continue
-            _replaced[module, name] = original, ours
-            setattr(module, name, ours)
-            done.replaced.append(_name(module, name))
-            done._installed.append(ours)
+    modules = _modules(model_or_module)
+    found = [module for module in modules if _patch_functions(module, done)]
+    if norms:
+        for module in found:
+            _patch_forwards(module, done)
     if not found:
         rule = f"have one of the functions {', '.join(FUNCTIONS)} in its modules"
         raise ValueError(message(_PATCH, "model_or_module", rule, _describe(model_or_module)))
@@ -167,15 +173,66 @@ def unpatch(model_or_module: nn.Module | ModuleType | None = None) -> None:
         forget(list(model_or_module.modules()))
     elif model_or_module is None:
         forget()
-    for module, name in list(_replaced):
+    for owner, name in list(_replaced):
+        module = sys.modules.get(owner.__module__) if isinstance(owner, type) else owner
         if modules is None or module in modules:
-            _restore(module, name)
+            _restore(owner, name)
 
 
-def _restore(module: ModuleType, name: str) -> None:
-    original, ours = _replaced.pop((module, name))
-    if vars(module).get(name) is ours:  # Otherwise somebody else replaced it later.
-        setattr(module, name, original)
+def _patch_functions(module: ModuleType, done: Patch) -> bool:
+    """Replaces the functions of a module; returns whether it has any."""
+    found = False
+    for name in FUNCTIONS:
+        original = vars(module).get(name)
+        if original is None:
+            continue
+        found = True
+        if _is_ours(module, name):
+            done.already.append(_name(module, name))
+            continue
+        try:
+            ours = replacement(original)
+        except UnknownFormError as reason:
+            done.left_alone[_name(module, name)] = str(reason)
+            continue
+        _install(module, name, ours, done)
+        done.replaced.append(_name(module, name))
+    return found
+
+
+def _patch_forwards(module: ModuleType, done: Patch) -> None:
+    """Replaces the forwards of a module's classes that have norms next to rotations."""
+    for layer in list(vars(module).values()):
+        if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
+            continue
+        if layer.__module__ != module.__name__ or "forward" not in vars(layer):
+            continue
+        if _is_ours(layer, "forward"):
+            continue
+        try:
+            ours = fused_forward(layer, FUNCTIONS)
+        except UnknownFormError as reason:
+            done.norms_left_alone[_name(module, layer.__name__)] = str(reason)
+            continue
+        if ours is not None:
+            _install(layer, "forward", ours, done)
+            done.fused.append(_name(module, layer.__name__))
+
+
+def _is_ours(owner: _Owner, name: str) -> bool:
+    return (owner, name) in _replaced and vars(owner).get(name) is _replaced[owner, name][1]
+
+
+def _install(owner: _Owner, name: str, ours: Function, done: Patch) -> None:
+    _replaced[owner, name] = vars(owner)[name], ours
+    setattr(owner, name, ours)
+    done._installed.append(ours)
+
+
+def _restore(owner: _Owner, name: str) -> None:
+    original, ours = _replaced.pop((owner, name))
+    if vars(owner).get(name) is ours:  # Otherwise somebody else replaced it later.
+        setattr(owner, name, original)
 
 
 def _name(module: ModuleType, function: str) -> str:
