@@ -288,13 +288,13 @@ ROPE_INLINE Real reciprocal_root(double sum, Real inverse_count, Real eps) {
   return Real(1) / std::sqrt(static_cast<Real>(sum) * inverse_count + eps);
 }
 
-template <bool interleaved, bool norm_last, typename scalar_t>
-ROPE_INLINE double squares_of(const NormPart<scalar_t>& part, const NormRow<scalar_t>& row,
+template <bool interleaved, bool norm_last, typename Shape, typename scalar_t>
+ROPE_INLINE double squares_of(const Shape& shape, const NormRow<scalar_t>& row,
                               const TokenAngles<scalar_t>& angles) {
   if constexpr (norm_last) {
-    return sum_of_rotated_squares<interleaved>(part.shape, row, angles);
+    return sum_of_rotated_squares<interleaved>(shape, row, angles);
   } else {
-    return sum_of_squares(row.in, part.shape.size);
+    return sum_of_squares(row.in, shape.size);
   }
 }
 
@@ -306,7 +306,7 @@ ROPE_INLINE void normalize_group(const NormPart<scalar_t>& part, std::int64_t to
   const std::int64_t end = first_head + part.members();
   double squares = 0;
   for (std::int64_t head = first_head; head < end; ++head) {
-    squares += squares_of<interleaved, norm_last>(part, row_of(part, token, head), angles);
+    squares += squares_of<interleaved, norm_last>(part.shape, row_of(part, token, head), angles);
   }
   const Real scale =
       reciprocal_root(squares, part.inverse_count, static_cast<Real>(part.launch.eps));
@@ -385,52 +385,82 @@ ROPE_LOOP void normalize_whole_rows(const NormPart<scalar_t>& part, std::int64_t
   }
 }
 
-// The heads of a tile, for one token.
-template <bool interleaved, bool norm_last, typename scalar_t>
-ROPE_INLINE void normalize_heads(const NormPart<scalar_t>& part, std::int64_t token,
-                                 std::int64_t count, const TokenAngles<scalar_t>& angles,
-                                 bool may_stream) {
-  const auto whole = [&](auto steps) __attribute__((always_inline)) {
-    normalize_whole_rows<interleaved, norm_last, steps>(part, token, count, angles, may_stream);
-  };
-  switch (whole_steps(part)) {
-    case 1:
-      return whole(std::integral_constant<int, 1>());
-    case 2:
-      return whole(std::integral_constant<int, 2>());
-    case 4:
-      return whole(std::integral_constant<int, 4>());
-    case 8:
-      return whole(std::integral_constant<int, 8>());
-    default:
-      for (std::int64_t head = 0; head < count; head += part.members()) {
-        normalize_group<interleaved, norm_last>(part, token, head, angles, may_stream);
-      }
+// Heads [0, count) of the tile. Where each has a mean of its own, the scales of several are
+// computed together.
+template <bool interleaved, bool norm_last, typename Shape, typename scalar_t>
+ROPE_LOOP void differentiate_rows(const Shape& shape, const NormPart<scalar_t>& part,
+                                  std::int64_t token, std::int64_t count,
+                                  const TokenAngles<scalar_t>& angles, bool may_stream) {
+  using Real = at::opmath_type<scalar_t>;
+  constexpr std::int64_t kTogether = 16;
+  const std::int64_t members = part.members();
+  const std::int64_t together = members == 1 ? kTogether : members;
+  for (std::int64_t first = 0; first < count; first += together) {
+    const std::int64_t number = count - first < together ? count - first : together;
+    const auto mean_of = [&](std::int64_t i)
+                             __attribute__((always_inline)) { return members == 1 ? i : 0; };
+    double squares[kTogether] = {};
+    double products[kTogether] = {};
+    for (std::int64_t i = 0; i < number; ++i) {
+      const auto row = row_of(part, token, first + i);
+      squares[mean_of(i)] += squares_of<interleaved, norm_last>(shape, row, angles);
+      products[mean_of(i)] += sum_of_products<interleaved, norm_last>(shape, row, angles);
+    }
+    Real scales[kTogether];
+    Real corrections[kTogether];
+    for (std::int64_t i = 0; i < kTogether; ++i) {
+      const auto eps = static_cast<Real>(part.launch.eps);
+      scales[i] = reciprocal_root(squares[i], part.inverse_count, eps);
+      corrections[i] =
+          scales[i] * (scales[i] * (static_cast<Real>(products[i]) * part.inverse_count));
+    }
+    for (std::int64_t i = 0; i < number; ++i) {
+      const auto row = row_of(part, token, first + i);
+      const bool streams = may_stream && can_stream(row.out, shape.size);
+      differentiate_row<interleaved, norm_last>(shape, row, angles, scales[mean_of(i)],
+                                                corrections[mean_of(i)], streams);
+      finish_row(part, row, token, first + i);
+    }
   }
 }
 
-template <bool interleaved, bool norm_last, typename scalar_t>
-ROPE_INLINE void differentiate_group(const NormPart<scalar_t>& part, std::int64_t token,
-                                     std::int64_t first_head, const TokenAngles<scalar_t>& angles,
-                                     bool may_stream) {
-  using Real = at::opmath_type<scalar_t>;
-  const std::int64_t end = first_head + part.members();
-  double squares = 0;
-  double products = 0;
-  for (std::int64_t head = first_head; head < end; ++head) {
-    const auto row = row_of(part, token, head);
-    squares += squares_of<interleaved, norm_last>(part, row, angles);
-    products += sum_of_products<interleaved, norm_last>(part.shape, row, angles);
+// Calls run with the number of steps of whole rows as a constant, or with 0 for all others.
+template <typename scalar_t, typename Run>
+ROPE_INLINE void dispatch_steps(const NormPart<scalar_t>& part, const Run& run) {
+  switch (whole_steps(part)) {
+    case 1:
+      return run(std::integral_constant<int, 1>());
+    case 2:
+      return run(std::integral_constant<int, 2>());
+    case 4:
+      return run(std::integral_constant<int, 4>());
+    case 8:
+      return run(std::integral_constant<int, 8>());
+    default:
+      return run(std::integral_constant<int, 0>());
   }
-  const Real scale =
-      reciprocal_root(squares, part.inverse_count, static_cast<Real>(part.launch.eps));
-  const Real correction = scale * (scale * (static_cast<Real>(products) * part.inverse_count));
-  for (std::int64_t head = first_head; head < end; ++head) {
-    const auto row = row_of(part, token, head);
-    const bool streams = may_stream && can_stream(row.out, part.shape.size);
-    differentiate_row<interleaved, norm_last>(part.shape, row, angles, scale, correction, streams);
-    finish_row(part, row, token, head);
-  }
+}
+
+// The heads of a tile, for one token.
+template <bool interleaved, bool norm_last, bool is_gradient, typename scalar_t>
+ROPE_INLINE void process_heads(const NormPart<scalar_t>& part, std::int64_t token,
+                               std::int64_t count, const TokenAngles<scalar_t>& angles,
+                               bool may_stream) {
+  dispatch_steps(part, [&](auto steps) __attribute__((always_inline)) {
+    if constexpr (is_gradient && steps > 0) {
+      differentiate_rows<interleaved, norm_last>(WholeShape<scalar_t, interleaved, steps>(), part,
+                                                 token, count, angles, may_stream);
+    } else if constexpr (is_gradient) {
+      differentiate_rows<interleaved, norm_last>(part.shape, part, token, count, angles,
+                                                 may_stream);
+    } else if constexpr (steps > 0) {
+      normalize_whole_rows<interleaved, norm_last, steps>(part, token, count, angles, may_stream);
+    } else {
+      for (std::int64_t head = 0; head < count; head += part.members()) {
+        normalize_group<interleaved, norm_last>(part, token, head, angles, may_stream);
+      }
+    }
+  });
 }
 
 // The weight gradients of a block are summed in two steps: `sums` of some rows, then `totals`.
@@ -491,13 +521,7 @@ ROPE_LOOP void process_part(const NormPart<scalar_t>& part, const AngleRows<scal
       const TokenAngles<scalar_t> of_token{angles.cos + token * angles.stride,
                                            angles.sin + token * angles.stride,
                                            has_full_width(part.launch) ? angles.half : 0, counted};
-      if constexpr (is_gradient) {
-        for (std::int64_t i = 0; i < count; i += part.members()) {
-          differentiate_group<interleaved, norm_last>(part, token, i, of_token, may_stream);
-        }
-      } else {
-        normalize_heads<interleaved, norm_last>(part, token, count, of_token, may_stream);
-      }
+      process_heads<interleaved, norm_last, is_gradient>(part, token, count, of_token, may_stream);
       rows_in_sums += count;
       if (rows_in_sums >= kRowsPerSum) {
         weight_grads.add_to_totals();

@@ -91,6 +91,29 @@ struct RowShape {
   }
 };
 
+// The same for rows of kSteps whole steps without elements outside the slice, as constants.
+template <typename scalar_t, bool interleaved, int kSteps>
+struct WholeShape {
+  static constexpr std::int64_t kSize = Step<scalar_t>::kSize;
+  static constexpr std::int64_t size = 2 * kSteps * kSize;
+  static constexpr std::int64_t before = 0;
+  static constexpr std::int64_t behind = 0;
+
+  static constexpr std::int64_t steps() { return kSteps; }
+  static constexpr bool is_short() { return false; }
+  static constexpr bool is_shifted() { return false; }
+  static constexpr std::int64_t first(std::int64_t step) {
+    return (interleaved ? 2 : 1) * step * kSize;
+  }
+  static constexpr std::int64_t second(std::int64_t step) {
+    return first(step) + (interleaved ? 1 : kSteps) * kSize;
+  }
+  static constexpr std::int64_t num_first() { return kSize; }
+  static constexpr std::int64_t num_second() { return kSize; }
+  static constexpr std::int64_t slice_slot() { return 0; }
+  static constexpr std::int64_t behind_slot() { return 2 * kSteps * kSize; }
+};
+
 // A sum of products, in lanes of the opmath type, several of which hide the latency of an addition.
 // Those of every kChunk elements are added up in float64. The elements of a row go to the same
 // lanes wherever it lies.
@@ -297,9 +320,9 @@ ROPE_INLINE void store_step(const Wide<scalar_t, kStored>& wide, scalar_t* row,
 }
 
 // Calls outside(place) for each step outside the slice.
-template <typename scalar_t, typename Outside>
-ROPE_INLINE void for_each_step_outside(const RowShape<scalar_t>& shape, const Outside& outside) {
-  constexpr std::int64_t kSize = Step<scalar_t>::kSize;
+template <typename Shape, typename Outside>
+ROPE_INLINE void for_each_step_outside(const Shape& shape, const Outside& outside) {
+  constexpr std::int64_t kSize = Shape::kSize;
   for (int part = 0; part < 2; ++part) {
     const std::int64_t begin = part == 0 ? 0 : shape.size - shape.behind;
     const std::int64_t count = part == 0 ? shape.before : shape.behind;
@@ -311,9 +334,9 @@ ROPE_INLINE void for_each_step_outside(const RowShape<scalar_t>& shape, const Ou
   }
 }
 
-template <typename scalar_t>
-ROPE_INLINE StepPlace<2> place_of(const RowShape<scalar_t>& shape, std::int64_t step) {
-  constexpr std::int64_t kSize = Step<scalar_t>::kSize;
+template <typename Shape>
+ROPE_INLINE StepPlace<2> place_of(const Shape& shape, std::int64_t step) {
+  constexpr std::int64_t kSize = Shape::kSize;
   const bool is_part = shape.is_short();
   return {{shape.first(step), shape.second(step)},
           {is_part ? shape.num_first() : kSize, is_part ? shape.num_second() : kSize},
@@ -339,10 +362,9 @@ ROPE_INLINE Wide<scalar_t, 2> load_shifted(const RowShape<scalar_t>& shape, cons
 }
 
 // The factor of the repeated elements of a shifted step is 0.
-template <typename scalar_t>
-ROPE_INLINE Wide<scalar_t, 2> counted_once(const Wide<scalar_t, 2>& wide,
-                                           const RowShape<scalar_t>& shape, std::int64_t step,
-                                           const TokenAngles<scalar_t>& angles) {
+template <typename scalar_t, typename Shape>
+ROPE_INLINE Wide<scalar_t, 2> counted_once(const Wide<scalar_t, 2>& wide, const Shape& shape,
+                                           std::int64_t step, const TokenAngles<scalar_t>& angles) {
   return shape.is_shifted() && step == shape.steps() - 1
              ? wide * Wide<scalar_t, 2>::load(angles.counted)
              : wide;
@@ -351,9 +373,8 @@ ROPE_INLINE Wide<scalar_t, 2> counted_once(const Wide<scalar_t, 2>& wide,
 // ---- The forward call ----
 
 // The sum of the squares of a rotated row.
-template <bool interleaved, typename scalar_t>
-ROPE_INLINE double sum_of_rotated_squares(const RowShape<scalar_t>& shape,
-                                          const NormRow<scalar_t>& row,
+template <bool interleaved, typename Shape, typename scalar_t>
+ROPE_INLINE double sum_of_rotated_squares(const Shape& shape, const NormRow<scalar_t>& row,
                                           const TokenAngles<scalar_t>& angles) {
   LaneSums<scalar_t> sums;
   const auto add_squares = [&](const auto& wide) __attribute__((always_inline)) {
@@ -505,8 +526,8 @@ ROPE_INLINE Normalized<scalar_t, 2> load_normalized(
 
 // The sum of the products that the mean in the gradient of x is of.
 // Scalar math: sum += t * gain * x
-template <bool interleaved, bool norm_last, typename scalar_t>
-ROPE_INLINE double sum_of_products(const RowShape<scalar_t>& shape, const NormRow<scalar_t>& row,
+template <bool interleaved, bool norm_last, typename Shape, typename scalar_t>
+ROPE_INLINE double sum_of_products(const Shape& shape, const NormRow<scalar_t>& row,
                                    const TokenAngles<scalar_t>& angles) {
   LaneSums<scalar_t> sums;
   const auto add_products = [&](const auto& weighted, const auto& x)
@@ -558,8 +579,8 @@ ROPE_INLINE Wide<scalar_t, kStored> gradient_of_normalized(
 }
 
 // The gradients of a row, after its sums. correction = scale^2 * sum of products / count
-template <bool interleaved, bool norm_last, typename scalar_t>
-ROPE_INLINE void differentiate_row(const RowShape<scalar_t>& shape, const NormRow<scalar_t>& row,
+template <bool interleaved, bool norm_last, typename Shape, typename scalar_t>
+ROPE_INLINE void differentiate_row(const Shape& shape, const NormRow<scalar_t>& row,
                                    const TokenAngles<scalar_t>& angles,
                                    at::opmath_type<scalar_t> scale_of_row,
                                    at::opmath_type<scalar_t> correction_of_row, bool streams) {
