@@ -6,6 +6,7 @@
 #include <c10/util/irange.h>
 
 #include <array>
+#include <string>
 
 #include "call.h"
 #include "checks.h"
@@ -93,30 +94,44 @@ NormGradients norm_gradients_on_cpu(const NormGradientCall& call) {
   return norm_gradients(call, cpu::normalize_gradient);
 }
 
-Outputs rotate_on_cuda(const Call& call) {
+void check_has_kernels(const std::string& name, const at::Tensor& x) {
   TORCH_CHECK_NOT_IMPLEMENTED(
-      cuda::has_kernels(), "rope::", call.name(),
+      cuda::has_kernels(), "rope::", name,
       "(): expected tensors on the CPU, since this torch-rope was built without CUDA kernels, but "
       "got tensors on ",
-      call.q.device(),
+      x.device(),
       ". For the kernels, build where torch is a CUDA build and nvcc is there, from the CUDA "
       "toolkit or ",
       "the pip packages cuda-toolkit[cccl,crt,nvcc,nvvm]: ROPE_CUDA=1 pip install "
       "--no-build-isolation .");
+}
+
+// Norms with more angles than a block has room for are a norm and a rotation too.
+bool is_unfused_on_cuda(const Call& call) {
+  return is_unfused(call) || rotary_dim(call, call.q) > 2 * cuda::kMostNormPairs;
+}
+
+Outputs rotate_on_cuda(const Call& call) {
+  check_has_kernels(call.name(), call.q);
   Outputs outputs = check_and_allocate<empty_like>(call);
-  if (call.normalizes) {  // Until there are kernels.
-    Call functional = call;
-    functional.in_place = false;
-    const Outputs results = rotate_decomposed(functional);
-    outputs.q.copy_(results.q);
-    if (call.is_pair) {
-      outputs.k.copy_(results.k);
-    }
+  if (call.normalizes && is_unfused_on_cuda(call)) {
+    normalize_unfused(call, outputs);
     return outputs;
   }
-  for_each_launch(call, outputs,
-                  [&](const Launch& launch) { cuda::rotate(launch, call.q.get_device()); });
+  const auto run = call.normalizes ? cuda::normalize : cuda::rotate;
+  for_each_launch(call, outputs, [&](const Launch& launch) { run(launch, call.q.get_device()); });
   return outputs;
+}
+
+NormGradients norm_gradients_on_cuda(const NormGradientCall& call) {
+  check_has_kernels(call.name(), call.q);
+  check(call);
+  if (is_unfused_on_cuda(call)) {
+    return unfused_norm_gradients(call);
+  }
+  return norm_gradients(call, [&](const Launch& launch, MakeWeightSums make_weight_sums) {
+    cuda::normalize_gradient(launch, call.q.get_device(), make_weight_sums);
+  });
 }
 
 // The strided layout of nested tensors, which check() refuses. torch_rope/_nested.py has the jagged
@@ -137,7 +152,7 @@ TORCH_LIBRARY_IMPL(rope, CPU, library) {
 
 TORCH_LIBRARY_IMPL(rope, CUDA, library) {
   rope::AllOperators::implement<rope::rotate_on_cuda>(library);
-  rope::NormGradientOperators::implement<rope::decomposed_norm_gradients>(library);
+  rope::NormGradientOperators::implement<rope::norm_gradients_on_cuda>(library);
 }
 
 // Without these, the fallback of the key would give another error than the operators do elsewhere.

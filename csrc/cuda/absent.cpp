@@ -15,6 +15,10 @@ namespace {
 
 void rotate(const Launch&, int) { fail(); }
 
+void normalize(const Launch&, int) { fail(); }
+
+void normalize_gradient(const Launch&, int, MakeWeightSums) { fail(); }
+
 void sum(const Launch&, int, MakeSums) { fail(); }
 
 void scatter_rows(const TableSums&, int) { fail(); }

@@ -121,9 +121,9 @@ C10_HOST_DEVICE inline void find_rotations_from_positions(const AngleParams& par
 // ---- From cos/sin tables ----
 
 // The rotation of pair n of the token that the offsets belong to. Requires has_table_row().
-template <typename Real, bool kFullWidth, typename Index>
+template <typename Real, bool kFullWidth, typename Index, int kArrays>
 C10_HOST_DEVICE inline PairRotation<Real, kFullWidth> load_from_tables(
-    const AngleParams& params, const Index (&offsets)[kTokenArrays], Index n, Index num_pairs,
+    const AngleParams& params, const Index (&offsets)[kArrays], Index n, Index num_pairs,
     bool interleaved) {
   const TableAngles& table = params.table_angles;
   PairRotation<Real, kFullWidth> rotation;

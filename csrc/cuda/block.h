@@ -142,21 +142,21 @@ struct DeviceLoops {
   }
 };
 
-// q or k.
-template <typename Index>
+// q or k, and the arrays that its heads step through: the first kHeads.
+template <typename Index, int kHeads>
 struct DeviceOperand {
   const void* in;
   void* out;
   Index axis_size;
   Index in_axis_stride;
   Index out_axis_stride;
-  DeviceLoops<Index, kRotatedHeadArrays> heads;  // in, out
+  DeviceLoops<Index, kHeads> heads;
 };
 
-template <typename Index>
+template <typename Index, int kHeads = kRotatedHeadArrays, int kTokens = kTokenArrays>
 struct Operands {
-  DeviceOperand<Index> x[2];
-  DeviceLoops<Index, kTokenArrays> tokens;
+  DeviceOperand<Index, kHeads> x[2];
+  DeviceLoops<Index, kTokens> tokens;
   Index num_pairs;
   Index rotary_offset;
   bool interleaved;
@@ -174,8 +174,9 @@ struct Row {
 };
 
 template <typename scalar_t, typename Index>
-C10_HOST_DEVICE inline Row<scalar_t, Index> find_head(const DeviceOperand<Index>& x, Index head,
-                                                      Index token_in, Index token_out) {
+C10_HOST_DEVICE inline Row<scalar_t, Index> find_head(
+    const DeviceOperand<Index, kRotatedHeadArrays>& x, Index head, Index token_in,
+    Index token_out) {
   Index offsets[kRotatedHeadArrays];
   x.heads.offsets(head, offsets);
   return {static_cast<const scalar_t*>(x.in) + (token_in + offsets[0]),
@@ -206,7 +207,8 @@ struct Column {
 
   // A column of the rotated slice: the first elements of its pairs and the second ones, or, if
   // pairs are interleaved, the first half of the pairs and the second half.
-  C10_HOST_DEVICE static Column of_pairs(const Operands<Index>& operands, Index column) {
+  template <typename AnyOperands>
+  C10_HOST_DEVICE static Column of_pairs(const AnyOperands& operands, Index column) {
     const Index first = column * kPairs;
     const bool interleaved = kPairs == 1 ? operands.interleaved : kInterleaved;
     const Index begin = operands.rotary_offset + (interleaved ? 2 * first : first);
@@ -214,7 +216,8 @@ struct Column {
   }
 
   // A column of the elements outside the rotated slice.
-  C10_HOST_DEVICE static Column of_others(const Operands<Index>& operands, Index column) {
+  template <typename AnyOperands>
+  C10_HOST_DEVICE static Column of_others(const AnyOperands& operands, Index column) {
     const auto skip_slice = [&](Index outside) {
       return outside < operands.rotary_offset ? outside : outside + 2 * operands.num_pairs;
     };
@@ -342,6 +345,26 @@ struct SharedPairs {
     } else {
       number(0) = rotation.cos;
       number(1) = rotation.sin;
+    }
+  }
+
+  // The rotations of kCount neighboring pairs, 16 bytes at a time.
+  template <typename Index, int kCount>
+  C10_HOST_DEVICE static void load(const Real* shared, const Blocks<Index>& blocks, int token_lane,
+                                   int first_pair, PairRotation (&rotations)[kCount]) {
+    Real numbers[kNumbers][kCount];
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i) {
+      load_aligned(shared + index(blocks, token_lane, 0, first_pair, i), numbers[i]);
+    }
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      Real of_pair[kNumbers];
+#pragma unroll
+      for (int i = 0; i < kNumbers; ++i) {
+        of_pair[i] = numbers[i][n];
+      }
+      rotations[n] = to_rotation(of_pair);
     }
   }
 };

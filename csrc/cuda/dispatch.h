@@ -12,6 +12,9 @@
 #include <type_traits>
 
 #include "angle.h"
+#include "cuda/norm_gradient_kernel.h"
+#include "cuda/norm_kernel.h"
+#include "cuda/norm_plan.h"
 #include "cuda/plan.h"
 #include "cuda/rotate_kernel.h"
 #include "cuda/sum_kernel.h"
@@ -79,6 +82,37 @@ void dispatch_few_rows_thread(const Launch& launch, const Run& run) {
   });
 }
 
+// Likewise of a NormThread or NormGradientThread, for plans that are not wide.
+template <template <typename, int, bool, typename, bool> typename Thread, typename Run>
+void dispatch_norm_thread(const Launch& launch, const Run& run) {
+  dispatch_dtype(launch.dtype, [&](auto scalar) {
+    using scalar_t = decltype(scalar);
+    dispatch_bool(has_full_width(launch), [&](auto full_width) {
+      dispatch_bool(launch.interleaved, [&](auto interleaved) {
+        run(std::type_identity<
+            Thread<scalar_t, 16 / sizeof(scalar_t), interleaved, std::int32_t, full_width>>{});
+      });
+    });
+  });
+}
+
+// Likewise of a WideNormThread or WideNormGradientThread.
+template <template <typename, int, bool, typename> typename Thread, typename Run>
+void dispatch_wide_norm_thread(const Launch& launch, const NormPlan& plan, const Run& run) {
+  dispatch_dtype(launch.dtype, [&](auto scalar) {
+    using scalar_t = decltype(scalar);
+    if (!plan.uses_vectors) {
+      return run(std::type_identity<Thread<scalar_t, 1, false, std::int64_t>>{});
+    }
+    dispatch_bool(plan.index_is_64bit, [&](auto is_64bit) {
+      using Index = std::conditional_t<is_64bit, std::int64_t, std::int32_t>;
+      dispatch_bool(launch.interleaved, [&](auto interleaved) {
+        run(std::type_identity<Thread<scalar_t, 16 / sizeof(scalar_t), interleaved, Index>>{});
+      });
+    });
+  });
+}
+
 // Shared memory of a block.
 template <typename Thread>
 std::size_t shared_bytes(const Plan& plan) {
@@ -119,22 +153,22 @@ DeviceLoops<Index, kArrays> device_loops(const Loops<kAllArrays>& from) {
   return loops;
 }
 
-template <typename Index>
-Operands<Index> device_operands(const Launch& launch) {
-  Operands<Index> operands{};
+template <typename Index, int kHeads = kRotatedHeadArrays, int kTokens = kTokenArrays>
+Operands<Index, kHeads, kTokens> device_operands(const Launch& launch) {
+  Operands<Index, kHeads, kTokens> operands{};
   for (int i = 0; i < launch.num_operands; ++i) {
     const Operand& x = launch.operands[i];
     // In place, rows end with the rotated slice: nothing outside it is copied.
     const std::int64_t size =
-        copies_others(x) ? x.axis_size : launch.rotary_offset + 2 * launch.num_pairs;
+        moves_others(launch, x) ? x.axis_size : launch.rotary_offset + 2 * launch.num_pairs;
     operands.x[i] = {x.in,
                      x.out,
                      static_cast<Index>(size),
                      static_cast<Index>(x.in_axis_stride),
                      static_cast<Index>(x.out_axis_stride),
-                     device_loops<Index, kRotatedHeadArrays>(x.heads)};
+                     device_loops<Index, kHeads>(x.heads)};
   }
-  operands.tokens = device_loops<Index, kTokenArrays>(launch.tokens);
+  operands.tokens = device_loops<Index, kTokens>(launch.tokens);
   operands.num_pairs = static_cast<Index>(launch.num_pairs);
   operands.rotary_offset = static_cast<Index>(launch.rotary_offset);
   operands.interleaved = launch.interleaved;
@@ -143,27 +177,30 @@ Operands<Index> device_operands(const Launch& launch) {
 
 // frequencies: those of max_wavelength in device memory, if the launch needs them; in turns if the
 // source is kTurns.
-template <typename Index>
-RotateParams<Index> rotate_params(const Launch& launch, const Plan& plan, const void* frequencies) {
-  RotateParams<Index> params{};
-  params.blocks = device_blocks<Index>(plan.blocks);
-  params.operands = device_operands<Index>(launch);
-  params.angles.source = angle_source(launch);
-  set_options(launch, params.angles);
+inline AngleParams angle_params(const Launch& launch, const void* frequencies) {
+  AngleParams params{};
+  params.source = angle_source(launch);
+  set_options(launch, params);
   if (launch.uses_tables) {
-    params.angles.table_angles = launch.table_angles;
+    params.table_angles = launch.table_angles;
     if (launch.table_angles.rows != nullptr) {
       check_position_dtype(launch.table_angles.rows_dtype);
     }
   } else {
-    params.angles.position_angles = launch.position_angles;
+    params.position_angles = launch.position_angles;
     check_position_dtype(launch.position_angles.positions_dtype);
     if (launch.position_angles.inv_freq == nullptr) {
-      params.angles.position_angles.inv_freq = frequencies;
-      params.angles.position_angles.inv_freq_stride = 1;
+      params.position_angles.inv_freq = frequencies;
+      params.position_angles.inv_freq_stride = 1;
     }
   }
   return params;
+}
+
+template <typename Index>
+RotateParams<Index> rotate_params(const Launch& launch, const Plan& plan, const void* frequencies) {
+  return {device_blocks<Index>(plan.blocks), device_operands<Index>(launch),
+          angle_params(launch, frequencies)};
 }
 
 template <typename Index>
@@ -174,6 +211,74 @@ SumParams<Index> sum_params(const Launch& launch, const Plan& plan, const Sums& 
   params.sums = sums;
   set_options(launch, params);
   return params;
+}
+
+inline NormParams norm_params(const Launch& launch) {
+  NormParams params{};
+  params.eps = launch.eps;
+  params.weight_offset = launch.weight_offset;
+  params.norm_last = launch.norm_last;
+  for (int i = 0; i < launch.num_operands; ++i) {
+    const Operand& x = launch.operands[i];
+    const NormOperand& norm = x.norm;
+    params.inverse_counts[i] = 1 / static_cast<double>(norm.num_members * x.axis_size);
+    if (norm.weight == nullptr) {
+      continue;
+    }
+    dispatch_weight(norm.weight_dtype, [](auto*) {});  // Throws for a dtype that has no case.
+    params.weights[i] = {norm.weight, norm.weight_dtype, norm.weight_axis_stride};
+  }
+  return params;
+}
+
+inline NormRotateParams<std::int32_t> norm_rotate_params(const Launch& launch, const NormPlan& plan,
+                                                         const void* frequencies) {
+  return {rotate_params<std::int32_t>(launch, plan, frequencies), norm_params(launch)};
+}
+
+template <typename Index>
+WideNormParams<Index> wide_norm_params(const Launch& launch, const NormPlan& plan,
+                                       const void* frequencies) {
+  return {device_blocks<Index>(plan.blocks), plan.wide,
+          device_operands<Index, kHeadArrays, kAllTokenArrays>(launch),
+          angle_params(launch, frequencies), norm_params(launch)};
+}
+
+inline NormGradientParams norm_gradient_params(const Launch& launch, const WeightSums& sums) {
+  NormGradientParams params{};
+  for (int i = 0; i < launch.num_operands; ++i) {
+    const NormOperand& norm = launch.operands[i].norm;
+    params.grads[i] = norm.grad;
+    params.grad_axis_strides[i] = norm.grad_axis_stride;
+    params.weight_sums[i] = sums.of_operand[i];
+  }
+  return params;
+}
+
+inline UsualNormGradientParams<std::int32_t> usual_norm_gradient_params(
+    const Launch& launch, const NormGradientPlan& plan, const void* frequencies,
+    const WeightSums& sums) {
+  return {device_blocks<std::int32_t>(plan.blocks),
+          {plan.row_lanes[0], plan.row_lanes[1]},
+          {plan.token_lanes[0], plan.token_lanes[1]},
+          {plan.token_steps[0], plan.token_steps[1]},
+          static_cast<std::int32_t>(plan.grid_x),
+          device_operands<std::int32_t, kHeadGrad + 1, kAllTokenArrays>(launch),
+          angle_params(launch, frequencies),
+          norm_params(launch),
+          norm_gradient_params(launch, sums)};
+}
+
+template <typename Index>
+WideNormGradientParams<Index> wide_norm_gradient_params(const Launch& launch,
+                                                        const NormGradientPlan& plan,
+                                                        const void* frequencies,
+                                                        const WeightSums& sums) {
+  return {wide_norm_params<Index>(launch, plan, frequencies),
+          norm_gradient_params(launch, sums),
+          {launch.operands[0].norm.weight_numel, launch.operands[1].norm.weight_numel},
+          {plan.sums_in_registers[0], plan.sums_in_registers[1]},
+          {plan.has_lane_parts[0], plan.has_lane_parts[1]}};
 }
 
 }  // namespace rope::cuda

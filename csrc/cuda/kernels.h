@@ -1,5 +1,5 @@
-// Runs launches on a CUDA device: cuda/rotate.cu, sum.cu and scatter.cu, or cuda/absent.cpp in a
-// build without CUDA.
+// Runs launches on a CUDA device: cuda/rotate.cu, norm.cu, sum.cu and scatter.cu, or
+// cuda/absent.cpp in a build without CUDA.
 #pragma once
 
 #include <c10/util/FunctionRef.h>
@@ -16,6 +16,16 @@ ROPE_API bool has_kernels();
 
 // Enqueues the launch on the current stream of the device.
 void rotate(const Launch& launch, int device);
+
+// Pairs of a token up to which normalize() and normalize_gradient() have room for its rotations.
+inline constexpr std::int64_t kMostNormPairs = 1024;
+
+// Likewise for a launch that normalizes.
+void normalize(const Launch& launch, int device);
+
+// Likewise for the gradients of such a launch. Those of weights go into what make_weight_sums
+// allocates.
+void normalize_gradient(const Launch& launch, int device, MakeWeightSums make_weight_sums);
 
 // Allocates the tables of sums, one for each of so many groups of rows.
 using MakeSums = c10::function_ref<Sums(std::int64_t num_groups)>;

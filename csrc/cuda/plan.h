@@ -54,13 +54,15 @@ inline Plan make_sum_plan(const Launch& launch);
 
 // Declared in the order of calls.
 inline bool can_use_vectors(const Launch& launch, bool with_others);
-inline bool copies_others(const Operand& x);
+inline bool moves_others(const Launch& launch, const Operand& x);
 inline Plan make_plan(const Launch& launch, bool uses_vectors, std::int64_t rotated_columns,
                       std::int64_t other_columns, std::int64_t min_rows, std::int64_t max_rows);
 inline void use_few_rows(const Launch& launch, std::int64_t few_rows, Plan& plan);
+inline void count_rows(const Launch& launch, Plan& plan);
 inline Lanes choose_lanes(const Launch& launch, bool uses_vectors);
 inline void group_rows(std::int64_t blocks_of_a_group, std::int64_t min_rows, std::int64_t max_rows,
                        Plan& plan);
+inline void group_tokens(std::int64_t column_groups, Plan& plan);
 inline int balance_lanes(std::int64_t rows, std::int64_t rows_at_once, std::int64_t max_lanes);
 inline bool needs_64bit_index(const Launch& launch, const Plan& plan);
 
@@ -91,7 +93,7 @@ inline Plan make_rotate_plan(const Launch& launch, std::int64_t few_rows) {
   std::int64_t others = 0;
   for (int i = 0; i < launch.num_operands; ++i) {
     const Operand& x = launch.operands[i];
-    if (copies_others(x)) {
+    if (moves_others(launch, x)) {
       others = std::max(others, x.axis_size - 2 * launch.num_pairs);
     }
   }
@@ -125,20 +127,27 @@ inline bool can_use_vectors(const Launch& launch, bool with_others) {
     aligned = aligned && x.in_axis_stride == 1 && x.out_axis_stride == 1;
     aligned = aligned && reinterpret_cast<std::uintptr_t>(x.in) % 16 == 0;
     aligned = aligned && reinterpret_cast<std::uintptr_t>(x.out) % 16 == 0;
-    aligned = aligned && !(with_others && copies_others(x) && x.axis_size % size != 0);
+    aligned = aligned && reinterpret_cast<std::uintptr_t>(x.norm.grad) % 16 == 0;
+    aligned = aligned && (x.norm.grad == nullptr || x.norm.grad_axis_stride == 1);
+    aligned = aligned && !(with_others && moves_others(launch, x) && x.axis_size % size != 0);
     for (int d = 0; d < x.heads.num_dims; ++d) {
-      aligned = aligned && x.heads.strides[0][d] % size == 0 && x.heads.strides[1][d] % size == 0;
+      for (const HeadArray array : {kHeadIn, kHeadOut, kHeadGrad}) {
+        aligned = aligned && x.heads.strides[array][d] % size == 0;
+      }
     }
     for (int d = 0; d < launch.tokens.num_dims; ++d) {
-      aligned = aligned && launch.tokens.strides[kIn + 2 * i][d] % size == 0 &&
-                launch.tokens.strides[kOut + 2 * i][d] % size == 0;
+      for (const int array : {kIn + 2 * i, kOut + 2 * i, kGrad + i}) {
+        aligned = aligned && launch.tokens.strides[array][d] % size == 0;
+      }
     }
   }
   return aligned;
 }
 
-// Whether elements outside the rotated slice have to be copied: not in place.
-inline bool copies_others(const Operand& x) { return x.in != x.out; }
+// Whether elements outside the rotated slice have to be written: not those of a rotation in place.
+inline bool moves_others(const Launch& launch, const Operand& x) {
+  return launch.normalizes || x.in != x.out;
+}
 
 // ---- Blocks ----
 
@@ -153,11 +162,7 @@ inline Plan make_plan(const Launch& launch, bool uses_vectors, std::int64_t rota
   Plan plan{};
   plan.uses_vectors = uses_vectors;
   Blocks<std::int64_t>& blocks = plan.blocks;
-  blocks.tokens = launch.tokens.count();
-  blocks.q_rows = launch.operands[0].heads.count();
-  for (int i = 0; i < launch.num_operands; ++i) {
-    blocks.rows += launch.operands[i].heads.count();
-  }
+  count_rows(launch, plan);
   blocks.rotated_columns = rotated_columns;
   blocks.columns = rotated_columns + other_columns;
   blocks.lanes = choose_lanes(launch, uses_vectors);
@@ -175,13 +180,6 @@ inline Plan make_plan(const Launch& launch, bool uses_vectors, std::int64_t rota
         at::ceil_div<std::int64_t>(blocks.columns, blocks.block_columns));
     return static_cast<std::int64_t>(blocks.column_groups.divisor);
   };
-  // Enough tokens to make up for few rows and columns, as long as there are enough blocks.
-  const auto group_tokens = [&](std::int64_t column_groups) {
-    const std::int64_t threads = blocks.block_columns * blocks.row_lanes;
-    const std::int64_t enough = blocks.tokens * column_groups * plan.grid_y / kEnoughBlocks;
-    blocks.block_tokens = static_cast<int>(std::clamp<std::int64_t>(
-        std::min(kUsualThreads / threads, enough), 1, 64));  // 64: the limit of blockDim.z
-  };
   if (blocks.lanes == Lanes::kTokens) {
     blocks.block_tokens = static_cast<int>(std::min(blocks.tokens, kWarp));
     const std::int64_t groups = split_columns(kMaxThreads / blocks.block_tokens);
@@ -193,7 +191,7 @@ inline Plan make_plan(const Launch& launch, bool uses_vectors, std::int64_t rota
     const std::int64_t groups = split_columns(kMaxThreads / warp);
     group_rows(blocks.tokens * groups, std::max(min_rows, warp), std::max(max_rows, warp), plan);
     blocks.row_lanes = static_cast<int>(std::min(blocks.rows_per_block, warp));
-    group_tokens(groups);
+    group_tokens(groups, plan);
   } else {
     const std::int64_t groups = split_columns(kMaxColumns);
     group_rows(blocks.tokens * groups, min_rows, max_rows, plan);
@@ -202,7 +200,7 @@ inline Plan make_plan(const Launch& launch, bool uses_vectors, std::int64_t rota
     const std::int64_t most_lanes = kMaxThreads / blocks.block_columns;
     blocks.row_lanes =
         balance_lanes(rows, rows <= 10 ? 1 : rows_in_flight(uses_vectors), most_lanes);
-    group_tokens(groups);
+    group_tokens(groups, plan);
   }
   plan.grid_x =
       at::ceil_div<std::int64_t>(blocks.tokens, blocks.block_tokens) * blocks.column_groups.divisor;
@@ -224,6 +222,14 @@ inline Plan make_plan(const Launch& launch, bool uses_vectors, std::int64_t rota
   }
   plan.index_is_64bit = needs_64bit_index(launch, plan);
   return plan;
+}
+
+inline void count_rows(const Launch& launch, Plan& plan) {
+  plan.blocks.tokens = launch.tokens.count();
+  plan.blocks.q_rows = launch.operands[0].heads.count();
+  for (int i = 0; i < launch.num_operands; ++i) {
+    plan.blocks.rows += launch.operands[i].heads.count();
+  }
 }
 
 // The dimension along which memory is contiguous.
@@ -269,6 +275,15 @@ inline void group_rows(std::int64_t blocks_of_a_group, std::int64_t min_rows, st
   blocks.rows_per_block =
       at::ceil_div(blocks.rows, std::clamp<std::int64_t>(groups, 1, kMaxGroups));
   plan.grid_y = at::ceil_div(blocks.rows, blocks.rows_per_block);
+}
+
+// Enough tokens to make up for few rows and columns, as long as there are enough blocks.
+inline void group_tokens(std::int64_t column_groups, Plan& plan) {
+  Blocks<std::int64_t>& blocks = plan.blocks;
+  const std::int64_t threads = blocks.block_columns * blocks.row_lanes;
+  const std::int64_t enough = blocks.tokens * column_groups * plan.grid_y / kEnoughBlocks;
+  blocks.block_tokens = static_cast<int>(std::clamp<std::int64_t>(
+      std::min(kUsualThreads / threads, enough), 1, 64));  // 64: the limit of blockDim.z
 }
 
 // Row lanes for the rows of a block, each lane taking rows_at_once rows per iteration: the fewest

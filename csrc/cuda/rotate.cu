@@ -7,7 +7,6 @@
 #include "cuda/plan.h"
 #include "cuda/rotate_kernel.h"
 #include "cuda/start.h"
-#include "cuda/turns.h"
 #include "cuda/upload.h"
 
 namespace rope::cuda {
@@ -38,24 +37,6 @@ __global__ void __launch_bounds__(kFewRowsThreads, kFewRowsBlocksPerSm)
   thread.rotate_rows();
 }
 
-// The frequencies of max_wavelength in device memory, if the launch needs them.
-DeviceFrequencies find_frequencies(const Launch& launch, c10::cuda::CUDAStream stream) {
-  const PositionAngles& source = launch.position_angles;
-  if (launch.uses_tables || source.wavelength_frequencies == nullptr || launch.num_pairs == 0) {
-    return {};
-  }
-  const bool in_turns = uses_turns(launch);
-  const FrequencyKey key{source.max_wavelength, in_turns ? source.scale_factor : 1.0,
-                         launch.num_pairs, in_turns};
-  return frequencies_on_device(
-      key,
-      [&] {
-        return in_turns ? frequencies_in_turns(launch)
-                        : reinterpret_cast<const std::uint64_t*>(source.wavelength_frequencies);
-      },
-      stream);
-}
-
 }  // namespace
 
 bool has_kernels() { return true; }
@@ -67,7 +48,7 @@ void rotate(const Launch& launch, int device) {
   if (plan.grid_x == 0) {
     return;
   }
-  const DeviceFrequencies frequencies = find_frequencies(launch, stream);
+  const DeviceFrequencies frequencies = frequencies_of(launch, stream);
   const auto launch_rotation = [&](auto kernel, std::size_t shared_bytes, auto index) {
     launch_kernel(kernel, plan, shared_bytes, stream,
                   /*dependent=*/!frequencies.is_new,

@@ -6,6 +6,7 @@
 
 #include "cuda/angles.h"
 #include "cuda/block.h"
+#include "cuda/token_rotations.h"
 
 namespace rope::cuda {
 
@@ -68,14 +69,11 @@ class RotateThread {
   C10_HOST_DEVICE RotateThread(const Params& params, const ThreadIndex& thread)
       : params_(params),
         tile_(find_tile(params.blocks, thread)),
-        pairs_(find_pairs<kPairs>(params.blocks, tile_, params.operands.num_pairs)) {}
+        token_rotations_(params,
+                         find_pairs<kPairs>(params.blocks, tile_, params.operands.num_pairs)) {}
 
   // Phase 0.
-  C10_HOST_DEVICE void read_frequencies() {
-    if (params_.angles.source == AngleSource::kTurns && pairs_.first < pairs_.count) {
-      frequency_ = load_frequency(pairs_.first);
-    }
-  }
+  C10_HOST_DEVICE void read_frequencies() { token_rotations_.read_frequency(); }
 
   // Phase 1.
   C10_HOST_DEVICE void find_rotations(Real* shared) {
@@ -86,16 +84,12 @@ class RotateThread {
       token_[array] = offsets[array];
     }
     column_ = find_column<scalar_t, kPairs, kInterleaved>(params_, tile_.column);
-    if (pairs_.count > 0) {
-      position_ = load_integer_position(params_.angles, offsets[kAngle]);
-    }
+    token_rotations_.load_position(offsets);
     load(tile_.first_row);
-    const int step = pair_step(params_.blocks);
-#pragma unroll 1
-    for (int pair = pairs_.first; pair < pairs_.count; pair += step) {
-      Shared::store(shared, params_.blocks, tile_.token_lane, 0, pair,
-                    find_rotation(offsets, pair));
-    }
+    token_rotations_.find(
+        offsets, pair_step(params_.blocks), [&](int pair, const PairRotation& rotation) {
+          Shared::store(shared, params_.blocks, tile_.token_lane, 0, pair, rotation);
+        });
   }
 
   // Phase 2, after a barrier.
@@ -103,7 +97,7 @@ class RotateThread {
     const bool is_rotated = tile_.column < params_.blocks.rotated_columns;
     PairRotation rotations[kPairs];
     if (is_rotated && tile_.first_row < tile_.end_row) {
-      load_rotations(shared, rotations);
+      Shared::load(shared, params_.blocks, tile_.token_lane, tile_.column_lane * kPairs, rotations);
     }
     const Index step = kRows * params_.blocks.row_lanes;
 #pragma unroll 1
@@ -122,7 +116,7 @@ class RotateThread {
       }
     }
     // Not where it is detected: a failed assertion is a call, and would spill the rows in flight.
-    CUDA_KERNEL_ASSERT(!lacks_row_ && "positions name rows of the tables");
+    CUDA_KERNEL_ASSERT(!token_rotations_.lacks_row() && "positions name rows of the tables");
   }
 
  private:
@@ -130,35 +124,6 @@ class RotateThread {
   using Shared = SharedPairs<Real, kPairs, kFullWidth, /*kHasRowLanes=*/false>;
 
   static constexpr int kRows = rows_in_flight(kPairs > 1);
-
-  // In turns, of a pair of the block.
-  C10_HOST_DEVICE std::uint64_t load_frequency(int pair) const {
-    const auto* frequencies =
-        static_cast<const std::uint64_t*>(params_.angles.position_angles.inv_freq);
-    return frequencies[pairs_.block_first + pair];
-  }
-
-  C10_HOST_DEVICE PairRotation find_rotation(const Index (&offsets)[kTokenArrays], int pair) {
-    const auto n = static_cast<Index>(pairs_.block_first + pair);
-    const AngleParams& angles = params_.angles;
-    if constexpr (!kFullWidth) {
-      if (angles.source != AngleSource::kTables) {
-        const std::uint64_t turns[1] = {angles.source != AngleSource::kTurns ? 0
-                                        : pair == pairs_.first
-                                            ? form_turns(position_, frequency_)
-                                            : form_turns(position_, load_frequency(pair))};
-        PairRotation rotations[1];
-        find_rotations_from_positions<true>(angles, offsets[kAngle], n, turns, rotations);
-        return rotations[0];
-      }
-    }
-    if (!has_table_row(angles.table_angles, offsets[kAngle])) {
-      lacks_row_ = true;
-      return {};
-    }
-    return load_from_tables<Real, kFullWidth>(angles, offsets, n, params_.operands.num_pairs,
-                                              params_.operands.interleaved);
-  }
 
   C10_HOST_DEVICE Index row_at(Index row, int i) const {
     return row + i * params_.blocks.row_lanes;
@@ -175,39 +140,11 @@ class RotateThread {
     }
   }
 
-  // Those of the thread's column, 16 bytes at a time.
-  C10_HOST_DEVICE void load_rotations(const Real* shared, PairRotation (&rotations)[kPairs]) const {
-    constexpr int kNumbers = Shared::kNumbers;
-    constexpr int kOneLoad = static_cast<int>(16 / sizeof(Real));
-    constexpr int kSize = kPairs < kOneLoad ? kPairs : kOneLoad;
-    using V = Vector<Real, kSize>;
-    const int first_pair = tile_.column_lane * kPairs;
-#pragma unroll
-    for (int n = 0; n < kPairs; n += kSize) {
-      V vectors[kNumbers];
-#pragma unroll
-      for (int i = 0; i < kNumbers; ++i) {
-        vectors[i] = *reinterpret_cast<const V*>(
-            shared + Shared::index(params_.blocks, tile_.token_lane, 0, first_pair + n, i));
-      }
-#pragma unroll
-      for (int m = 0; m < kSize; ++m) {
-        Real numbers[kNumbers];
-#pragma unroll
-        for (int i = 0; i < kNumbers; ++i) {
-          numbers[i] = vectors[i].get(m);
-        }
-        rotations[n + m] = Shared::to_rotation(numbers);
-      }
-    }
-  }
-
   const Params& params_;
   ThreadTile<Index> tile_;
-  ThreadPairs<Index> pairs_;     // whose rotations the thread computes
-  std::uint64_t frequency_ = 0;  // of the first of them, in turns
-  std::uint64_t position_ = 0;   // of the token, if the source is kTurns
-  bool lacks_row_ = false;
+  TokenRotations<Real, kFullWidth ? RotationKind::kFullWidth : RotationKind::kHalfWidth, Index,
+                 Params>
+      token_rotations_;
   Index token_[kTokenArrays] = {};
   Column<scalar_t, kPairs, kInterleaved, Index> column_;
   RowsInFlight<scalar_t, kPairs, kInterleaved, Index, kRows> rows_;

@@ -44,6 +44,16 @@ __device__ inline void wait_for_previous_kernels() {
 #endif
 }
 
+// Both, for blocks that are run by functions of cuda/cooperation.h.
+struct StartAndWait {
+  C10_HOST_DEVICE void operator()() const {
+#ifdef __CUDA_ARCH__
+    launch_dependents();
+    wait_for_previous_kernels();
+#endif
+  }
+};
+
 // Whether kernels on the device are launched with the attribute: if their code has the instructions
 // above and the environment variable ROPE_PDL is not 0. Cached after the first call.
 bool uses_dependent_launch(int device);

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 
+#include "cuda/turns.h"
 #include "cuda/upload.h"
 
 namespace rope::cuda {
@@ -88,6 +89,23 @@ DeviceFrequencies frequencies_on_device(const FrequencyKey& key,
       c10::cuda::CUDACachingAllocator::get()->allocate(key.num_pairs * sizeof(std::uint64_t));
   upload(make_values(), key.num_pairs, buffer.get(), stream);
   return {buffer.get(), true, std::move(buffer)};
+}
+
+DeviceFrequencies frequencies_of(const Launch& launch, c10::cuda::CUDAStream stream) {
+  const PositionAngles& source = launch.position_angles;
+  if (launch.uses_tables || source.wavelength_frequencies == nullptr || launch.num_pairs == 0) {
+    return {};
+  }
+  const bool in_turns = uses_turns(launch);
+  const FrequencyKey key{source.max_wavelength, in_turns ? source.scale_factor : 1.0,
+                         launch.num_pairs, in_turns};
+  return frequencies_on_device(
+      key,
+      [&] {
+        return in_turns ? frequencies_in_turns(launch)
+                        : reinterpret_cast<const std::uint64_t*>(source.wavelength_frequencies);
+      },
+      stream);
 }
 
 void upload(const std::uint64_t* values, std::int64_t count, void* to, cudaStream_t stream) {

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "cuda/frequency_tables.h"
+#include "launch.h"
 
 namespace rope::cuda {
 
@@ -26,6 +27,9 @@ struct DeviceFrequencies {
 DeviceFrequencies frequencies_on_device(const FrequencyKey& key,
                                         c10::function_ref<const std::uint64_t*()> make_values,
                                         c10::cuda::CUDAStream stream);
+
+// Likewise those of max_wavelength for a launch, if it needs them.
+DeviceFrequencies frequencies_of(const Launch& launch, c10::cuda::CUDAStream stream);
 
 // Enqueues stores of 64-bit values to device memory. They are passed as kernel parameters: a copy
 // from pageable host memory synchronizes, and a captured graph reads the host memory again at every

@@ -53,6 +53,17 @@ struct alignas(sizeof(scalar_t) * kSize) Vector {
     return static_cast<Real>(element);
   }
 
+  // Requires that the element is zero.
+  C10_HOST_DEVICE void set(int i, const Vector<scalar_t, 1>& element) {
+    if constexpr (sizeof(scalar_t) == 8) {
+      units[2 * i] = element.units[0];
+      units[2 * i + 1] = element.units[1];
+    } else {
+      units[i / kElementsPerUnit] |= static_cast<Unit>(element.units[0])
+                                     << (i % kElementsPerUnit * 16);
+    }
+  }
+
   C10_HOST_DEVICE static Vector round(const Real (&values)[kSize]) {
     Vector result;
 #pragma unroll
@@ -90,6 +101,23 @@ struct alignas(sizeof(scalar_t) * kSize) Vector {
 #endif
   }
 };
+
+// Neighboring elements of any kind of memory, 16 bytes at a time. Their address is a multiple of 16
+// bytes, or of the size of all of them.
+template <typename scalar_t, int kCount, typename Real>
+C10_HOST_DEVICE inline void load_aligned(const scalar_t* from, Real (&elements)[kCount]) {
+  constexpr int kOneLoad = static_cast<int>(16 / sizeof(scalar_t));
+  constexpr int kSize = kCount < kOneLoad ? kCount : kOneLoad;
+  using V = Vector<scalar_t, kSize>;
+#pragma unroll
+  for (int i = 0; i < kCount; i += kSize) {
+    const V vector = *reinterpret_cast<const V*>(from + i);
+#pragma unroll
+    for (int n = 0; n < kSize; ++n) {
+      elements[i + n] = static_cast<Real>(vector.get(n));
+    }
+  }
+}
 
 #ifdef __CUDACC__
 // The type that loads or stores a vector by one instruction.

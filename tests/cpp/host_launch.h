@@ -18,13 +18,22 @@ struct Call : rope::Call {
     Call call = *this;
     call.q = x;
     call.k = at::Tensor();
+    call.k_weight = at::Tensor();
     call.is_pair = false;
     return call;
   }
   Call on(const at::Tensor& q, const at::Tensor& k) const {
-    Call call = on(q);
+    Call call = *this;
+    call.q = q;
     call.k = k;
     call.is_pair = true;
+    return call;
+  }
+  // With weights, for norms.
+  Call weighted(const at::Tensor& q_weight, const at::Tensor& k_weight = {}) const {
+    Call call = *this;
+    call.q_weight = q_weight;
+    call.k_weight = k_weight;
     return call;
   }
 };

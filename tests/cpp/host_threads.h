@@ -10,6 +10,7 @@
 #include <new>
 #include <vector>
 
+#include "cuda/cooperation.h"
 #include "cuda/plan.h"
 #include "reference.h"
 
@@ -25,15 +26,14 @@ struct Running {
   std::int64_t few_rows = rope::cuda::kFewRows;
 };
 
-// Runs every thread of the blocks [first_block, last_block), counted over both dimensions of the
-// grid. All threads of a block run one phase before the next, as between barriers.
-template <typename Thread, typename BeginBlock, typename... Phases>
-void run_blocks(const typename Thread::Params& params, const rope::cuda::Plan& plan,
-                std::int64_t first_block, std::int64_t last_block, const Running& running,
-                const BeginBlock& begin_block, const Phases&... phases) {
+// Visits the threads, and blockIdx.y, of each of the blocks [first_block, last_block), counted over
+// both dimensions of the grid.
+template <typename Thread, typename Visit>
+void for_each_block(const typename Thread::Params& params, const rope::cuda::Plan& plan,
+                    std::int64_t first_block, std::int64_t last_block, const Running& running,
+                    const Visit& visit) {
   for (std::int64_t i = first_block; i < last_block; ++i) {
     const std::int64_t block = running.last_thread_first ? last_block - 1 - (i - first_block) : i;
-    begin_block();
     std::vector<Thread> threads;
     threads.reserve(plan.block_x * plan.block_y * plan.block_z);
     for (int z = 0; z < plan.block_z; ++z) {
@@ -45,13 +45,67 @@ void run_blocks(const typename Thread::Params& params, const rope::cuda::Plan& p
         }
       }
     }
-    const auto run_phase = [&](const auto& phase) {
-      for (std::size_t t = 0; t < threads.size(); ++t) {
-        phase(threads[running.last_thread_first ? threads.size() - 1 - t : t]);
-      }
-    };
-    (run_phase(phases), ...);
+    visit(threads, block / plan.grid_x);
   }
+}
+
+// Stands in for a DeviceBlock: runs each phase for all threads before the next.
+template <typename Thread>
+class HostBlock {
+ public:
+  HostBlock(std::vector<Thread>& threads, const Running& running)
+      : threads_(threads), running_(running) {}
+
+  template <typename Phase>
+  void run(const Phase& phase) {
+    for (std::size_t t = 0; t < threads_.size(); ++t) {
+      phase(threads_[running_.last_thread_first ? threads_.size() - 1 - t : t]);
+    }
+  }
+
+  void synchronize() {}
+
+  // In the order of the shuffles of a DeviceBlock.
+  template <typename Get>
+  void add_across_lanes(int lanes, const Get& get) {
+    ASSERT_EQ(threads_.size() % lanes, 0) << "lanes without a thread";
+    for (int distance = rope::cuda::kWarpSize / 2; distance > 0; distance /= 2) {
+      if (distance < lanes) {
+        add_pairs(static_cast<std::size_t>(distance), get);
+      }
+    }
+  }
+
+ private:
+  template <typename Get>
+  void add_pairs(std::size_t distance, const Get& get) {
+    for (std::size_t t = 0; t < threads_.size(); ++t) {
+      if ((t & distance) == 0) {
+        auto& left = get(threads_[t]);
+        auto& right = get(threads_[t ^ distance]);
+        for (std::size_t i = 0; i < std::size(left); ++i) {
+          left[i] = right[i] = left[i] + right[i];
+        }
+      }
+    }
+  }
+
+  std::vector<Thread>& threads_;
+  const Running& running_;
+};
+
+// Runs every thread of the blocks. All threads of a block run one phase before the next, as between
+// barriers.
+template <typename Thread, typename BeginBlock, typename... Phases>
+void run_blocks(const typename Thread::Params& params, const rope::cuda::Plan& plan,
+                std::int64_t first_block, std::int64_t last_block, const Running& running,
+                const BeginBlock& begin_block, const Phases&... phases) {
+  for_each_block<Thread>(params, plan, first_block, last_block, running,
+                         [&](std::vector<Thread>& threads, std::int64_t) {
+                           begin_block();
+                           HostBlock<Thread> block(threads, running);
+                           (block.run(phases), ...);
+                         });
 }
 
 // Shared memory of a block, filled with NaN to expose uninitialized reads, and guarded.

@@ -226,6 +226,67 @@ inline Expected norm_apply_cos_sin(const at::Tensor& x, const std::optional<at::
   return norm_and_rotate(x, weight, rotation_by_tables(x, cos, sin, options), options);
 }
 
+// The error of a normalized element before it is rounded, over the length of its pair, besides that
+// of the rotation.
+inline double norm_error(at::ScalarType dtype) { return dtype == at::kDouble ? 1e-14 : 1e-6; }
+
+// One tensor of norm_apply. The weight has the shape of x, or is undefined.
+struct Norm {
+  at::Tensor weight;
+  double weight_offset;
+  double eps;
+  std::vector<std::int64_t> axes;
+  bool is_last;
+};
+
+// For each element of a pair, the length of the pair, or with `largest` the larger magnitude; for
+// elements outside the slice, the magnitude.
+inline at::Tensor lengths(const at::Tensor& x, std::int64_t num_pairs, const Slice& slice,
+                          bool largest = false) {
+  const at::Tensor values = x.abs().movedim(slice.embedding_axis, -1).contiguous();
+  const at::Tensor n = at::arange(num_pairs);
+  const at::Tensor first = slice.rotary_offset + (slice.interleaved ? 2 * n : n);
+  const at::Tensor second = first + (slice.interleaved ? 1 : num_pairs);
+  const at::Tensor a = values.index_select(-1, first);
+  const at::Tensor b = values.index_select(-1, second);
+  const at::Tensor of_pair = largest ? at::max(a, b) : at::hypot(a, b);
+  at::Tensor result = values.clone();
+  result.index_copy_(-1, first, of_pair);
+  result.index_copy_(-1, second, of_pair);
+  return result.movedim(-1, slice.embedding_axis);
+}
+
+// What norm_apply should return. rotate is the reference of the rotation, of float64 tensors with
+// the error of x's dtype, which changes the length of a pair by at most the factor `growth`.
+template <typename Rotate>
+Expected norm_apply(const at::Tensor& x, const Norm& norm, const Rotate& rotate,
+                    std::int64_t num_pairs, const Slice& slice, double growth) {
+  const at::Tensor exact = x.detach().to(at::kDouble);
+  // Numbers are converted to the opmath type first.
+  const auto real = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto converted = [&](double number) {
+    return real == at::kDouble ? number : static_cast<double>(static_cast<float>(number));
+  };
+  const at::Tensor gain = norm.weight.defined()
+                              ? norm.weight.to(real).to(at::kDouble) + converted(norm.weight_offset)
+                              : at::ones_like(exact);
+  const at::Tensor larger_gain = lengths(gain, num_pairs, slice, /*largest=*/true);
+  const auto root = [&](const at::Tensor& of) {
+    return ((of * of).mean(norm.axes, /*keepdim=*/true) + converted(norm.eps)).rsqrt();
+  };
+  if (norm.is_last) {
+    const Expected rotated = rotate(exact);
+    const at::Tensor scale = root(rotated.values);
+    const at::Tensor n = rotated.values * scale;
+    const at::Tensor error = lengths(n, num_pairs, slice) * norm_error(x.scalar_type());
+    return {n * gain, (rotated.tolerance * scale + error) * larger_gain};
+  }
+  const at::Tensor n = exact * root(exact);
+  const Expected rotated = rotate(n * gain);
+  const at::Tensor error = lengths(n, num_pairs, slice) * norm_error(x.scalar_type()) * growth;
+  return {rotated.values, rotate(n).tolerance * larger_gain + error * larger_gain};
+}
+
 // The largest error of rounding a number of this magnitude to the dtype.
 inline at::Tensor half_ulp(const at::Tensor& magnitude, at::ScalarType dtype) {
   double epsilon = std::numeric_limits<double>::epsilon();

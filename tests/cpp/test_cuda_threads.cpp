@@ -13,6 +13,7 @@
 #include "cuda/dispatch.h"
 #include "cuda/plan.h"
 #include "host_launch.h"
+#include "host_norm.h"
 #include "host_threads.h"
 #include "random_calls.h"
 #include "reference.h"
@@ -20,12 +21,18 @@
 namespace {
 
 using host::Call;
+using host::copy_with_layout;
+using host::expected_rotation;
 using host::for_each_dtype;
 using host::for_each_form;
-using host::kGuard;
+using host::frequencies;
+using host::overlaps_itself;
+using host::poisoned_outputs;
 using host::Running;
 using host::storage_of;
 using host::strided_values;
+using host::surroundings_are;
+using host::tensors;
 using host::with_storage;
 using reference::kFloatDtypes;
 using reference::kPositionDtypes;
@@ -36,16 +43,6 @@ using reference::same_bits;
 using rope::Launch;
 using rope::Outputs;
 using rope::cuda::Plan;
-
-// Stands in for the frequencies in device memory.
-const void* frequencies(const Launch& launch) {
-  if (launch.uses_tables || launch.position_angles.wavelength_frequencies == nullptr) {
-    return nullptr;
-  }
-  return rope::cuda::uses_turns(launch)
-             ? static_cast<const void*>(rope::cuda::frequencies_in_turns(launch))
-             : launch.position_angles.wavelength_frequencies;
-}
 
 void run_threads(const Launch& launch, const Plan& plan, std::int64_t first_block,
                  std::int64_t last_block, const Running& running) {
@@ -82,52 +79,6 @@ void run(const Call& call, const Outputs& outputs, const Running& running = {}) 
   host::for_each_plan(call, outputs, run_plan, running.few_rows);
 }
 
-at::Tensor copy_with_layout(const at::Tensor& x) {
-  return with_storage(storage_of(x.detach()).clone(), x);
-}
-
-// An output for x, filled with NaN, in the middle of a larger buffer of NaN.
-at::Tensor poisoned_like(const at::Tensor& x) {
-  const at::Tensor like = at::empty_like(x);
-  const at::Tensor buffer = at::full({like.numel() + 2 * kGuard},
-                                     std::numeric_limits<double>::quiet_NaN(), like.options());
-  return buffer.as_strided(like.sizes(), like.strides(), kGuard);
-}
-
-Outputs poisoned_outputs(const Call& call) {
-  return {poisoned_like(call.q), call.is_pair ? poisoned_like(call.k) : at::Tensor()};
-}
-
-// Whether the elements of x's storage outside x are unchanged.
-testing::AssertionResult surroundings_are(const at::Tensor& before, const at::Tensor& x) {
-  at::Tensor own = at::zeros({before.numel()}, at::kBool);
-  with_storage(own, x).fill_(true);
-  return same_bits(storage_of(x).masked_fill(own, 0), before.masked_fill(own, 0));
-}
-
-bool overlaps_itself(const at::Tensor& x) {
-  at::Tensor count = at::zeros({storage_of(x).numel()}, at::kInt);
-  const at::Tensor addresses = with_storage(at::arange(count.numel()), x).flatten();
-  count.index_add_(0, addresses, at::ones({addresses.numel()}, at::kInt));
-  return count.max().item<int>() > 1;
-}
-
-reference::Expected expected(const Call& call, const at::Tensor& x) {
-  const rope::ApplyOptions& options = call.options;
-  if (!call.uses_tables) {
-    return reference::apply(x, call.positions, options);
-  }
-  const auto positions =
-      call.positions.defined() ? std::optional<at::Tensor>(call.positions) : std::nullopt;
-  return reference::apply_cos_sin(x, call.cos, call.sin,
-                                  {.positions = positions,
-                                   .embedding_axis = options.embedding_axis,
-                                   .rotary_offset = options.rotary_offset,
-                                   .interleaved = options.interleaved,
-                                   .conjugate = options.conjugate,
-                                   .full_width = call.options.full_width});
-}
-
 // Running::few_rows for rotations in registers wherever that is possible.
 constexpr std::int64_t kAllRows = std::numeric_limits<std::int64_t>::max();
 
@@ -144,17 +95,6 @@ void expect_same_bits(const Outputs& actual, const Outputs& wanted, const std::s
   }
 }
 
-std::vector<at::Tensor> tensors(const Call& call) {
-  std::vector<at::Tensor> result;
-  for (const at::Tensor& tensor : {call.q, call.k, call.positions, call.cos, call.sin,
-                                   call.options.inv_freq.value_or(at::Tensor())}) {
-    if (tensor.defined()) {
-      result.push_back(tensor);
-    }
-  }
-  return result;
-}
-
 // The rotation is right and complete, and writes nothing else.
 void expect_rotates(const Call& call, const Outputs& outputs) {
   std::vector<at::Tensor> inputs_before;
@@ -164,10 +104,10 @@ void expect_rotates(const Call& call, const Outputs& outputs) {
   const at::Tensor q_before = storage_of(outputs.q).clone();
   const at::Tensor k_before = call.is_pair ? storage_of(outputs.k).clone() : at::Tensor();
   run(call, outputs);
-  EXPECT_TRUE(reference::is_rotated(outputs.q, expected(call, call.q)));
+  EXPECT_TRUE(reference::is_rotated(outputs.q, expected_rotation(call, call.q)));
   EXPECT_TRUE(surroundings_are(q_before, outputs.q)) << "around the output";
   if (call.is_pair) {
-    EXPECT_TRUE(reference::is_rotated(outputs.k, expected(call, call.k))) << "k";
+    EXPECT_TRUE(reference::is_rotated(outputs.k, expected_rotation(call, call.k))) << "k";
     EXPECT_TRUE(surroundings_are(k_before, outputs.k)) << "around the output of k";
   }
   const std::vector<at::Tensor> inputs = tensors(call);
@@ -664,8 +604,8 @@ TEST(CudaThreads, RotateQAndKOfOnePackedBufferInPlace) {
       const auto part = [&](int i) { return copy.select(2, i); };
       run(host::in_place(call.on(part(0), part(1))), {part(0), part(1)},
           {.last_thread_first = last_thread_first});
-      EXPECT_TRUE(reference::is_rotated(part(0), expected(call, packed.select(2, 0))));
-      EXPECT_TRUE(reference::is_rotated(part(1), expected(call, packed.select(2, 1))));
+      EXPECT_TRUE(reference::is_rotated(part(0), expected_rotation(call, packed.select(2, 0))));
+      EXPECT_TRUE(reference::is_rotated(part(1), expected_rotation(call, packed.select(2, 1))));
       EXPECT_TRUE(same_bits(part(2), packed.select(2, 2)));
     }
   });

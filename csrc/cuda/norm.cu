@@ -1,0 +1,47 @@
+// The CUDA kernels that normalize and rotate: thin wrappers around the blocks of
+// cuda/norm_kernel.h.
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "cuda/cooperation.h"
+#include "cuda/dispatch.h"
+#include "cuda/kernels.h"
+#include "cuda/norm_kernel.h"
+#include "cuda/norm_launch.h"
+#include "cuda/start.h"
+
+namespace rope::cuda {
+
+namespace {
+
+template <typename Thread>
+__global__ void __launch_bounds__(kMaxThreads, Thread::kBlocksPerSm)
+    norm_kernel(const __grid_constant__ typename Thread::Params params) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  Thread thread(params, this_thread());
+  DeviceBlock<Thread> block(thread);
+  normalize_block(block, params, reinterpret_cast<typename Thread::Real*>(memory), StartAndWait());
+}
+
+}  // namespace
+
+void normalize(const Launch& launch, int device) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const NormPlan plan = make_norm_plan(launch);
+  if (plan.grid_x == 0) {
+    return;
+  }
+  const DeviceFrequencies frequencies = frequencies_of(launch, stream);
+  if (plan.is_wide) {
+    return launch_wide_norm(launch, plan, frequencies, stream);
+  }
+  dispatch_norm_thread<NormThread>(launch, [&](auto type) {
+    using Thread = typename decltype(type)::type;
+    launch_kernel(norm_kernel<Thread>, plan, shared_bytes<Thread>(plan), stream,
+                  /*dependent=*/!frequencies.is_new,
+                  norm_rotate_params(launch, plan, frequencies.values));
+  });
+}
+
+}  // namespace rope::cuda
