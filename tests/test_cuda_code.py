@@ -15,8 +15,12 @@ import torch_rope
 PAIRS_OF_A_VECTOR = {"c10::BFloat16": 8, "c10::Half": 8, "float": 4, "double": 2}
 
 # An SM has 65,536 registers. Blocks have at most 256 threads, 2 blocks per SM, or 4 for usual calls
-# (3 on 10.0 and later). For few rows they have 128 threads, 4 blocks per SM.
+# (3 on 10.0 and later). For few rows and for gradients of norms they have 128 threads, 4 blocks per
+# SM; for norms of any kind up to 512 threads, one block.
 MOST_REGISTERS = 128
+# Blocks of 128 threads, 3 per SM; and of 256 threads, one per SM.
+MOST_REGISTERS_OF_FULL_WIDTH_GRADIENTS = 168
+MOST_REGISTERS_OF_WIDE_64_BIT_KERNELS = 255
 MOST_REGISTERS_OF_USUAL_CALLS = {"sm_80": 64, "sm_90": 64}
 MOST_REGISTERS_OF_USUAL_CALLS_LATER = 80
 
@@ -24,7 +28,9 @@ MOST_REGISTERS_OF_USUAL_CALLS_LATER = 80
 class Kernel(NamedTuple):
     """What identifies a kernel."""
 
-    work: str  # "rotate", "rotate_few_rows" or "sum"; "scatter" or "groups"
+    # "rotate", "rotate_few_rows" or "sum"; "norm", "norm_gradient" and both with "wide_" in front;
+    # "scatter" or "groups"
+    work: str
     dtype: str
     pairs: int = 0
     interleaved: bool = False
@@ -44,18 +50,28 @@ class Kernel(NamedTuple):
     @property
     def first_loads(self) -> int:
         """How many vectors of rows a thread loads before it uses the first."""
-        rows = 2
-        return rows * (4 if self.work == "sum" else 2)  # a sum's rows have gradients too
+        rows = 1 if self.work.startswith("wide_") else 2
+        has_gradients = self.work == "sum" or self.work.endswith("gradient")
+        return rows * (4 if has_gradients else 2)
 
     @property
     def is_usual(self) -> bool:
         """Whether most calls use it: one cosine per pair, few dimensions, no float64."""
         return (
-            self.work == "rotate"
+            self.work in ("rotate", "norm")
             and self.dtype != "double"
             and self.index_bits == 32
             and not self.full_width
         )
+
+    @property
+    def most_registers(self) -> int:
+        """How many registers leave room for the blocks that are planned."""
+        if self.work == "norm_gradient" and self.full_width:
+            return MOST_REGISTERS_OF_FULL_WIDTH_GRADIENTS
+        if self.work.startswith("wide_") and self.index_bits == 64:
+            return MOST_REGISTERS_OF_WIDE_64_BIT_KERNELS
+        return MOST_REGISTERS
 
 
 @cache
@@ -89,7 +105,7 @@ def kernel_of(name: str) -> Kernel:
     if found := re.search(r"\d(scatter|groups)_kernelI([fd])E", name):
         return Kernel(found[1], "float" if found[2] == "f" else "double")
     found = re.search(
-        r"\d(rotate|rotate_few_rows|sum)_kernelI.*?ThreadI(.*?)Li(\d+)ELb([01])E([il])(?:Lb([01])E)?E",
+        r"\d(rotate|rotate_few_rows|sum|(?:wide_)?norm(?:_gradient)?)_kernelI.*?ThreadI(.*?)Li(\d+)ELb([01])E([il])(?:Lb([01])E)?E",
         name,
     )
     assert found is not None, name
@@ -169,6 +185,24 @@ def test_the_library_has_every_kernel(architecture: str) -> None:
         if dtype != "double"
         for interleaved in (False, True)
     }
+    for work in ("norm", "norm_gradient"):
+        expected |= {
+            Kernel(work, dtype, vector, interleaved, 32, full_width)
+            for dtype, vector in PAIRS_OF_A_VECTOR.items()
+            for interleaved in (False, True)
+            for full_width in (False, True)
+        } | {
+            Kernel(f"wide_{work}", dtype, pairs, interleaved, bits)
+            for dtype, vector in PAIRS_OF_A_VECTOR.items()
+            for pairs, interleaved, bits in (
+                (1, False, 64),
+                *(
+                    (vector, interleaved, bits)
+                    for interleaved in (False, True)
+                    for bits in (32, 64)
+                ),
+            )
+        }
     expected |= {
         Kernel(work, real) for work in ("scatter", "groups") for real in ("float", "double")
     }
@@ -187,7 +221,7 @@ def test_every_kernel_leaves_registers_for_the_blocks_planned(architecture: str)
     assert resources(architecture)
     for kernel, used in resources(architecture).items():
         usual = MOST_REGISTERS_OF_USUAL_CALLS.get(architecture, MOST_REGISTERS_OF_USUAL_CALLS_LATER)
-        most = usual if kernel.is_usual else MOST_REGISTERS
+        most = usual if kernel.is_usual else kernel.most_registers
         assert used["REG"] <= most, kernel
 
 
@@ -211,7 +245,9 @@ def test_rows_are_loaded_and_stored_by_streaming_accesses(architecture: str) -> 
         if not kernel.has_rows:
             continue
         assert count(code, "LDG", "EF") >= kernel.first_loads, kernel
-        if kernel.work != "sum":
+        if kernel.work.endswith("gradient"):  # Sums for gradients of weights are read again.
+            assert count(code, "STG", "EF") > 0, kernel
+        elif kernel.work != "sum":
             assert count(code, "STG", "EF") == count(code, "STG") > 0, kernel
 
 
@@ -241,6 +277,13 @@ def test_tensors_are_accessed_only_after_the_previous_kernels(architecture: str)
         for line in lines[: waits[0]] if can_wait else []:
             assert not re.match(r"(STG|RED|ATOM|LDG\.E\.EF)", line), (kernel, line)
             assert kernel.work != "sum" or not line.startswith("LDG"), (kernel, line)
+
+
+def test_rows_of_norms_are_summed_by_shuffles(architecture: str) -> None:
+    for kernel, code in instructions(architecture).items():
+        if "norm" in kernel.work:
+            assert count(code, "SHFL", "BFLY") > 0, kernel
+            assert count(code, "ATOM") == count(code, "RED") == count(code, "ATOMS") == 0, kernel
 
 
 def test_kernels_for_few_rows_have_no_float64(architecture: str) -> None:
