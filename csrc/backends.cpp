@@ -107,14 +107,14 @@ void check_has_kernels(const std::string& name, const at::Tensor& x) {
 }
 
 // Norms with more angles than a block has room for are a norm and a rotation too.
-bool is_unfused_on_cuda(const Call& call) {
-  return is_unfused(call) || rotary_dim(call, call.q) > 2 * cuda::kMostNormPairs;
+bool is_unfused_on_cuda(const Call& call, bool weights_may_vary) {
+  return is_unfused(call, weights_may_vary) || rotary_dim(call, call.q) > 2 * cuda::kMostNormPairs;
 }
 
 Outputs rotate_on_cuda(const Call& call) {
   check_has_kernels(call.name(), call.q);
   Outputs outputs = check_and_allocate<empty_like>(call);
-  if (call.normalizes && is_unfused_on_cuda(call)) {
+  if (call.normalizes && is_unfused_on_cuda(call, /*weights_may_vary=*/true)) {
     normalize_unfused(call, outputs);
     return outputs;
   }
@@ -126,7 +126,7 @@ Outputs rotate_on_cuda(const Call& call) {
 NormGradients norm_gradients_on_cuda(const NormGradientCall& call) {
   check_has_kernels(call.name(), call.q);
   check(call);
-  if (is_unfused_on_cuda(call)) {
+  if (is_unfused_on_cuda(call, /*weights_may_vary=*/false)) {
     return unfused_norm_gradients(call);
   }
   return norm_gradients(call, [&](const Launch& launch, MakeWeightSums make_weight_sums) {

@@ -405,7 +405,7 @@ class WideNormThread : public WideThread<scalar_t, (kSize > 1), kInterleaved, In
     return {{in + this->token_in_ + head[kHeadIn], out + this->token_out_ + head[kHeadOut],
              this->axis_size(), is_q ? q.in_axis_stride : k.in_axis_stride,
              is_q ? q.out_axis_stride : k.out_axis_stride},
-            head[kHeadWeight]};
+            this->token_weight_ + head[kHeadWeight]};
   }
 
   // What is normalized of some pairs: rotated if the norm is last.

@@ -111,6 +111,7 @@ class WideThread {
     token_in_ = is_q_ ? offsets[kIn] : offsets[kIn + 2];
     token_out_ = is_q_ ? offsets[kOut] : offsets[kOut + 2];
     token_grad_ = is_q_ ? offsets[kGrad] : offsets[kGrad + 1];
+    token_weight_ = is_q_ ? offsets[kWeight] : offsets[kWeight + 1];
     token_rotations_.load_position(offsets);
     token_rotations_.find(offsets, params_.wide.column_lanes * lanes(),
                           [&](int pair, const PairRotation& rotation) {
@@ -250,9 +251,10 @@ class WideThread {
   bool is_q_;
   TokenRotations<Real, RotationKind::kAny, Index, Params> token_rotations_;
   Index token_ = 0;
-  Index token_in_ = 0;  // offsets of the token in x, the output and the gradient
+  Index token_in_ = 0;  // offsets of the token in x, the output, the gradient and the weight
   Index token_out_ = 0;
   Index token_grad_ = 0;
+  Index token_weight_ = 0;
   Index mean_ = 0;
   bool is_mean_ = false;
   Real sums_[kSums] = {};

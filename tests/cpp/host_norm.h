@@ -197,7 +197,7 @@ inline at::Tensor random_weight(Draw& draw, const at::Tensor& x, std::int64_t ax
   return in_any_layout(draw, reference::random_values(sizes, dtype, 11));
 }
 
-inline Call random_norm_call(Draw& draw) {
+inline Call random_norm_call(Draw& draw, bool weights_may_vary) {
   Call call = random_call(draw);
   call.normalizes = true;
   call.options.eps = draw.one_of({1e-6, 1e-5, 0.5});
@@ -217,7 +217,7 @@ inline Call random_norm_call(Draw& draw) {
       }
     }
   }
-  if (rope::is_unfused(call)) {  // Not a launch.
+  if (rope::is_unfused(call, weights_may_vary)) {  // Not a launch.
     call.options.norm_axes = std::nullopt;
     const auto of_axis = [](const at::Tensor& weight) {
       at::Tensor row = weight;

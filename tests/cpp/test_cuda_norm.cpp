@@ -289,6 +289,19 @@ TEST(CudaNorm, ReadsWeightsOfAnyDtypeShapeAndStrides) {
   });
 }
 
+TEST(CudaNorm, ReadsWeightsThatDifferBetweenTokens) {
+  for_each_dtype([](at::ScalarType dtype) {
+    const at::Tensor x = random_values({2, 5, 3, 32}, dtype);
+    const Call call = norm_apply(random_positions({5, 1}), {.weight_offset = 0.5});
+    for (const std::vector<std::int64_t>& sizes :
+         std::vector<std::vector<std::int64_t>>{{5, 1, 32}, {5, 3, 32}, {2, 5, 1, 32}}) {
+      const at::Tensor weight = random_values(sizes, dtype);
+      expect_right(call.weighted(weight).on(x));
+      expect_right(call.weighted(weight, weight).on(x, x.flip(1)));
+    }
+  });
+}
+
 TEST(CudaNorm, HasTwoWeightsForAPair) {
   for_each_dtype([](at::ScalarType dtype) {
     const Call call = norm_apply(random_positions({5, 1}), {.rotary_dim = 32, .rotary_offset = 16});
@@ -524,7 +537,7 @@ TEST(CudaNorm, IsRightForRandomCalls) {
   constexpr std::uint64_t kCalls = 60;
   for (std::uint64_t seed = 0; seed < kCalls; ++seed) {
     host::Draw draw(seed);
-    const Call call = host::random_norm_call(draw);
+    const Call call = host::random_norm_call(draw, /*weights_may_vary=*/true);
     SCOPED_TRACE(c10::str("seed = ", seed, ": ", host::describe(call)));
     expect_right(call);
     if (HasFailure()) {

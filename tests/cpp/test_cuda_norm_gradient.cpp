@@ -483,7 +483,7 @@ TEST(CudaNormGradient, IsRightForRandomCalls) {
   constexpr std::uint64_t kCalls = 25;
   for (std::uint64_t seed = 0; seed < kCalls; ++seed) {
     host::Draw draw(seed);
-    const Call call = host::random_norm_call(draw);
+    const Call call = host::random_norm_call(draw, /*weights_may_vary=*/false);
     const auto grad = [&](const at::Tensor& x) {
       return host::in_any_layout(draw, gradient_for(x));
     };
