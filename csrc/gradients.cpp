@@ -1,6 +1,7 @@
 #include "gradients.h"
 
 #include <ATen/ATen.h>
+#include <ATen/OpMathType.h>
 #include <c10/util/SmallVector.h>
 #include <c10/util/irange.h>
 
@@ -150,8 +151,11 @@ AngleGradients angle_gradients_of_norm(const Call& call, at::TensorList grads,
   c10::SmallVector<at::Tensor, 2> rotated_grads;
   c10::SmallVector<at::Tensor, 2> kept;
   for (const auto i : c10::irange(grads.size())) {
-    const Call one = i == 0 ? on_q(call) : on_k(call);
-    const at::Tensor& grad = grads[i];
+    Call one = i == 0 ? on_q(call) : on_k(call);
+    // In the opmath type: what is computed again is not rounded to the dtype of x.
+    const at::ScalarType real = at::toOpMathType(one.q.scalar_type());
+    one.q = one.q.to(real);
+    const at::Tensor grad = grads[i].defined() ? grads[i].to(real) : at::Tensor();
     if (!call.options.norm_last) {
       rotated_grads.push_back(grad);
       kept.push_back(dispatch(call.uses_tables ? norm_of(one, one.q) : one).q);

@@ -76,6 +76,32 @@ ROPE_INLINE void arrange_gains(const Launch& launch, int index, void* to) {
                             __attribute__((always_inline)) { gains[slot] = 1; });
     return;
   }
+  const auto arrange = [&](std::int64_t from, Real* row) __attribute__((always_inline)) {
+    const auto arrange_as = [&](auto type) __attribute__((always_inline)) {
+      arrange_weight(shape, static_cast<const decltype(type)*>(norm.weight) + from,
+                     norm.weight_axis_stride, launch.weight_offset, row);
+    };
+    switch (norm.weight_dtype) {
+      case c10::ScalarType::Double:
+        arrange_as(double());
+        break;
+      case c10::ScalarType::Float:
+        arrange_as(float());
+        break;
+      case c10::ScalarType::Half:
+        arrange_as(c10::Half());
+        break;
+      case c10::ScalarType::BFloat16:
+        arrange_as(c10::BFloat16());
+        break;
+      default:
+        throw_unsupported_dtype(norm.weight_dtype);
+    }
+  };
+  if (num_weights(operand) == 1) {
+    arrange(0, gains);
+    return;
+  }
   const auto heads = loops_of_array(operand.heads, kHeadGain);
   const auto tokens = loops_of_array(launch.tokens, kGain + index);
   const std::int64_t num_heads = heads.count();
@@ -86,29 +112,8 @@ ROPE_INLINE void arrange_gains(const Launch& launch, int index, void* to) {
     heads.offsets(i % num_heads, of_head);
     tokens.offsets(i / num_heads, of_token);
     const std::int64_t gain = of_head[kHeadGain] + of_token[kGain + index];
-    const std::int64_t from = of_head[kHeadWeight] + of_token[kWeight + index];
-    Real* row = gains + gain / operand.axis_size * length;
-    const auto arrange = [&](auto type) __attribute__((always_inline)) {
-      using Weight = decltype(type);
-      arrange_weight(shape, static_cast<const Weight*>(norm.weight) + from, norm.weight_axis_stride,
-                     launch.weight_offset, row);
-    };
-    switch (norm.weight_dtype) {
-      case c10::ScalarType::Double:
-        arrange(double());
-        break;
-      case c10::ScalarType::Float:
-        arrange(float());
-        break;
-      case c10::ScalarType::Half:
-        arrange(c10::Half());
-        break;
-      case c10::ScalarType::BFloat16:
-        arrange(c10::BFloat16());
-        break;
-      default:
-        throw_unsupported_dtype(norm.weight_dtype);
-    }
+    arrange(of_head[kHeadWeight] + of_token[kWeight + index],
+            gains + gain / operand.axis_size * length);
   }
 }
 
