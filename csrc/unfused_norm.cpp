@@ -90,28 +90,31 @@ bool is_unfused(const Call& call, bool weights_may_vary) {
          (call.is_pair && is_unfused_one(call, call.k, call.k_weight, weights_may_vary));
 }
 
+// Of a pair, each is a call of its own: one of them may be a launch, and then has the bits of one.
 void normalize_unfused(const Call& call, const Outputs& outputs) {
-  const at::Tensor q = normalize_and_rotate(on_q(call));
-  if (call.is_pair) {
-    outputs.k.copy_(normalize_and_rotate(on_k(call)));
+  if (!call.is_pair) {
+    outputs.q.copy_(normalize_and_rotate(call));
+    return;
   }
+  const at::Tensor q = dispatch(on_q(call)).q;
+  outputs.k.copy_(dispatch(on_k(call)).q);
   outputs.q.copy_(q);
 }
 
 NormGradients unfused_norm_gradients(const NormGradientCall& call) {
-  NormGradients outputs = empty_gradients(call);
-  const auto write = [](const at::Tensor& to, const at::Tensor& from) {
-    if (to.defined()) {
-      to.copy_(from);
-    }
-  };
-  const NormGradients of_q = gradients_of_one(on_q(call));
-  write(outputs.q, of_q.q);
-  write(outputs.q_weight, of_q.q_weight);
   if (call.is_pair) {
-    const NormGradients of_k = gradients_of_one(on_k(call));
-    write(outputs.k, of_k.q);
-    write(outputs.k_weight, of_k.q_weight);
+    NormGradients of_q = dispatch(on_q(call));
+    NormGradients of_k = dispatch(on_k(call));
+    return {std::move(of_q.q), std::move(of_k.q), std::move(of_q.q_weight),
+            std::move(of_k.q_weight)};
+  }
+  NormGradients outputs = empty_gradients(call);
+  const NormGradients gradients = gradients_of_one(call);
+  if (outputs.q.defined()) {
+    outputs.q.copy_(gradients.q);
+  }
+  if (outputs.q_weight.defined()) {
+    outputs.q_weight.copy_(gradients.q_weight);
   }
   return outputs;
 }
