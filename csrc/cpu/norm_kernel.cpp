@@ -432,17 +432,17 @@ ROPE_LOOP void differentiate_rows(const Shape& shape, const NormPart<scalar_t>& 
 // Calls run with the number of steps of whole rows as a constant, or with 0 for all others.
 template <typename scalar_t, typename Run>
 ROPE_INLINE void dispatch_steps(const NormPart<scalar_t>& part, const Run& run) {
-  switch (whole_steps(part)) {
-    case 1:
-      return run(std::integral_constant<int, 1>());
-    case 2:
-      return run(std::integral_constant<int, 2>());
-    case 4:
-      return run(std::integral_constant<int, 4>());
-    case 8:
-      return run(std::integral_constant<int, 8>());
-    default:
-      return run(std::integral_constant<int, 0>());
+  const std::int64_t steps = whole_steps(part);
+  if (steps == 1) {
+    run(std::integral_constant<int, 1>());
+  } else if (steps == 2) {
+    run(std::integral_constant<int, 2>());
+  } else if (steps == 4) {
+    run(std::integral_constant<int, 4>());
+  } else if (steps == 8) {
+    run(std::integral_constant<int, 8>());
+  } else {
+    run(std::integral_constant<int, 0>());
   }
 }
 
