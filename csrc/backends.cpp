@@ -41,12 +41,10 @@ at::Tensor empty_like_on_cpu(const at::Tensor& x) {
              : at::empty_like(x);
 }
 
-// Finishes the gradients of weights: run(launch, make_weight_sums) carries out a launch.
+// The gradients of a norm that is fused. Finishes those of weights: run(launch, make_weight_sums)
+// carries out a launch.
 template <typename Run>
-NormGradients norm_gradients(const NormGradientCall& call, const Run& run) {
-  if (is_unfused(call, /*weights_may_vary=*/false)) {
-    return unfused_norm_gradients(call);
-  }
+NormGradients fused_norm_gradients(const NormGradientCall& call, const Run& run) {
   NormGradients outputs = empty_gradients(call);
   for_each_launch(
       call, outputs, [&](const Launch& launch, const std::array<at::Tensor, 2>& weight_grads) {
@@ -91,7 +89,9 @@ Outputs rotate_on_cpu(const Call& call) {
 NormGradients norm_gradients_on_cpu(const NormGradientCall& call) {
   check(call);
   check_rows_exist(call);
-  return norm_gradients(call, cpu::normalize_gradient);
+  return is_unfused(call, /*weights_may_vary=*/false)
+             ? unfused_norm_gradients(call)
+             : fused_norm_gradients(call, cpu::normalize_gradient);
 }
 
 void check_has_kernels(const std::string& name, const at::Tensor& x) {
@@ -129,7 +129,7 @@ NormGradients norm_gradients_on_cuda(const NormGradientCall& call) {
   if (is_unfused_on_cuda(call, /*weights_may_vary=*/false)) {
     return unfused_norm_gradients(call);
   }
-  return norm_gradients(call, [&](const Launch& launch, MakeWeightSums make_weight_sums) {
+  return fused_norm_gradients(call, [&](const Launch& launch, MakeWeightSums make_weight_sums) {
     cuda::normalize_gradient(launch, call.q.get_device(), make_weight_sums);
   });
 }

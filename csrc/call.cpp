@@ -105,6 +105,16 @@ Call in_place(Call call) {
   return call;
 }
 
+bool has_axes(const Call& call) {
+  const auto& inv_freq = call.options.inv_freq;
+  return inv_freq.has_value() && inv_freq->dim() == 2;
+}
+
+c10::SymIntArrayRef angle_sizes(const Call& call) {
+  return call.positions.defined() ? call.positions.sym_sizes().slice(has_axes(call) ? 1 : 0)
+                                  : call.cos.sym_sizes().slice(0, call.cos.dim() - 1);
+}
+
 Outputs dispatch(const Call& call) {
   if (call.normalizes) {
     return call.uses_tables ? dispatch_family<Normalized<AnglesFromTables>>(call)

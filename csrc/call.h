@@ -60,6 +60,13 @@ Call on_k(const Call& call);
 // The call in place.
 Call in_place(Call call);
 
+// Whether positions have a leading dimension of axes: those of an (A, N) inv_freq.
+bool has_axes(const Call& call);
+
+// The sizes of positions, or of tables that they do not index, that broadcast with x without the
+// embedding axis.
+c10::SymIntArrayRef angle_sizes(const Call& call);
+
 // What a call returns. In place, these are its arguments; the operator itself returns nothing.
 struct Outputs {
   at::Tensor q;

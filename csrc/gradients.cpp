@@ -21,16 +21,6 @@ namespace rope {
 
 namespace {
 
-// The dimensions over which angles differ.
-c10::SymIntArrayRef tokens_of(const Call& call) {
-  if (call.positions.defined()) {
-    const auto& inv_freq = call.options.inv_freq;
-    const bool has_axes = inv_freq.has_value() && inv_freq->dim() == 2;
-    return call.positions.sym_sizes().slice(has_axes ? 1 : 0);
-  }
-  return call.cos.sym_sizes().slice(0, call.cos.dim() - 1);
-}
-
 // Visits the tensors whose gradients are defined, two of the same dtype together.
 void for_each_dtype(at::TensorList grads, at::TensorList kept, bool is_mixed,
                     c10::function_ref<void(at::TensorList, at::TensorList)> visit) {
@@ -48,7 +38,7 @@ void for_each_dtype(at::TensorList grads, at::TensorList kept, bool is_mixed,
 // The finished sums of a call with at least one defined gradient.
 Rotation<at::Tensor> sum_to_tokens(const Call& call, at::TensorList grads, at::TensorList kept,
                                    const WantedGradients& wanted, const Finish& finish) {
-  const c10::SymIntArrayRef tokens = tokens_of(call);
+  const c10::SymIntArrayRef tokens = angle_sizes(call);
   c10::SymDimVector sizes(tokens.begin(), tokens.end());
   const c10::SymInt dim = rotary_dim(call, kept[0]);
   sizes.push_back(call.options.full_width ? dim : dim / 2);
@@ -106,7 +96,7 @@ Finish of_positions(const Call& call) {
 Finish of_inv_freq(const Call& call) {
   Finish finish{.factors = call.positions.unsqueeze(-1),
                 .dtype = call.options.inv_freq->scalar_type()};
-  for (std::int64_t d = 0; d < std::ssize(tokens_of(call)); ++d) {
+  for (std::int64_t d = 0; d < std::ssize(angle_sizes(call)); ++d) {
     finish.dim.push_back(-2 - d);
   }
   return finish;

@@ -1,7 +1,6 @@
 #include "make_launch.h"
 
 #include <ATen/ATen.h>
-#include <ATen/WrapDimUtilsMulti.h>
 #include <ATen/core/DimVector.h>
 #include <c10/core/WrapDimMinimal.h>
 #include <c10/util/SmallVector.h>
@@ -9,7 +8,6 @@
 
 #include <algorithm>
 #include <array>
-#include <bitset>
 #include <utility>
 #include <vector>
 
@@ -86,13 +84,6 @@ const double* wavelength_frequencies(double max_wavelength, std::int64_t rotary_
     return powers;
   });
   return frequencies.data();
-}
-
-// The dimensions of x that share a mean.
-std::bitset<at::dim_bitset_size> norm_axes(const Call& call, const at::Tensor& x) {
-  return call.normalizes && call.options.norm_axes.has_value()
-             ? at::dim_list_to_bitset(*call.options.norm_axes, x.dim())
-             : std::bitset<at::dim_bitset_size>();
 }
 
 // The stride of a weight, or of a contiguous tensor of its shape, along a dimension of x counted
@@ -208,7 +199,7 @@ class LaunchBuilder {
   void set_positions(std::int64_t rotary_dim) {
     const at::Tensor& positions = call_.positions;
     const auto& inv_freq = call_.options.inv_freq;
-    const bool has_axes = inv_freq.has_value() && inv_freq->dim() == 2;
+    const bool has_axes = rope::has_axes(call_);
     PositionAngles& angles = launch_.position_angles;
     copy_options(call_.options, angles);
     angles.positions = positions.const_data_ptr();
@@ -381,9 +372,7 @@ class CopiedCall {
 
   void copy_angles() {
     if (call_.positions.defined()) {
-      const auto& inv_freq = call_.options.inv_freq;
-      const bool has_axes = inv_freq.has_value() && inv_freq->dim() == 2;
-      call_.positions = copy_rows(call_.positions, has_axes ? 1 : 0, 0);
+      call_.positions = copy_rows(call_.positions, has_axes(call_) ? 1 : 0, 0);
     } else {
       call_.cos = copy_rows(call_.cos, 0, 1);
       call_.sin = copy_rows(call_.sin, 0, 1);
@@ -446,6 +435,12 @@ void launch_one(const NormGradientCall& call, const NormGradients& outputs, std:
 }
 
 }  // namespace
+
+std::bitset<at::dim_bitset_size> norm_axes(const Call& call, const at::Tensor& x) {
+  return call.normalizes && call.options.norm_axes.has_value()
+             ? at::dim_list_to_bitset(*call.options.norm_axes, x.dim())
+             : std::bitset<at::dim_bitset_size>();
+}
 
 void for_each_launch(const Call& call, const Outputs& outputs,
                      c10::function_ref<void(const Launch&)> launch) {

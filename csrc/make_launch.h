@@ -1,16 +1,21 @@
 // From a checked call to the launches that carry it out.
 #pragma once
 
+#include <ATen/WrapDimUtilsMulti.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/FunctionRef.h>
 
 #include <array>
+#include <bitset>
 
 #include "call.h"
 #include "launch.h"
 #include "norm_operators.h"
 
 namespace rope {
+
+// The norm_axes of the call as dimensions of x; none where it names none.
+std::bitset<at::dim_bitset_size> norm_axes(const Call& call, const at::Tensor& x);
 
 // Calls launch for each launch that the call needs: one, or two for a pair whose tensors differ in
 // dtype. Tensors with more than kMaxDims dimensions that do not coalesce are copied first. The

@@ -4,11 +4,11 @@
 #include <ATen/OpMathType.h>
 #include <c10/core/WrapDimMinimal.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <utility>
 
 #include "decomposition.h"
+#include "make_launch.h"
 
 namespace rope {
 
@@ -19,36 +19,21 @@ std::int64_t size_from_right(at::IntArrayRef sizes, std::int64_t from_right) {
   return from_right < std::ssize(sizes) ? sizes[sizes.size() - 1 - from_right] : 1;
 }
 
-// The sizes of positions or tables that broadcast with x without the embedding axis.
-at::IntArrayRef angle_sizes(const Call& call) {
-  if (!call.positions.defined()) {
-    return call.cos.sizes().slice(0, call.cos.dim() - 1);
-  }
-  const auto& inv_freq = call.options.inv_freq;
-  const bool has_axes = inv_freq.has_value() && inv_freq->dim() == 2;
-  return call.positions.sizes().slice(has_axes ? 1 : 0);
-}
-
 bool is_unfused_one(const Call& call, const at::Tensor& x, const at::Tensor& weight,
                     bool weights_may_vary) {
-  const at::IntArrayRef angles = angle_sizes(call);
+  const at::IntArrayRef angles = C10_AS_INTARRAYREF_SLOW(angle_sizes(call));
   const at::IntArrayRef weights = weight.defined() && !weights_may_vary
                                       ? weight.sizes().slice(0, weight.dim() - 1)
                                       : at::IntArrayRef();
   const std::int64_t axis = c10::maybe_wrap_dim(call.options.embedding_axis, x.dim());
-  const auto shares_mean = [&](std::int64_t d) {
-    const auto& axes = call.options.norm_axes;
-    return axes.has_value() && std::ranges::any_of(*axes, [&](std::int64_t other) {
-             return c10::maybe_wrap_dim(other, x.dim()) == d;
-           });
-  };
+  const auto shares_mean = norm_axes(call, x);
   std::int64_t from_right = 0;
   for (std::int64_t d = x.dim() - 1; d >= 0; --d) {
     if (d == axis) {
       continue;
     }
     const bool angle_differs = size_from_right(angles, from_right) != 1;
-    if (angle_differs && (size_from_right(weights, from_right) != 1 || shares_mean(d))) {
+    if (angle_differs && (size_from_right(weights, from_right) != 1 || shares_mean[d])) {
       return true;
     }
     ++from_right;

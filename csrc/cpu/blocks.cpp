@@ -51,10 +51,6 @@ std::int64_t streaming_bound() {
   return bound;
 }
 
-std::int64_t real_size(const Launch& launch) {
-  return launch.dtype == c10::ScalarType::Double ? sizeof(double) : sizeof(float);
-}
-
 // A row of cosines.
 std::int64_t row_bytes(const Launch& launch) {
   return angles_per_pair(launch) * padded(launch.num_pairs) * real_size(launch);
@@ -115,6 +111,10 @@ bool may_run_along_tokens(const Launch& launch) {
 }
 
 }  // namespace
+
+std::int64_t real_size(const Launch& launch) {
+  return launch.dtype == c10::ScalarType::Double ? sizeof(double) : sizeof(float);
+}
 
 Capability choose_capability(const Launch& launch) {
   static const Capability widest = widest_capability();

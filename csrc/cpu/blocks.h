@@ -53,6 +53,9 @@ Function* choose(const Compiled<Function>& compiled, Capability capability) {
   return compiled.base;
 }
 
+// The bytes of a number of the opmath type.
+std::int64_t real_size(const Launch& launch);
+
 // Elements that are worth a thread of their own: ATen's own number (at::internal::GRAIN_SIZE).
 inline constexpr std::int64_t kGrainElements = 32768;
 

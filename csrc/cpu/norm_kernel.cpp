@@ -618,9 +618,6 @@ ROPE_INLINE void process_block(const Launch& launch, const NormWorkspace& worksp
 
 }  // namespace
 
-#define ROPE_CONCATENATE_(a, b) a##b
-#define ROPE_CONCATENATE(a, b) ROPE_CONCATENATE_(a, b)
-
 __attribute__((flatten)) void ROPE_CONCATENATE(arrange_gains_, CPU_CAPABILITY)(const Launch& launch,
                                                                                int operand,
                                                                                void* gains) {

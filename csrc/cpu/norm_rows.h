@@ -434,12 +434,13 @@ class WholeRow {
   using Vector = typename S::Vector;
   using Real = at::opmath_type<scalar_t>;
   using Angles = StepAngles<scalar_t, /*full_width=*/false>;
+  using Shape = WholeShape<scalar_t, interleaved, steps>;
   static constexpr std::int64_t kSize = S::kSize;
 
   ROPE_INLINE explicit WholeRow(const scalar_t* in) {
     for (int i = 0; i < steps; ++i) {
-      first_[i] = S::loaded(load_vector<typename S::Stored>(in + first(i)));
-      second_[i] = S::loaded(load_vector<typename S::Stored>(in + second(i)));
+      first_[i] = S::loaded(load_vector<typename S::Stored>(in + Shape::first(i)));
+      second_[i] = S::loaded(load_vector<typename S::Stored>(in + Shape::second(i)));
     }
   }
 
@@ -453,8 +454,8 @@ class WholeRow {
           sums.add_product(v, x.x[v], x.x[v]);
         }
       } else {
-        sums.add_squares(static_cast<int>(first(i) / kSize), first_[i]);
-        sums.add_squares(static_cast<int>(second(i) / kSize), second_[i]);
+        sums.add_squares(static_cast<int>(Shape::first(i) / kSize), first_[i]);
+        sums.add_squares(static_cast<int>(Shape::second(i) / kSize), second_[i]);
       }
     }
     return sums.total();
@@ -473,18 +474,12 @@ class WholeRow {
         x = x * scale * gain;
         rotate_vectors<interleaved, /*back=*/false>(x.x, angles[i]);
       }
-      store_vector(S::narrow(x.x), out + first(i), streams);
-      store_vector(S::narrow(x.x + S::kVectors), out + second(i), streams);
+      store_vector(S::narrow(x.x), out + Shape::first(i), streams);
+      store_vector(S::narrow(x.x + S::kVectors), out + Shape::second(i), streams);
     }
   }
 
  private:
-  static ROPE_INLINE constexpr std::int64_t first(int i) {
-    return (interleaved ? 2 : 1) * i * kSize;
-  }
-  static ROPE_INLINE constexpr std::int64_t second(int i) {
-    return first(i) + (interleaved ? 1 : steps) * kSize;
-  }
   ROPE_INLINE Wide<scalar_t, 2> widened(int i) const {
     Wide<scalar_t, 2> wide;
     S::widen(first_[i], wide.x);

@@ -10,10 +10,6 @@ namespace rope::cpu {
 
 namespace {
 
-std::int64_t real_size(const Launch& launch) {
-  return launch.dtype == c10::ScalarType::Double ? sizeof(double) : sizeof(float);
-}
-
 // The bytes of all gains of an operand, or of one row of gradients for each.
 std::int64_t gain_bytes(const Launch& launch, const Operand& operand) {
   return num_weights(operand) * gain_length(operand.axis_size) * real_size(launch);

@@ -346,9 +346,6 @@ ROPE_INLINE void rotate_block(const Launch& launch, const Workspace& workspace,
 
 }  // namespace
 
-#define ROPE_CONCATENATE_(a, b) a##b
-#define ROPE_CONCATENATE(a, b) ROPE_CONCATENATE_(a, b)
-
 __attribute__((flatten)) void ROPE_CONCATENATE(rotate_, CPU_CAPABILITY)(const Launch& launch,
                                                                         const Workspace& workspace,
                                                                         const Block& block) {

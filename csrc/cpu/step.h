@@ -18,6 +18,10 @@
 // A function of its own, so that its loop has all registers.
 #define ROPE_LOOP __attribute__((noinline, flatten))
 
+// The name of an entry: rotate_ and CPU_CAPABILITY make rotate_AVX2.
+#define ROPE_CONCATENATE_(a, b) a##b
+#define ROPE_CONCATENATE(a, b) ROPE_CONCATENATE_(a, b)
+
 namespace rope::cpu {
 
 namespace {
