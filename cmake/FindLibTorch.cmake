@@ -7,10 +7,9 @@
 # With COMPONENTS Python, only the torch of Python_EXECUTABLE is considered.
 #
 # Variables: LibTorch_VERSION, LibTorch_PREFIX, LibTorch_LIBRARY_DIR; for a CUDA build of torch also
-# LibTorch_CUDA_VERSION (only the major version if the minor is unknown) and LibTorch_CUDART_LIBRARY.
+# LibTorch_CUDA_VERSION (only the major version if the minor is unknown).
 # Targets:
 #   LibTorch::LibTorch  headers and libraries
-#   LibTorch::CUDA      c10_cuda and torch's CUDA runtime
 #   LibTorch::Python    torch_python (with COMPONENTS Python)
 
 include(FindPackageHandleStandardArgs)
@@ -63,7 +62,7 @@ if(LibTorch_INCLUDE_DIR)
   endforeach()
   list(JOIN LibTorch_VERSION "." LibTorch_VERSION)
 
-  foreach(_libtorch_name torch torch_cpu c10 torch_cuda c10_cuda torch_python)
+  foreach(_libtorch_name torch torch_cpu c10 torch_cuda torch_python)
     _libtorch_find_library(${_libtorch_name})
   endforeach()
   if(LibTorch_torch_python_LIBRARY)
@@ -95,30 +94,16 @@ if(LibTorch_torch_python_LIBRARY AND NOT TARGET LibTorch::Python)
   set_target_properties(LibTorch::Python PROPERTIES INTERFACE_LINK_LIBRARIES "LibTorch::LibTorch;LibTorch::torch_python")
 endif()
 
+# The CUDA runtime is in the LibTorch folder, with a hash in its name, or in a pip package next to torch.
 set(LibTorch_CUDA_VERSION "")
 if(LibTorch_torch_cuda_LIBRARY)
-  # The CUDA runtime is in the LibTorch folder, with a hash in its name, or in a pip package next to torch.
-  file(GLOB LibTorch_CUDART_LIBRARY
+  file(GLOB _libtorch_cudart
     "${LibTorch_LIBRARY_DIR}/libcudart*.so.*"
     "${LibTorch_PREFIX}/../nvidia/cu*/lib/libcudart.so.*"
     "${LibTorch_PREFIX}/../nvidia/cuda_runtime/lib/libcudart.so.*")
-  if(LibTorch_CUDART_LIBRARY)
-    list(GET LibTorch_CUDART_LIBRARY 0 LibTorch_CUDART_LIBRARY)
-    get_filename_component(LibTorch_CUDART_LIBRARY "${LibTorch_CUDART_LIBRARY}" ABSOLUTE)
-    string(REGEX MATCH "[0-9]+$" LibTorch_CUDA_VERSION "${LibTorch_CUDART_LIBRARY}")
-  endif()
+  string(REGEX MATCH "[0-9]+$" LibTorch_CUDA_VERSION "${_libtorch_cudart}")
   if(EXISTS "${LibTorch_PREFIX}/version.py")
     file(STRINGS "${LibTorch_PREFIX}/version.py" _libtorch_line REGEX "^cuda")
     string(REGEX MATCH "[0-9]+\\.[0-9]+" LibTorch_CUDA_VERSION "${_libtorch_line}")
-  endif()
-  if(LibTorch_CUDART_LIBRARY AND NOT TARGET LibTorch::CUDA)
-    add_library(LibTorch::cudart SHARED IMPORTED)
-    set_target_properties(LibTorch::cudart PROPERTIES IMPORTED_LOCATION "${LibTorch_CUDART_LIBRARY}")
-    add_library(LibTorch::CUDA INTERFACE IMPORTED)
-    # Kept, like libtorch.so above, even if a program uses no symbol of them.
-    set_target_properties(LibTorch::CUDA PROPERTIES
-      INTERFACE_LINK_LIBRARIES "LibTorch::LibTorch;LibTorch::c10_cuda;LibTorch::cudart"
-      INTERFACE_LINK_OPTIONS
-        "-Wl,--push-state,--no-as-needed,${LibTorch_c10_cuda_LIBRARY},${LibTorch_CUDART_LIBRARY},--pop-state")
   endif()
 endif()

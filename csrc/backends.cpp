@@ -12,7 +12,7 @@
 #include "checks.h"
 #include "cpu/memory.h"
 #include "cpu/rotate.h"
-#include "cuda/kernels.h"
+#include "cuda/run.h"
 #include "decomposition.h"
 #include "make_launch.h"
 #include "norm_operators.h"
@@ -118,8 +118,10 @@ Outputs rotate_on_cuda(const Call& call) {
     normalize_unfused(call, outputs);
     return outputs;
   }
-  const auto run = call.normalizes ? cuda::normalize : cuda::rotate;
-  for_each_launch(call, outputs, [&](const Launch& launch) { run(launch, call.q.get_device()); });
+  const int device = call.q.get_device();
+  for_each_launch(call, outputs, [&](const Launch& launch) {
+    launch.normalizes ? cuda::normalize(launch, device) : cuda::rotate(launch, device);
+  });
   return outputs;
 }
 
@@ -146,25 +148,25 @@ Outputs refuse_strided_nested(const Call& call) {
 }  // namespace rope
 
 TORCH_LIBRARY_IMPL(rope, CPU, library) {
-  rope::AllOperators::implement<rope::rotate_on_cpu>(library);
-  rope::NormGradientOperators::implement<rope::norm_gradients_on_cpu>(library);
+  rope::AllOperators::implement(library, rope::rotate_on_cpu);
+  rope::NormGradientOperators::implement(library, rope::norm_gradients_on_cpu);
 }
 
 TORCH_LIBRARY_IMPL(rope, CUDA, library) {
-  rope::AllOperators::implement<rope::rotate_on_cuda>(library);
-  rope::NormGradientOperators::implement<rope::norm_gradients_on_cuda>(library);
+  rope::AllOperators::implement(library, rope::rotate_on_cuda);
+  rope::NormGradientOperators::implement(library, rope::norm_gradients_on_cuda);
 }
 
 // Without these, the fallback of the key would give another error than the operators do elsewhere.
 TORCH_LIBRARY_IMPL(rope, NestedTensorCPU, library) {
-  rope::AllOperators::implement<rope::refuse_strided_nested>(library);
+  rope::AllOperators::implement(library, rope::refuse_strided_nested);
 }
 
 TORCH_LIBRARY_IMPL(rope, NestedTensorCUDA, library) {
-  rope::AllOperators::implement<rope::refuse_strided_nested>(library);
+  rope::AllOperators::implement(library, rope::refuse_strided_nested);
 }
 
 // Fake tensors get the checks, messages and strides of the backends.
 TORCH_LIBRARY_IMPL(rope, Meta, library) {
-  rope::AllOperators::implement<rope::check_and_allocate<rope::empty_like>>(library);
+  rope::AllOperators::implement(library, rope::check_and_allocate<rope::empty_like>);
 }

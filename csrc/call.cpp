@@ -2,6 +2,7 @@
 
 #include <utility>
 
+#include "messages.h"
 #include "options.h"
 #include "rotate_operators.h"
 
@@ -116,6 +117,9 @@ c10::SymIntArrayRef angle_sizes(const Call& call) {
 }
 
 Outputs dispatch(const Call& call) {
+  // The check that comes first, here too: without any tensor the dispatcher finds no kernel.
+  const char* argument = call.is_pair ? "q" : "x";
+  TORCH_CHECK_TYPE(call.q.defined(), expected(call.name(), argument), "be a tensor, but got none");
   if (call.normalizes) {
     return call.uses_tables ? dispatch_family<Normalized<AnglesFromTables>>(call)
                             : dispatch_family<Normalized<AnglesFromPositions>>(call);

@@ -4,6 +4,7 @@
 #include <c10/core/SymIntArrayRef.h>
 #include <c10/util/Exception.h>
 #include <c10/util/irange.h>
+#include <c10/util/safe_numerics.h>
 
 #include <algorithm>
 #include <cmath>
@@ -112,14 +113,26 @@ bool looks_like_k(const Call& call, const at::Tensor& tensor) {
          TORCH_GUARD_OR_FALSE(tensor.sym_size(-1).sym_eq(q.sym_size(-1)));
 }
 
+std::string one_tuple(const Call& call) {
+  return c10::str(" (q and k go in one tuple: ", call.name(), "((q, k), ",
+                  call.normalizes ? "(q_weight, k_weight), " : "",
+                  call.uses_tables ? "cos, sin" : "positions", "))");
+}
+
 std::string one_tuple_hint(const Call& call) {
   const bool is_mistake = call.uses_tables
                               ? looks_like_k(call, call.cos) &&
                                     (call.sin.dim() != call.cos.dim() || call.positions.defined())
                               : looks_like_k(call, call.positions);
-  return is_mistake ? c10::str(" (q and k go in one tuple: ", call.name(), "((q, k), ",
-                               call.uses_tables ? "cos, sin" : "positions", "))")
-                    : "";
+  return is_mistake ? one_tuple(call) : "";
+}
+
+// The same mistake, where k is the weight. A weight without an error is no k.
+std::string one_tuple_hint_of_weight(const Call& call) {
+  const at::Tensor& weight = call.q_weight;
+  const bool is_mistake = looks_like_k(call, weight) &&
+                          TORCH_GUARD_OR_FALSE(weight.sym_size(0).sym_eq(call.q.sym_size(0)));
+  return is_mistake ? one_tuple(call) : "";
 }
 
 void check_layout(const Call& call, const at::Tensor& tensor) {
@@ -274,14 +287,31 @@ void check_weight(const Call& call, const at::Tensor& weight, const char* argume
   check_device(call, weight, argument);
   const c10::SymIntArrayRef sizes = weight.sym_sizes();
   const c10::SymInt size = x.sym_size(call.options.embedding_axis);
+  const bool over_axes = call.options.norm_axes.has_value();
+  const auto unflattened = [&] {
+    return c10::str(" (for all heads: ", argument, ".view(-1, ", size, ") for (B, S, H, D), ",
+                    argument, ".view(-1, 1, ", size, ") for (B, H, S, D))");
+  };
   TORCH_CHECK_VALUE(!sizes.empty() && holds(sizes.back().sym_eq(size)), expected(call, argument),
                     "have a last dimension of size ", size, ", that of ", x_name,
-                    " along embedding_axis, but got ", sizes);
+                    " along embedding_axis, but got ", sizes,
+                    over_axes && sizes.size() == 1 ? unflattened() : "");
+  const c10::SymIntArrayRef batch = sizes.slice(0, sizes.size() - 1);
   const c10::SymDimVector target = batch_sizes(x, call.options.embedding_axis);
-  TORCH_CHECK_VALUE(broadcasts_to(sizes.slice(0, sizes.size() - 1), target),
-                    expected(call, argument), "be broadcastable, without the last dimension, with ",
+  if (broadcasts_to(batch, target)) {
+    return;
+  }
+  std::string hint = one_tuple_hint_of_weight(call);
+  const std::int64_t missing = missing_dimension(batch, target, 1);
+  if (hint.empty() && missing != 0) {
+    hint = c10::str(" (", argument, ".unsqueeze(", missing, ") would be",
+                    over_axes && missing == -2 ? "; for (B, H, S, D) with norm_axes=(-3, -1)" : "",
+                    ")");
+  }
+  TORCH_CHECK_VALUE(false, expected(call, argument),
+                    "be broadcastable, without the last dimension, with ",
                     c10::SymIntArrayRef(target), ", the shape of ", x_name,
-                    " without embedding_axis, but got ", sizes);
+                    " without embedding_axis, but got ", sizes, hint);
 }
 
 // The dimensions of one of the rotated tensors, x, that share a mean.
@@ -397,21 +427,30 @@ bool are_known_to_overlap(const at::Tensor& x, const at::Tensor& y) {
          TORCH_GUARD_OR_FALSE(y.sym_numel().sym_gt(0));
 }
 
-// One past the last element of a tensor in its storage; 0 where there is none.
-std::int64_t end_in_storage(const c10::TensorImpl& x) {
+// Whether all elements of a tensor lie in the first `bytes` of its storage.
+bool lies_within(const c10::TensorImpl& x, std::int64_t bytes) {
   if (x.numel() == 0) {
-    return 0;
+    return true;
   }
+  std::int64_t end = x.storage_offset();  // in elements, then in bytes
+  bool overflows = false;
+  const auto add = [&](std::int64_t count, std::int64_t stride) {
+    std::int64_t distance = 0;
+    overflows |= c10::mul_overflows(count, stride, &distance);
+    overflows |= c10::add_overflows(end, distance, &end);
+  };
   if (x.is_contiguous()) {
-    return x.storage_offset() + x.numel();
+    add(x.numel(), 1);
+  } else {
+    const at::IntArrayRef sizes = x.sizes();
+    const at::IntArrayRef strides = x.strides();
+    for (const auto d : c10::irange(sizes.size())) {
+      add(sizes[d] - 1, strides[d]);
+    }
+    add(1, 1);
   }
-  const at::IntArrayRef sizes = x.sizes();
-  const at::IntArrayRef strides = x.strides();
-  std::int64_t last = x.storage_offset();
-  for (const auto d : c10::irange(sizes.size())) {
-    last += (sizes[d] - 1) * strides[d];
-  }
-  return last + 1;
+  overflows |= c10::mul_overflows(end, static_cast<std::int64_t>(x.itemsize()), &end);
+  return !overflows && end <= bytes;
 }
 
 // Guards memory: sizes and strides stay within the storage, which may have been resized. Tensors
@@ -422,9 +461,7 @@ void check_storage(const Call& call, const at::Tensor& tensor, const char* argum
     return;
   }
   const c10::SymInt bytes = x.unsafe_storage().unsafeGetStorageImpl()->sym_nbytes();
-  const std::int64_t end = end_in_storage(x);
-  TORCH_CHECK_VALUE(end == 0 || bytes.is_symbolic() ||
-                        end * static_cast<std::int64_t>(x.itemsize()) <= bytes.as_int_unchecked(),
+  TORCH_CHECK_VALUE(bytes.is_symbolic() || lies_within(x, bytes.as_int_unchecked()),
                     expected(call, argument), "lie within its storage, but got sizes ", x.sizes(),
                     " with strides ", x.strides(), " at offset ", x.storage_offset(), " in ", bytes,
                     " bytes");
@@ -456,6 +493,8 @@ void check_operand(const SumCall& call, std::size_t i) {
   const at::Tensor& first = call.xs[0];
   const auto x_name = [&] { return c10::str(call.xs_name(), "[", i, "]"); };
   const auto grad_name = [&] { return c10::str("grads[", i, "]"); };
+  TORCH_CHECK_TYPE(x.defined(), expected(call, x_name()), "be a tensor, but got none");
+  TORCH_CHECK_TYPE(grad.defined(), expected(call, grad_name()), "be a tensor, but got none");
   TORCH_CHECK_TYPE(is_supported_float(x.scalar_type()), expected(call, x_name()),
                    "be float64, float32, float16 or bfloat16, but got ", name_of(x.scalar_type()));
   TORCH_CHECK_TYPE(x.scalar_type() == first.scalar_type() && x.device() == first.device(),
@@ -471,14 +510,17 @@ void check_operand(const SumCall& call, std::size_t i) {
   TORCH_CHECK_INDEX(-x.dim() <= axis && axis < x.dim(), expected(call, "embedding_axis"),
                     "be a dimension of ", x_name(), ", which has ", x.dim(), ", but got ", axis);
   const c10::SymIntArrayRef sizes = call.sizes;
-  const c10::SymInt dim =
-      sizes.empty() ? c10::SymInt(-1) : sizes.back() * (call.options.full_width ? 1 : 2);
-  TORCH_CHECK_VALUE(offset >= 0 && holds(dim.sym_ge(0)) && holds((dim % 2).sym_eq(0)) &&
-                        holds((dim + offset).sym_le(x.sym_size(axis))),
+  const c10::SymInt size = x.sym_size(axis);
+  const c10::SymInt columns = sizes.empty() ? c10::SymInt(-1) : sizes.back();
+  const std::int64_t columns_per_pair = call.options.full_width ? 2 : 1;
+  // Neither side of the last comparison overflows.
+  TORCH_CHECK_VALUE(offset >= 0 && holds(size.sym_ge(offset)) && holds(columns.sym_ge(0)) &&
+                        holds((columns % columns_per_pair).sym_eq(0)) &&
+                        holds((columns / columns_per_pair).sym_le((size - offset) / 2)),
                     expected(call, "sizes"), "end in the number of ",
                     call.options.full_width ? "elements" : "pairs", " that ", x_name(),
-                    " has in its ", x.sym_size(axis), " elements from rotary_offset ", offset,
-                    " on, but got ", sizes);
+                    " has in its ", size, " elements from rotary_offset ", offset, " on, but got ",
+                    sizes);
   const c10::SymDimVector target = batch_sizes(x, axis);
   TORCH_CHECK_VALUE(broadcasts_to(sizes.slice(0, sizes.size() - 1), target),
                     expected(call, "sizes"), "be broadcastable, without the last, with ",

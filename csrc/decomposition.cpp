@@ -197,5 +197,5 @@ Outputs rotate_and_copy(const Call& call) { return copy_back(call, rotate_copies
 // Operators of their own, which torch_rope.composed() puts into a compiler's graph: a switch
 // between a kernel and its decomposition would not be part of the compiler's cache key.
 TORCH_LIBRARY_IMPL(rope, CompositeImplicitAutograd, library) {
-  rope::DecomposedOperators::implement<rope::rotate_decomposed>(library);
+  rope::DecomposedOperators::implement(library, rope::rotate_decomposed);
 }

@@ -9,17 +9,19 @@
 //
 // Without a kernel for the key Functionalize, PyTorch would wrap the operators in
 // auto_functionalized_v2, from which TorchInductor recovers the call in place. That would save the
-// copy, but it gives wrong results for any operator that mutates its arguments (torch 2.15):
+// copy, but it gives wrong results for any operator that mutates its arguments (torch 2.11 to 2.15,
+// docs/upstream/mutated_views.py):
 //
 // - for a view whose storage offset is a symbol: TorchInductor drops the offset;
 // - for a slice of an argument that has a storage offset of its own, as packed[1] has: the slice is
 //   recorded as if its base began at 0;
 // - for a clone of such an argument: TorchInductor removes the clone as redundant, and clones the
-//   argument again without its offset. The rule for the key cannot detect this case, since the
-//   clone is still there when it runs.
+//   argument again without its offset (absent from 2.11). The rule for the key cannot detect this
+//   case, since the clone is still there when it runs.
 //
 // Without a kernel for the key Negative, PyTorch's fallback treats what the operator returns as the
-// tensor it changed, and corrupts the dispatcher's stack for operators that return nothing.
+// tensor it changed, and corrupts the dispatcher's stack for operators that return nothing
+// (docs/upstream/negative_fallback.py).
 
 namespace rope {
 
@@ -54,13 +56,13 @@ Outputs rotate_functionally(const Call& call) {
 }  // namespace rope
 
 TORCH_LIBRARY_IMPL(rope, FuncTorchDynamicLayerFrontMode, library) {
-  rope::InPlaceOperators::implement<rope::rotate_in_place_under_transforms>(library);
+  rope::InPlaceOperators::implement(library, rope::rotate_in_place_under_transforms);
 }
 
 TORCH_LIBRARY_IMPL(rope, Functionalize, library) {
-  rope::InPlaceOperators::implement<rope::rotate_functionally>(library);
+  rope::InPlaceOperators::implement(library, rope::rotate_functionally);
 }
 
 TORCH_LIBRARY_IMPL(rope, Negative, library) {
-  rope::InPlaceOperators::implement<rope::rotate_functionally>(library);
+  rope::InPlaceOperators::implement(library, rope::rotate_functionally);
 }

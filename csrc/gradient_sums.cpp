@@ -10,7 +10,7 @@
 
 #include "autograd.h"
 #include "checks.h"
-#include "cuda/kernels.h"
+#include "cuda/run.h"
 #include "decomposition.h"
 #include "make_launch.h"
 
@@ -266,23 +266,23 @@ Rotation<at::Tensor> finish_decomposed(const Finish& finish, const Rotation<at::
 }  // namespace rope
 
 TORCH_LIBRARY_IMPL(rope, CompositeImplicitAutograd, library) {
-  rope::SumOperators::implement<rope::sum_decomposed>(library);
+  rope::SumOperators::implement(library, rope::sum_decomposed);
 }
 
 TORCH_LIBRARY_IMPL(rope, CUDA, library) {
-  rope::SumOperators::implement<rope::sum_on_cuda>(library);
+  rope::SumOperators::implement(library, rope::sum_on_cuda);
 }
 
 TORCH_LIBRARY_IMPL(rope, AutogradCUDA, library) {
-  rope::SumOperators::implement<rope::sum_with_autograd>(library);
+  rope::SumOperators::implement(library, rope::sum_with_autograd);
 }
 
 // vmap, and the older vmap of torch.autograd.grad(is_grads_batched=True). Neither decomposes a
 // composite operator by itself.
 TORCH_LIBRARY_IMPL(rope, FuncTorchBatchedDecomposition, library) {
-  rope::SumOperators::implement<rope::sum_decomposed>(library);
+  rope::SumOperators::implement(library, rope::sum_decomposed);
 }
 
 TORCH_LIBRARY_IMPL(rope, Batched, library) {
-  rope::SumOperators::implement<rope::sum_decomposed>(library);
+  rope::SumOperators::implement(library, rope::sum_decomposed);
 }

@@ -138,13 +138,14 @@ enum TokenArray : int {
 // weights that vary over tokens where a kernel does not support them: unfused_norm.h carries them
 // out as a norm and a rotation.
 //
-// All backends compute, in the opmath type and in this order:
+// All backends compute, in the opmath type:
 //
 //   scale = 1 / sqrt(sum(x^2) / count + eps)      norm_last: of the rotated x
 //   y = rotate((x * scale) * gain)                norm_last: y = (rotate(x) * scale) * gain
 //
-// where gain = weight + weight_offset. The sum over a row is one of the opmath type, that over the
-// rows of several heads is float64.
+// where gain = weight + weight_offset. The CPU multiplies the cosines and sines by the gains, once
+// for all heads with the same weight, and then rotates x * scale. The sum over a row is one of the
+// opmath type, that over the rows of several heads is float64.
 //
 // The gradients, with g the gradient of y and R^T the transposed rotation:
 //

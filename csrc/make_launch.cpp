@@ -233,8 +233,8 @@ class LaunchBuilder {
       angles.rows = call_.positions.const_data_ptr();
       angles.rows_dtype = call_.positions.scalar_type();
       angles.num_rows = cos.size(0);
-      angles.cos_row_stride = cos.stride(0);
-      angles.sin_row_stride = sin.stride(0);
+      angles.cos_row_stride = cos.numel() > 0 ? cos.stride(0) : 0;
+      angles.sin_row_stride = cos.numel() > 0 ? sin.stride(0) : 0;
       add_token_dims(call_.positions, 0, call_.positions.dim(), call_.positions);
     } else {
       add_token_dims(cos, 0, cos.dim() - 1, sin);
@@ -242,13 +242,16 @@ class LaunchBuilder {
   }
 
   // Of the dimensions [begin, end) of `angle` and of `sin`, which has the same sizes, those over
-  // which the angle differs are token dimensions. The others become heads.
+  // which the angles differ are token dimensions. The others become heads.
   void add_token_dims(const at::Tensor& angle, std::int64_t begin, std::int64_t end,
                       const at::Tensor& sin) {
     for (std::int64_t d = end - 1; d >= begin; --d) {
-      if (angle.size(d) != 1 && (angle.stride(d) != 0 || sin.stride(d) != 0)) {
+      if (angles_differ(call_, end - 1 - d)) {
         token_of_dim_.push_back(static_cast<int>(tokens_.size()));
-        tokens_.push_back({angle.size(d), {angle.stride(d), sin.stride(d)}});
+        // Tables without columns have no memory to step through.
+        const bool is_empty = angle.numel() == 0;
+        tokens_.push_back(
+            {angle.size(d), {is_empty ? 0 : angle.stride(d), is_empty ? 0 : sin.stride(d)}});
       } else {
         token_of_dim_.push_back(-1);
       }
@@ -277,7 +280,8 @@ NormGradients gradients_of_k(const NormGradients& all) {
 }
 
 // The call on contiguous copies with at most three dimensions: rows that do not share a mean, rows
-// that do, and the embedding axis. Its positions, tables or weight are expanded to all rows of x.
+// that do, and the embedding axis. Its positions, tables or weight are expanded to all rows of x,
+// angles to the rows that share a mean only where they differ among them.
 class CopiedCall {
  public:
   explicit CopiedCall(const Call& call) : call_(on_q(call)) {
@@ -308,7 +312,7 @@ class CopiedCall {
     if (call.options.norm_axes.has_value()) {
       call_.options.norm_axes = {-2, -1};
     }
-    copy_angles();
+    copy_angles(members);
     if (call_.q_weight.defined()) {
       at::DimVector sizes = rows_;
       sizes.push_back(x.size(axis));
@@ -370,12 +374,22 @@ class CopiedCall {
     return x.expand(sizes).permute(order).contiguous().view(result);
   }
 
-  void copy_angles() {
+  void copy_angles(at::IntArrayRef members) {
+    const std::int64_t axis = order_.back();
+    const bool differ = std::any_of(members.begin(), members.end(), [&](std::int64_t d) {
+      return angles_differ(call_, std::ssize(order_) - 1 - d - (d < axis ? 1 : 0));
+    });
+    const auto copy_angle = [&](const at::Tensor& angle, std::int64_t leading,
+                                std::int64_t trailing) {
+      const at::Tensor copy = copy_rows(angle, leading, trailing);
+      return differ ? copy : copy.narrow(leading + 1, 0, 1);
+    };
     if (call_.positions.defined()) {
-      call_.positions = copy_rows(call_.positions, has_axes(call_) ? 1 : 0, 0);
+      call_.positions = copy_angle(call_.positions, has_axes(call_) ? 1 : 0, 0);
     } else {
-      call_.cos = copy_rows(call_.cos, 0, 1);
-      call_.sin = copy_rows(call_.sin, 0, 1);
+      const at::Tensor cos = copy_angle(call_.cos, 0, 1);
+      call_.sin = copy_angle(call_.sin, 0, 1);
+      call_.cos = cos;
     }
   }
 
@@ -436,10 +450,23 @@ void launch_one(const NormGradientCall& call, const NormGradients& outputs, std:
 
 }  // namespace
 
-std::bitset<at::dim_bitset_size> norm_axes(const Call& call, const at::Tensor& x) {
-  return call.normalizes && call.options.norm_axes.has_value()
-             ? at::dim_list_to_bitset(*call.options.norm_axes, x.dim())
-             : std::bitset<at::dim_bitset_size>();
+c10::SmallVector<bool, 8> norm_axes(const Call& call, const at::Tensor& x) {
+  c10::SmallVector<bool, 8> is_named(x.dim(), false);
+  if (call.normalizes && call.options.norm_axes.has_value()) {
+    for (const std::int64_t axis : *call.options.norm_axes) {
+      is_named[c10::maybe_wrap_dim(axis, x.dim())] = true;
+    }
+  }
+  return is_named;
+}
+
+bool angles_differ(const Call& call, std::int64_t from_right) {
+  const auto differs = [&](const at::Tensor& angles, std::int64_t leading, std::int64_t trailing) {
+    const std::int64_t d = angles.dim() - trailing - 1 - from_right;
+    return d >= leading && angles.size(d) != 1 && angles.stride(d) != 0;
+  };
+  return call.positions.defined() ? differs(call.positions, has_axes(call) ? 1 : 0, 0)
+                                  : differs(call.cos, 0, 1) || differs(call.sin, 0, 1);
 }
 
 void for_each_launch(const Call& call, const Outputs& outputs,

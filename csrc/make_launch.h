@@ -1,12 +1,12 @@
 // From a checked call to the launches that carry it out.
 #pragma once
 
-#include <ATen/WrapDimUtilsMulti.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/FunctionRef.h>
+#include <c10/util/SmallVector.h>
 
 #include <array>
-#include <bitset>
+#include <cstdint>
 
 #include "call.h"
 #include "launch.h"
@@ -14,8 +14,12 @@
 
 namespace rope {
 
-// The norm_axes of the call as dimensions of x; none where it names none.
-std::bitset<at::dim_bitset_size> norm_axes(const Call& call, const at::Tensor& x);
+// For each dimension of x whether it is among the norm_axes of the call; none where it names none.
+c10::SmallVector<bool, 8> norm_axes(const Call& call, const at::Tensor& x);
+
+// Whether the angles differ along a dimension of x without its embedding axis, counted from the
+// right. Along one that they broadcast or are expanded over they are the same.
+bool angles_differ(const Call& call, std::int64_t from_right);
 
 // Calls launch for each launch that the call needs: one, or two for a pair whose tensors differ in
 // dtype. Tensors with more than kMaxDims dimensions that do not coalesce are copied first. The

@@ -145,18 +145,18 @@ NormGradients empty_gradients(const NormGradientCall& call) {
 }  // namespace rope
 
 TORCH_LIBRARY_IMPL(rope, Meta, library) {
-  rope::NormGradientOperators::implement<rope::allocate_gradients>(library);
+  rope::NormGradientOperators::implement(library, rope::allocate_gradients);
 }
 
 TORCH_LIBRARY_IMPL(rope, Autograd, library) {
-  rope::NormGradientOperators::implement<rope::decompose_or_forward>(library);
+  rope::NormGradientOperators::implement(library, rope::decompose_or_forward);
 }
 
 // vmap, and the older vmap of torch.autograd.grad(is_grads_batched=True).
 TORCH_LIBRARY_IMPL(rope, FuncTorchBatchedDecomposition, library) {
-  rope::NormGradientOperators::implement<rope::decomposed_norm_gradients>(library);
+  rope::NormGradientOperators::implement(library, rope::decomposed_norm_gradients);
 }
 
 TORCH_LIBRARY_IMPL(rope, Batched, library) {
-  rope::NormGradientOperators::implement<rope::decomposed_norm_gradients>(library);
+  rope::NormGradientOperators::implement(library, rope::decomposed_norm_gradients);
 }

@@ -41,6 +41,10 @@ struct NormGradientCall : Call {
 NormGradientCall on_q(const NormGradientCall& call);
 NormGradientCall on_k(const NormGradientCall& call);
 
+inline constexpr auto kQGrad = [](auto& call) -> auto& { return call.q_grad; };
+inline constexpr auto kKGrad = [](auto& call) -> auto& { return call.k_grad; };
+inline constexpr auto kWants = [](auto& call) -> auto& { return call.wants; };
+
 // _norm_apply_backward, _norm_apply_qk_backward and those for tables: see NOTE [ Operators ] in
 // operator.h.
 template <typename Angles, Form form>
@@ -64,9 +68,7 @@ struct NormGradientTraits {
   static constexpr auto arguments() {
     return std::tuple_cat(
         gradients(), Forward::arguments(),
-        std::tuple{argument<std::array<bool, 4>>(
-                       "output_mask", [](auto& call) -> auto& { return call.wants; },
-                       "[True, True, True, True]")
+        std::tuple{argument<std::array<bool, 4>>("output_mask", kWants, "[True, True, True, True]")
                        .as_keyword()});
   }
 
@@ -81,13 +83,11 @@ struct NormGradientTraits {
 
  private:
   static constexpr auto gradients() {
-    constexpr auto kOfQ = [](auto& call) -> auto& { return call.q_grad; };
-    constexpr auto kOfK = [](auto& call) -> auto& { return call.k_grad; };
     if constexpr (kIsPair) {
-      return std::tuple{argument<const at::Tensor&>("grad_q", kOfQ),
-                        argument<const at::Tensor&>("grad_k", kOfK)};
+      return std::tuple{argument<const at::Tensor&>("grad_q", kQGrad),
+                        argument<const at::Tensor&>("grad_k", kKGrad)};
     } else {
-      return std::tuple{argument<const at::Tensor&>("grad", kOfQ)};
+      return std::tuple{argument<const at::Tensor&>("grad", kQGrad)};
     }
   }
 };

@@ -3,9 +3,8 @@
 // An operator is described by traits: its name, its result and its arguments. Each argument has its
 // name in the schema, its type in the C++ signature and get(call), the member of a packed call that
 // holds it. From these Operator makes the signature, the schema, the dispatcher's handle and the
-// kernels: kernel<function> packs the arguments for a function over calls,
-// forwarding_kernel<Function> leaves them as they came, for dispatch keys that mostly pass a call
-// on.
+// kernels: Kernel packs the arguments for a function over calls, forwarding_kernel<Function> leaves
+// them as they came, for dispatch keys that mostly pass a call on.
 //
 //   struct Traits {
 //     using Call, Result;
@@ -76,12 +75,14 @@ using ArgumentType =
     std::conditional_t<std::is_same_v<Member, std::optional<std::vector<std::int64_t>>>,
                        at::OptionalIntArrayRef, Member>;
 
+// Get is the type of get, a lambda without captures. The same lambda for several operators makes
+// one type of argument, which saves much of the time that these headers take to compile.
 template <typename TypeInSignature, typename Get, bool is_option = false>
 struct Argument {
   using Type = TypeInSignature;
   static constexpr bool kIsOption = is_option;  // its default is that of the member
+  static constexpr Get get{};
   const char* name;
-  Get get;
   const char* default_text = nullptr;  // null: that of an option, or none
   const char* schema_type = kSchemaType<TypeInSignature>;
   bool is_keyword = false;
@@ -94,30 +95,32 @@ struct Argument {
 };
 
 template <typename Type, typename Get>
-constexpr Argument<Type, Get> argument(const char* name, Get get,
+constexpr Argument<Type, Get> argument(const char* name, Get /*get*/,
                                        const char* default_text = nullptr) {
-  return {name, get, default_text};
+  return {name, default_text};
 }
 
 // One that the operator changes, of type "Tensor(a!)", or "Tensor(b!)" for a second.
 template <typename Get>
-constexpr Argument<const at::Tensor&, Get> mutable_argument(const char* name, Get get,
+constexpr Argument<const at::Tensor&, Get> mutable_argument(const char* name, Get /*get*/,
                                                             const char* schema_type) {
-  return {name, get, nullptr, schema_type};
+  return {name, nullptr, schema_type};
 }
+
+template <typename GetOption, typename GetOptions>
+struct GetOptionOfCall {
+  constexpr auto& operator()(auto& call) const { return GetOption{}(GetOptions{}(call)); }
+};
 
 // The arguments for those options that Options has. get_options(call) is the call's own struct.
 template <typename Options, typename GetOptions>
-constexpr auto option_arguments(GetOptions get_options, bool are_keywords) {
+constexpr auto option_arguments(GetOptions /*get_options*/, bool are_keywords) {
   const auto argument_of = [=](const auto& option) {
     using GetOption = decltype(option.get);
     if constexpr (std::is_invocable_v<GetOption, Options&>) {
       using Type = ArgumentType<std::decay_t<std::invoke_result_t<GetOption, Options&>>>;
-      const auto get = [get_option = option.get, get_options](auto& call) -> auto& {
-        return get_option(get_options(call));
-      };
-      return std::tuple{Argument<Type, std::decay_t<decltype(get)>, true>{
-          option.name, get, nullptr, kSchemaType<Type>, are_keywords}};
+      return std::tuple{Argument<Type, GetOptionOfCall<GetOption, GetOptions>, true>{
+          option.name, nullptr, kSchemaType<Type>, are_keywords}};
     } else {
       return std::tuple{};
     }
@@ -163,6 +166,43 @@ decltype(auto) load(const Member& member) {
 }
 
 // -------------------------------------------------------------------------------------------------
+// The schema
+
+inline std::string to_text(bool value) { return value ? "True" : "False"; }
+inline std::string to_text(std::int64_t value) { return std::to_string(value); }
+inline std::string to_text(double value) { return c10::str(value); }
+inline std::string to_text(const std::vector<std::int64_t>& values) {
+  return c10::str(at::IntArrayRef(values));
+}
+template <typename Value>
+std::string to_text(const std::optional<Value>& value) {
+  return value.has_value() ? to_text(*value) : "None";
+}
+
+// An argument as the schema writes it.
+struct SchemaArgument {
+  const char* type;
+  const char* name;
+  bool is_keyword;
+  std::string default_text;  // empty: none
+};
+
+inline std::string schema_of(const std::string& name, const std::vector<SchemaArgument>& arguments,
+                             const char* result_type) {
+  std::string text;
+  bool has_keywords = false;
+  for (const SchemaArgument& argument : arguments) {
+    text += text.empty() ? "" : ", ";
+    if (argument.is_keyword && !std::exchange(has_keywords, true)) {
+      text += "*, ";
+    }
+    text += c10::str(argument.type, " ", argument.name);
+    text += argument.default_text.empty() ? "" : "=" + argument.default_text;
+  }
+  return c10::str(name, "(", text, ") -> ", result_type);
+}
+
+// -------------------------------------------------------------------------------------------------
 // Operators
 
 template <typename Traits, typename Arguments = decltype(Traits::arguments())>
@@ -179,22 +219,22 @@ struct Operator<OperatorTraits, std::tuple<Arguments...>> {
 
   static std::string schema() {
     const Call defaults = Traits::empty_call();
-    std::string text;
-    bool has_keywords = false;
-    const auto add = [&](const auto& argument) {
-      text += text.empty() ? "" : ", ";
-      if (argument.is_keyword && !std::exchange(has_keywords, true)) {
-        text += "*, ";
-      }
-      text += c10::str(argument.schema_type, " ", argument.name);
+    const auto in_schema = [&](const auto& argument) {
+      SchemaArgument text{argument.schema_type, argument.name, argument.is_keyword, ""};
       if constexpr (std::decay_t<decltype(argument)>::kIsOption) {
-        text += c10::str("=", to_text(argument.get(defaults)));
+        text.default_text = to_text(argument.get(defaults));
       } else if (argument.default_text != nullptr) {
-        text += c10::str("=", argument.default_text);
+        text.default_text = argument.default_text;
       }
+      return text;
     };
-    std::apply([&](const auto&... argument) { (add(argument), ...); }, Traits::arguments());
-    return c10::str(name(), "(", text, ") -> ", result_type());
+    return schema_of(name(),
+                     std::apply(
+                         [&](const auto&... argument) {
+                           return std::vector<SchemaArgument>{in_schema(argument)...};
+                         },
+                         Traits::arguments()),
+                     result_type());
   }
 
   // The operator in the dispatcher, looked up once.
@@ -207,24 +247,24 @@ struct Operator<OperatorTraits, std::tuple<Arguments...>> {
 
   static Call pack(typename Arguments::Type... values) {
     Call call = Traits::empty_call();
-    std::apply([&](const auto&... argument) { (store(argument.get(call), values), ...); },
-               Traits::arguments());
+    (store(Arguments::get(call), values), ...);
     return call;
   }
 
   // Calls the operator through the dispatcher.
   static Result dispatch(const Call& call) {
-    return std::apply(
-        [&](const auto&... argument) {
-          return handle().call(load<typename Arguments::Type>(argument.get(call))...);
-        },
-        Traits::arguments());
+    return handle().call(load<typename Arguments::Type>(Arguments::get(call))...);
   }
 
-  template <auto function>
-  static Result kernel(typename Arguments::Type... values) {
-    return Traits::results(function(pack(values...)));
-  }
+  // The function is no template argument: PyTorch's wrappers around a kernel are compiled for each
+  // type, and there are as many kernels as operators times dispatch keys.
+  template <typename Outputs>
+  struct Kernel {
+    Outputs (*function)(const Call&);
+    Result operator()(typename Arguments::Type... values) const {
+      return Traits::results(function(pack(values...)));
+    }
+  };
 
   // Function::run<Operator>(values...) is the kernel.
   template <typename Function>
@@ -233,17 +273,6 @@ struct Operator<OperatorTraits, std::tuple<Arguments...>> {
   }
 
  private:
-  static std::string to_text(bool value) { return value ? "True" : "False"; }
-  static std::string to_text(std::int64_t value) { return std::to_string(value); }
-  static std::string to_text(double value) { return c10::str(value); }
-  static std::string to_text(const std::vector<std::int64_t>& values) {
-    return c10::str(at::IntArrayRef(values));
-  }
-  template <typename Value>
-  static std::string to_text(const std::optional<Value>& value) {
-    return value.has_value() ? to_text(*value) : "None";
-  }
-
   static const char* result_type() {
     if constexpr (std::is_void_v<Result>) {
       return "()";
@@ -267,9 +296,11 @@ struct OperatorList {
     (library.def(Operators::schema().c_str(), {at::Tag::pt2_compliant_tag}), ...);
   }
 
-  template <auto function>
-  static void implement(torch::Library& library) {
-    (library.impl(Operators::name().c_str(), TORCH_FN(Operators::template kernel<function>)), ...);
+  template <typename Outputs, typename Call>
+  static void implement(torch::Library& library, Outputs (*function)(const Call&)) {
+    (library.impl(Operators::name().c_str(),
+                  typename Operators::template Kernel<Outputs>{function}),
+     ...);
   }
 
   template <typename Function>

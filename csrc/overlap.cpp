@@ -80,10 +80,11 @@ class Search {
 // Adds the dimensions of x: c is an index, or its negative.
 void add_dims(Terms& terms, const at::Tensor& x, bool negative) {
   for (const auto d : c10::irange(x.dim())) {
-    const std::int64_t stride = x.stride(d) * static_cast<std::int64_t>(x.element_size());
-    if (x.size(d) == 1 || stride == 0) {
+    // The stride of a dimension of size 1 means nothing, and may be any number.
+    if (x.size(d) == 1 || x.stride(d) == 0) {
       continue;
     }
+    const std::int64_t stride = x.stride(d) * static_cast<std::int64_t>(x.element_size());
     const std::int64_t last = x.size(d) - 1;
     const auto same = std::find_if(terms.begin(), terms.end(),
                                    [=](const Term& term) { return term.stride == stride; });

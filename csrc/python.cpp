@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/kernels.h"
+#include "cuda/run.h"
 #include "rope/frequencies.h"
 #include "rotate_operators.h"
 
@@ -43,6 +43,9 @@ constexpr const char* kRule<double> = "be a number";
 template <>
 constexpr const char* kRule<bool> = "be a bool";
 
+constexpr std::string_view kIntegers = kRule<std::optional<std::vector<std::int64_t>>>;
+constexpr std::string_view kNumber = kRule<double>;
+
 // Suggests the fix for common mistakes.
 std::string hint(std::string_view argument, py::handle value) {
   if (argument == "positions") {
@@ -57,24 +60,39 @@ std::string hint(std::string_view argument, py::handle value) {
              : "";
 }
 
-std::string kind_of(py::handle value) {
+std::string kind_of(py::handle value, std::string_view rule) {
   int overflow = 0;
   if (PyLong_CheckExact(value.ptr())) {
     PyLong_AsLongLongAndOverflow(value.ptr(), &overflow);
   }
   return value.is_none() ? "None"
-         : overflow != 0 ? "one beyond 64 bits"
+         : overflow != 0 ? (rule == kNumber ? "one beyond float64" : "one beyond 64 bits")
                          : Py_TYPE(value.ptr())->tp_name;
+}
+
+// The same, with the element of a list or tuple that is no integer.
+std::string kind_of_integers(py::handle values) {
+  const std::string kind = kind_of(values, kIntegers);
+  if (PyList_Check(values.ptr()) || PyTuple_Check(values.ptr())) {
+    for (const py::handle value : values) {
+      if (!py::detail::make_caster<std::int64_t>().load(value, /*convert=*/true)) {
+        return c10::str("a ", kind, " with ", kind_of(value, kIntegers));
+      }
+    }
+  }
+  return kind;
 }
 
 // pybind11's own message prints all arguments, including the values of tensors, for which it waits
 // for the device.
 [[noreturn, gnu::noinline, gnu::cold]] void throw_type_error(const std::string& function,
                                                              std::string_view argument,
-                                                             const char* rule, py::handle value) {
+                                                             std::string_view rule,
+                                                             py::handle value) {
   TORCH_CHECK_TYPE(false, "rope::", function, "(): expected ", argument, " to ",
                    argument == "x" ? "be a tensor or a (q, k) tuple" : rule, ", but got ",
-                   kind_of(value), hint(argument, value));
+                   rule == kIntegers ? kind_of_integers(value) : kind_of(value, rule),
+                   hint(argument, value));
 }
 
 // Whether the tensor is a subclass with __torch_dispatch__, such as DTensor.

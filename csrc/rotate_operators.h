@@ -13,6 +13,13 @@
 
 namespace rope {
 
+// The members of a call that hold its arguments.
+inline constexpr auto kQ = [](auto& call) -> auto& { return call.q; };
+inline constexpr auto kK = [](auto& call) -> auto& { return call.k; };
+inline constexpr auto kQWeight = [](auto& call) -> auto& { return call.q_weight; };
+inline constexpr auto kKWeight = [](auto& call) -> auto& { return call.k_weight; };
+inline constexpr auto kOptions = [](auto& call) -> auto& { return call.options; };
+
 // How a family of operators forms its angles: its name, the tensors that follow x, its options.
 struct AnglesFromPositions {
   using Options = ApplyOptions;
@@ -57,14 +64,13 @@ struct Normalized : Angles {
 template <typename Family, bool is_pair>
 constexpr auto weight_arguments() {
   using Weight = const std::optional<at::Tensor>&;
-  constexpr auto kOfQ = [](auto& call) -> auto& { return call.q_weight; };
-  constexpr auto kOfK = [](auto& call) -> auto& { return call.k_weight; };
   if constexpr (!Family::kNormalizes) {
     return std::tuple{};
   } else if constexpr (is_pair) {
-    return std::tuple{argument<Weight>("q_weight", kOfQ), argument<Weight>("k_weight", kOfK)};
+    return std::tuple{argument<Weight>("q_weight", kQWeight),
+                      argument<Weight>("k_weight", kKWeight)};
   } else {
-    return std::tuple{argument<Weight>("weight", kOfQ)};
+    return std::tuple{argument<Weight>("weight", kQWeight)};
   }
 }
 
@@ -100,8 +106,7 @@ struct RotateTraits {
 
   static constexpr auto arguments() {
     return std::tuple_cat(rotated(), weight_arguments<Family, kIsPair>(), Family::tensors(),
-                          option_arguments<typename Family::Options>(
-                              [](auto& call) -> auto& { return call.options; }, true));
+                          option_arguments<typename Family::Options>(kOptions, true));
   }
 
   static Result results([[maybe_unused]] Outputs outputs) {
@@ -116,8 +121,6 @@ struct RotateTraits {
 
  private:
   static constexpr auto rotated() {
-    constexpr auto kQ = [](auto& call) -> auto& { return call.q; };
-    constexpr auto kK = [](auto& call) -> auto& { return call.k; };
     if constexpr (form == Form::kPairInPlace) {
       return std::tuple{mutable_argument("q", kQ, "Tensor(a!)"),
                         mutable_argument("k", kK, "Tensor(b!)")};

@@ -21,7 +21,6 @@ std::int64_t size_from_right(at::IntArrayRef sizes, std::int64_t from_right) {
 
 bool is_unfused_one(const Call& call, const at::Tensor& x, const at::Tensor& weight,
                     bool weights_may_vary) {
-  const at::IntArrayRef angles = C10_AS_INTARRAYREF_SLOW(angle_sizes(call));
   const at::IntArrayRef weights = weight.defined() && !weights_may_vary
                                       ? weight.sizes().slice(0, weight.dim() - 1)
                                       : at::IntArrayRef();
@@ -32,8 +31,8 @@ bool is_unfused_one(const Call& call, const at::Tensor& x, const at::Tensor& wei
     if (d == axis) {
       continue;
     }
-    const bool angle_differs = size_from_right(angles, from_right) != 1;
-    if (angle_differs && (size_from_right(weights, from_right) != 1 || shares_mean[d])) {
+    if (angles_differ(call, from_right) &&
+        (size_from_right(weights, from_right) != 1 || shares_mean[d])) {
       return true;
     }
     ++from_right;

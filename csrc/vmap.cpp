@@ -61,9 +61,9 @@ Outputs rotate_batched(const Call& call) {
 
 // The decomposition: functorch's headers for C++ batching rules may change between releases.
 TORCH_LIBRARY_IMPL(rope, FuncTorchBatchedDecomposition, library) {
-  rope::FunctionalOperators::implement<rope::rotate_decomposed>(library);
+  rope::FunctionalOperators::implement(library, rope::rotate_decomposed);
 }
 
 TORCH_LIBRARY_IMPL(rope, Batched, library) {
-  rope::FunctionalOperators::implement<rope::rotate_batched>(library);
+  rope::FunctionalOperators::implement(library, rope::rotate_batched);
 }

@@ -6,9 +6,9 @@
 #include <type_traits>
 
 #include "angle.h"
+#include "cpu/dispatch.h"
 #include "cpu/kernel.h"
 #include "cpu/step.h"
-#include "unsupported_dtype.h"
 
 namespace rope::cpu {
 
@@ -275,22 +275,9 @@ ROPE_LOOP AngleRows<scalar_t> find_angles(const Launch& launch, const Workspace&
     }
     return rows;
   }
-  switch (launch.table_angles.dtype) {
-    case c10::ScalarType::Double:
-      angles_of_tables<double>(launch, workspace, along, tokens, num_tokens, rows);
-      break;
-    case c10::ScalarType::Float:
-      angles_of_tables<float>(launch, workspace, along, tokens, num_tokens, rows);
-      break;
-    case c10::ScalarType::Half:
-      angles_of_tables<c10::Half>(launch, workspace, along, tokens, num_tokens, rows);
-      break;
-    case c10::ScalarType::BFloat16:
-      angles_of_tables<c10::BFloat16>(launch, workspace, along, tokens, num_tokens, rows);
-      break;
-    default:
-      throw_unsupported_dtype(launch.table_angles.dtype);
-  }
+  dispatch_dtype(launch.table_angles.dtype, [&](auto type) __attribute__((always_inline)) {
+    angles_of_tables<decltype(type)>(launch, workspace, along, tokens, num_tokens, rows);
+  });
   return rows;
 }
 

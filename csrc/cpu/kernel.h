@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "kernels_api.h"
 #include "launch.h"
 
 namespace rope::cpu {
@@ -53,11 +54,15 @@ struct Workspace {
 };
 
 // The kernel, csrc/cpu/rotate_kernel.cpp: rotates one block. One function for each CPU capability.
-void rotate_DEFAULT(const Launch& launch, const Workspace& workspace, const Block& block);
-void rotate_AVX2(const Launch& launch, const Workspace& workspace, const Block& block);
-void rotate_AVX512(const Launch& launch, const Workspace& workspace, const Block& block);
+ROPE_KERNELS_API void rotate_DEFAULT(const Launch& launch, const Workspace& workspace,
+                                     const Block& block);
+ROPE_KERNELS_API void rotate_AVX2(const Launch& launch, const Workspace& workspace,
+                                  const Block& block);
+ROPE_KERNELS_API void rotate_AVX512(const Launch& launch, const Workspace& workspace,
+                                    const Block& block);
 // The same bits as rotate_AVX512, for bfloat16 alone, on CPUs with instructions for it.
-void rotate_AVX512_BF16(const Launch& launch, const Workspace& workspace, const Block& block);
+ROPE_KERNELS_API void rotate_AVX512_BF16(const Launch& launch, const Workspace& workspace,
+                                         const Block& block);
 
 // ---- Norms: csrc/cpu/norm_kernel.cpp ----
 
@@ -73,6 +78,7 @@ struct NormWorkspace {
   std::int64_t* grad_offsets;  // (tokens, 2): the gradient of each operand
   std::int64_t* gain_offsets;  // (tokens, 2): its gains
   std::int64_t* head_offsets;  // (kMaxHeads, or more that share a mean, kHeadArrays)
+  void* scales;                // (padded(the same number)) of the opmath type: of their rows
   void* weight_grads[2];       // of each operand: (2, weights, gain_length) of the opmath type
   void* weight_sums[2];        // the block's part of WeightSums
 };
@@ -82,12 +88,15 @@ inline std::int64_t num_weights(const Operand& operand) {
   return operand.norm.weight == nullptr ? 1 : operand.norm.weight_numel / operand.axis_size;
 }
 
-#define ROPE_DECLARE_NORM_KERNELS(capability)                                                \
-  void arrange_gains_##capability(const Launch& launch, int operand, void* gains);           \
-  void normalize_##capability(const Launch& launch, const NormWorkspace& workspace,          \
-                              const Block& block);                                           \
-  void normalize_gradient_##capability(const Launch& launch, const NormWorkspace& workspace, \
-                                       const Block& block);
+// Writes the gains of an operand. `gains` has room for one more row of the embedding axis after
+// them.
+#define ROPE_DECLARE_NORM_KERNELS(capability)                                         \
+  ROPE_KERNELS_API void arrange_gains_##capability(const Launch& launch, int operand, \
+                                                   void* gains);                      \
+  ROPE_KERNELS_API void normalize_##capability(                                       \
+      const Launch& launch, const NormWorkspace& workspace, const Block& block);      \
+  ROPE_KERNELS_API void normalize_gradient_##capability(                              \
+      const Launch& launch, const NormWorkspace& workspace, const Block& block);
 ROPE_DECLARE_NORM_KERNELS(DEFAULT)
 ROPE_DECLARE_NORM_KERNELS(AVX2)
 ROPE_DECLARE_NORM_KERNELS(AVX512)

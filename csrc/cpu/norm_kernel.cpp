@@ -1,7 +1,7 @@
 // NOTE [ The CPU norm kernel ]
 //
 // From the outside in:
-//   entry    chooses the dtype, the pair convention, and whether the norm comes first or last
+//   entry    chooses the dtype
 //   block    some tokens and some of their heads. Finds the angles of the tokens once, for q and k
 //   tile     the heads of an operand whose offsets are computed ahead, for all tokens of the block
 //   group    the heads of one token that share a mean: one, or all. Its rows are read for the sums,
@@ -12,12 +12,15 @@
 //
 // This file is compiled once for each CPU capability, under the rules of NOTE [ The CPU kernel ] in
 // cpu/rotate_kernel.cpp.
+#include <algorithm>
+#include <cstring>
+
 #include "cpu/angles.h"
+#include "cpu/dispatch.h"
 #include "cpu/kernel.h"
 #include "cpu/norm_rows.h"
 #include "cpu/rows.h"
 #include "cpu/step.h"
-#include "unsupported_dtype.h"
 
 namespace rope::cpu {
 
@@ -36,17 +39,60 @@ ROPE_INLINE RowShape<scalar_t> shape_of(const Launch& launch, const Operand& ope
 
 // ---- Gains ----
 
-template <typename Weight, typename scalar_t>
-ROPE_INLINE void arrange_weight(const RowShape<scalar_t>& shape, const Weight* weight,
-                                std::int64_t stride, double offset,
-                                at::opmath_type<scalar_t>* gains) {
-  using Real = at::opmath_type<scalar_t>;
-  const auto added = static_cast<Real>(offset);
-  shape.for_each_slot([&](std::int64_t d, std::int64_t slot, bool) __attribute__((always_inline)) {
-    const Real gain = static_cast<Real>(weight[d * stride]) + added;
+// A contiguous weight of x's dtype, by vectors.
+template <typename scalar_t>
+ROPE_LOOP void arrange_vectors(const RowShape<scalar_t>& shape, const scalar_t* weight,
+                               double offset, at::opmath_type<scalar_t>* gains) {
+  const typename Step<scalar_t>::Vector added(static_cast<at::opmath_type<scalar_t>>(offset));
+  const auto arrange = [&](const auto& place) __attribute__((always_inline)) {
+    auto gain = load_step(weight, place);
+    for (auto& vector : gain.x) {
+      vector = vector + added;
+    }
+    gain.store(gains + place.slot);
+  };
+  for_each_step_outside(shape, arrange);
+  for (std::int64_t step = 0; step < shape.steps(); ++step) {
+    arrange(place_of(shape, step));
+  }
+}
+
+// Any weight, through a row of the opmath type.
+template <typename Weight, typename Real>
+ROPE_LOOP void load_weight(const void* weight, std::int64_t begin, std::int64_t stride,
+                           std::int64_t size, Real offset, Real* row) {
+  const Weight* from = static_cast<const Weight*>(weight) + begin;
+  for (std::int64_t d = 0; d < size; ++d) {
+    const Real gain = static_cast<Real>(from[d * stride]) + offset;
     // NaN without low bits: see NOTE [ bfloat16 in 32-bit lanes ].
-    gains[slot] = gain == gain ? gain : std::numeric_limits<Real>::quiet_NaN();
+    row[d] = gain == gain ? gain : std::numeric_limits<Real>::quiet_NaN();
+  }
+}
+
+template <typename scalar_t>
+ROPE_LOOP void arrange_row(const RowShape<scalar_t>& shape, const at::opmath_type<scalar_t>* row,
+                           at::opmath_type<scalar_t>* gains) {
+  shape.for_each_slot([&](std::int64_t d, std::int64_t slot, bool)
+                          __attribute__((always_inline)) { gains[slot] = row[d]; });
+}
+
+// The weight that begins at element `begin`.
+template <typename scalar_t>
+ROPE_LOOP void arrange_weight(const Launch& launch, const Operand& operand, std::int64_t begin,
+                              at::opmath_type<scalar_t>* row, at::opmath_type<scalar_t>* gains) {
+  using Real = at::opmath_type<scalar_t>;
+  const NormOperand& norm = operand.norm;
+  const auto shape = shape_of<scalar_t>(launch, operand);
+  if (norm.weight_dtype == launch.dtype && norm.weight_axis_stride == 1) {
+    arrange_vectors(shape, static_cast<const scalar_t*>(norm.weight) + begin, launch.weight_offset,
+                    gains);
+    return;
+  }
+  dispatch_dtype(norm.weight_dtype, [&](auto type) __attribute__((always_inline)) {
+    load_weight<decltype(type)>(norm.weight, begin, norm.weight_axis_stride, operand.axis_size,
+                                static_cast<Real>(launch.weight_offset), row);
   });
+  arrange_row(shape, row, gains);
 }
 
 // The loops over which an array varies.
@@ -61,45 +107,20 @@ ROPE_INLINE Loops<kArrays> loops_of_array(const Loops<kArrays>& loops, int array
 
 // Lays out the weights of an operand: see NOTE [ Gains ].
 template <typename scalar_t>
-ROPE_INLINE void arrange_gains(const Launch& launch, int index, void* to) {
+ROPE_LOOP void arrange_gains(const Launch& launch, int index, void* to) {
   using Real = at::opmath_type<scalar_t>;
   const Operand& operand = launch.operands[index];
-  const NormOperand& norm = operand.norm;
-  const auto shape = shape_of<scalar_t>(launch, operand);
   const std::int64_t length = gain_length(operand.axis_size);
   auto* gains = static_cast<Real*>(to);
-  for (std::int64_t i = 0; i < num_weights(operand) * length; ++i) {
-    gains[i] = 0;
-  }
-  if (norm.weight == nullptr) {
-    shape.for_each_slot([&](std::int64_t, std::int64_t slot, bool)
-                            __attribute__((always_inline)) { gains[slot] = 1; });
+  if (operand.norm.weight == nullptr) {
+    std::fill_n(gains, length, Real(1));
     return;
   }
-  const auto arrange = [&](std::int64_t from, Real* row) __attribute__((always_inline)) {
-    const auto arrange_as = [&](auto type) __attribute__((always_inline)) {
-      arrange_weight(shape, static_cast<const decltype(type)*>(norm.weight) + from,
-                     norm.weight_axis_stride, launch.weight_offset, row);
-    };
-    switch (norm.weight_dtype) {
-      case c10::ScalarType::Double:
-        arrange_as(double());
-        break;
-      case c10::ScalarType::Float:
-        arrange_as(float());
-        break;
-      case c10::ScalarType::Half:
-        arrange_as(c10::Half());
-        break;
-      case c10::ScalarType::BFloat16:
-        arrange_as(c10::BFloat16());
-        break;
-      default:
-        throw_unsupported_dtype(norm.weight_dtype);
-    }
-  };
+  const std::int64_t size = num_weights(operand) * length;
+  std::memset(gains, 0, size * sizeof(Real));
+  Real* row = gains + size;
   if (num_weights(operand) == 1) {
-    arrange(0, gains);
+    arrange_weight<scalar_t>(launch, operand, 0, row, gains);
     return;
   }
   const auto heads = loops_of_array(operand.heads, kHeadGain);
@@ -112,8 +133,8 @@ ROPE_INLINE void arrange_gains(const Launch& launch, int index, void* to) {
     heads.offsets(i % num_heads, of_head);
     tokens.offsets(i / num_heads, of_token);
     const std::int64_t gain = of_head[kHeadGain] + of_token[kGain + index];
-    arrange(of_head[kHeadWeight] + of_token[kWeight + index],
-            gains + gain / operand.axis_size * length);
+    arrange_weight<scalar_t>(launch, operand, of_head[kHeadWeight] + of_token[kWeight + index], row,
+                             gains + gain / operand.axis_size * length);
   }
 }
 
@@ -293,108 +314,167 @@ ROPE_INLINE Real reciprocal_root(double sum, Real inverse_count, Real eps) {
   return Real(1) / std::sqrt(static_cast<Real>(sum) * inverse_count + eps);
 }
 
-template <bool interleaved, bool norm_last, typename Shape, typename scalar_t>
+template <bool interleaved, typename Shape, typename scalar_t, typename NormLast>
 ROPE_INLINE double squares_of(const Shape& shape, const NormRow<scalar_t>& row,
-                              const TokenAngles<scalar_t>& angles) {
-  if constexpr (norm_last) {
-    return sum_of_rotated_squares<interleaved>(shape, row, angles);
-  } else {
-    return sum_of_squares(row.in, shape.size);
-  }
+                              const TokenAngles<scalar_t>& angles, NormLast norm_last) {
+  return norm_last ? sum_of_rotated_squares<interleaved>(shape, row, angles)
+                   : sum_of_squares(row.in, shape.size);
 }
 
-template <bool interleaved, bool norm_last, typename scalar_t>
-ROPE_INLINE void normalize_group(const NormPart<scalar_t>& part, std::int64_t token,
-                                 std::int64_t first_head, const TokenAngles<scalar_t>& angles,
-                                 bool may_stream) {
+template <bool interleaved, typename scalar_t>
+ROPE_LOOP void normalize_group(const NormPart<scalar_t>& part, std::int64_t token,
+                               std::int64_t first_head, const TokenAngles<scalar_t>& angles,
+                               bool may_stream) {
   using Real = at::opmath_type<scalar_t>;
+  const bool norm_last = part.launch.norm_last;
   const std::int64_t end = first_head + part.members();
   double squares = 0;
   for (std::int64_t head = first_head; head < end; ++head) {
-    squares += squares_of<interleaved, norm_last>(part.shape, row_of(part, token, head), angles);
+    squares += squares_of<interleaved>(part.shape, row_of(part, token, head), angles, norm_last);
   }
   const Real scale =
       reciprocal_root(squares, part.inverse_count, static_cast<Real>(part.launch.eps));
   for (std::int64_t head = first_head; head < end; ++head) {
     const auto row = row_of(part, token, head);
     const bool streams = may_stream && can_stream(row.out, part.shape.size);
-    normalize_row<interleaved, norm_last>(part.shape, row, angles, scale, streams);
+    normalize_row<interleaved>(part.shape, row, angles, norm_last, scale, streams);
     finish_row(part, row, token, head);
   }
 }
 
-// The steps of rows that are whole steps and no more, up to as many as stay in registers; else 0.
+// The steps of rows that are whole steps and no more; else 0.
 template <typename scalar_t>
 ROPE_INLINE std::int64_t whole_steps(const NormPart<scalar_t>& part) {
   const RowShape<scalar_t>& shape = part.shape;
   const std::int64_t steps = shape.steps();
   const bool is_whole = shape.size == 2 * shape.num_pairs && shape.num_pairs % shape.kSize == 0;
-  return is_whole && !part.copies && !has_full_width(part.launch) ? steps : 0;
+  return is_whole && !part.copies ? steps : 0;
 }
 
-// Heads [0, count) of the tile. Where each has a mean of its own, the scales of several are
-// computed together, since a square root and a division take long.
-template <bool interleaved, bool norm_last, int steps, typename scalar_t>
-ROPE_LOOP void normalize_whole_rows(const NormPart<scalar_t>& part, std::int64_t token,
-                                    std::int64_t count, const TokenAngles<scalar_t>& of_token,
-                                    bool may_stream) {
+template <std::int64_t size, typename scalar_t>
+ROPE_INLINE void prefetch(const scalar_t* row) {
+  constexpr std::int64_t kLine = 64 / sizeof(scalar_t);
+  for (std::int64_t i = 0; i < size; i += kLine) {
+    __builtin_prefetch(row + i);
+  }
+}
+
+// Whole rows: first the sums of heads [0, count) of the tile, then all roots together, since a
+// square root and a division take long, then the results.
+
+// Writes sum(head), a vector whose elements add up, to scales[head] for each head.
+template <typename Real, typename Sum>
+ROPE_INLINE void sum_rows(Real* scales, std::int64_t count, const Sum& sum) {
+  using Vector = Vectorized<Real>;
+  for (std::int64_t first = 0; first < count; first += Vector::size()) {
+    Vector sums[Vector::size()] = {};
+    for (std::int64_t i = 0; i < Vector::size() && first + i < count; ++i) {
+      sums[i] = sum(first + i);
+    }
+    sums_of_each<Real>(sums).store(scales + first);
+  }
+}
+
+template <int steps, typename scalar_t>
+ROPE_LOOP void square_whole_rows(const NormPart<scalar_t>& part, std::int64_t token,
+                                 std::int64_t count, at::opmath_type<scalar_t>* scales) {
+  sum_rows(scales, count, [&](std::int64_t head) __attribute__((always_inline)) {
+    // The order of the elements in memory is that of the sum in either convention.
+    return WholeRow</*interleaved=*/false, steps, scalar_t>(row_in_place(part, token, head).in)
+        .squares();
+  });
+}
+
+template <bool interleaved, int steps, typename scalar_t>
+ROPE_LOOP void square_rotated_rows(const NormPart<scalar_t>& part, std::int64_t token,
+                                   std::int64_t count, const TokenAngles<scalar_t>& of_token,
+                                   at::opmath_type<scalar_t>* scales) {
+  const auto angles = RowAngles<scalar_t, steps>::load(of_token);
+  sum_rows(scales, count, [&](std::int64_t head) __attribute__((always_inline)) {
+    return WholeRow<interleaved, steps, scalar_t>(row_in_place(part, token, head).in)
+        .rotated_squares(angles);
+  });
+}
+
+// From the sums of heads to their scales.
+template <typename scalar_t>
+ROPE_LOOP void find_scales(const NormPart<scalar_t>& part, std::int64_t count,
+                           at::opmath_type<scalar_t>* scales) {
   using Real = at::opmath_type<scalar_t>;
   using Vector = Vectorized<Real>;
-  using Whole = WholeRow<interleaved, norm_last, steps, scalar_t>;
-  constexpr std::int64_t kSize = RowShape<scalar_t>::kSize;
-  constexpr std::int64_t kTogether = 16;
-  const auto eps = static_cast<Real>(part.launch.eps);
-  StepAngles<scalar_t, false> angles[steps];
-  for (int i = 0; i < steps; ++i) {
-    angles[i] =
-        StepAngles<scalar_t, false>::load(of_token.cos + i * kSize, of_token.sin + i * kSize, 0);
-  }
-  const auto squares_of_head = [&](std::int64_t head) __attribute__((always_inline)) {
-    return Whole(row_in_place(part, token, head).in).squares(angles);
-  };
-  // Rows [first, first + number), whose scales are `stride` apart.
-  const auto store = [&](std::int64_t first, std::int64_t number, const Real* scales,
-                         std::int64_t stride) __attribute__((always_inline)) {
-    for (std::int64_t i = 0; i < number; ++i) {
-      const auto row = row_in_place(part, token, first + i);
-      const Whole whole(row.in);
-      const Real scale = scales[i * stride];
-      if (may_stream && can_stream(row.out, 2 * steps * kSize)) [[unlikely]] {
-        whole.store(angles, row.gains, scale, row.out, /*streams=*/true);
-      } else {
-        whole.store(angles, row.gains, scale, row.out, /*streams=*/false);
-      }
-    }
-  };
   const std::int64_t members = part.members();
-  const std::int64_t together = members == 1 ? kTogether : members;
-  for (std::int64_t first = 0; first < count; first += together) {
-    const std::int64_t number = count - first < together ? count - first : together;
-    Real scales[kTogether] = {};
-    if (members == 1) {
-      for (std::int64_t i = 0; i < number; ++i) {
-        scales[i] = static_cast<Real>(squares_of_head(first + i));
-      }
-      for (std::int64_t i = 0; i < kTogether; i += Vector::size()) {
-        const Vector mean = Vector::loadu(scales + i) * Vector(part.inverse_count) + Vector(eps);
-        (Vector(1) / mean.sqrt()).store(scales + i);
-      }
-    } else {
-      double squares = 0;
-      for (std::int64_t i = 0; i < members; ++i) {
-        squares += squares_of_head(first + i);
-      }
-      scales[0] = reciprocal_root(squares, part.inverse_count, eps);
+  for (std::int64_t first = 0; first < count && members > 1; first += members) {
+    double sum = 0;
+    for (std::int64_t head = first; head < first + members; ++head) {
+      sum += static_cast<double>(scales[head]);
     }
-    store(first, number, scales, members == 1 ? 1 : 0);
+    std::fill_n(scales + first, members, static_cast<Real>(sum));
   }
+  for (std::int64_t i = 0; i < count; i += Vector::size()) {
+    const auto eps = static_cast<Real>(part.launch.eps);
+    const Vector mean = Vector::loadu(scales + i) * Vector(part.inverse_count) + Vector(eps);
+    (Vector(1) / mean.sqrt()).store(scales + i);
+  }
+}
+
+// Whether all heads of a token have the same weight, or none.
+template <typename scalar_t>
+ROPE_INLINE bool has_one_weight(const NormPart<scalar_t>& part) {
+  const auto& heads = part.operand.heads;
+  bool is_one = true;
+  for (int d = 0; d < heads.num_dims; ++d) {
+    is_one = is_one && heads.strides[kHeadGain][d] == 0;
+  }
+  return is_one;
+}
+
+// The rotation with one weight stays in registers, or is loaded from memory if it does not fit.
+template <bool interleaved, bool one_weight, int steps, typename scalar_t>
+ROPE_LOOP void store_whole_rows(const NormPart<scalar_t>& part, std::int64_t token,
+                                std::int64_t count, const TokenAngles<scalar_t>& of_token,
+                                const at::opmath_type<scalar_t>* scales, bool may_stream) {
+  using Whole = WholeRow<interleaved, steps, scalar_t>;
+  const auto weighted_by = [&](const auto* gains) __attribute__((always_inline)) {
+    return Whole::Angles::template load_weighted<interleaved>(of_token, gains,
+                                                              part.launch.norm_last);
+  };
+  const auto of_first = weighted_by(row_in_place(part, token, 0).gains);
+  // The sums would wait for memory: the rows of the next token come while results are computed.
+  const std::int64_t next = token + 1 < part.num_tokens ? token + 1 : token;
+  for (std::int64_t head = 0; head < count; ++head) {
+    const auto row = row_in_place(part, token, head);
+    const bool streams = may_stream && can_stream(row.out, Whole::Shape::size);
+    prefetch<Whole::Shape::size>(row_in_place(part, next, head).in);
+    if constexpr (one_weight) {
+      Whole(row.in).store(of_first, scales[head], row.out, streams);
+    } else {
+      Whole(row.in).store(weighted_by(row.gains), scales[head], row.out, streams);
+    }
+  }
+}
+
+template <bool interleaved, int steps, typename scalar_t>
+ROPE_INLINE void normalize_whole_rows(const NormPart<scalar_t>& part, std::int64_t token,
+                                      std::int64_t count, const TokenAngles<scalar_t>& angles,
+                                      bool may_stream) {
+  auto* scales = static_cast<at::opmath_type<scalar_t>*>(part.workspace.scales);
+  if (part.launch.norm_last) {
+    square_rotated_rows<interleaved, steps>(part, token, count, angles, scales);
+  } else {
+    square_whole_rows<steps>(part, token, count, scales);
+  }
+  find_scales(part, count, scales);
+  has_one_weight(part) ? store_whole_rows<interleaved, /*one_weight=*/true, steps>(
+                             part, token, count, angles, scales, may_stream)
+                       : store_whole_rows<interleaved, /*one_weight=*/false, steps>(
+                             part, token, count, angles, scales, may_stream);
 }
 
 // Heads [0, count) of the tile. Where each has a mean of its own, the scales of several are
 // computed together.
-template <bool interleaved, bool norm_last, typename Shape, typename scalar_t>
+template <bool interleaved, typename Shape, typename scalar_t, typename NormLast>
 ROPE_LOOP void differentiate_rows(const Shape& shape, const NormPart<scalar_t>& part,
-                                  std::int64_t token, std::int64_t count,
+                                  NormLast norm_last, std::int64_t token, std::int64_t count,
                                   const TokenAngles<scalar_t>& angles, bool may_stream) {
   using Real = at::opmath_type<scalar_t>;
   constexpr std::int64_t kTogether = 16;
@@ -408,8 +488,8 @@ ROPE_LOOP void differentiate_rows(const Shape& shape, const NormPart<scalar_t>& 
     double products[kTogether] = {};
     for (std::int64_t i = 0; i < number; ++i) {
       const auto row = row_of(part, token, first + i);
-      squares[mean_of(i)] += squares_of<interleaved, norm_last>(shape, row, angles);
-      products[mean_of(i)] += sum_of_products<interleaved, norm_last>(shape, row, angles);
+      squares[mean_of(i)] += squares_of<interleaved>(shape, row, angles, norm_last);
+      products[mean_of(i)] += sum_of_products<interleaved>(shape, row, angles, norm_last);
     }
     Real scales[kTogether];
     Real corrections[kTogether];
@@ -422,47 +502,61 @@ ROPE_LOOP void differentiate_rows(const Shape& shape, const NormPart<scalar_t>& 
     for (std::int64_t i = 0; i < number; ++i) {
       const auto row = row_of(part, token, first + i);
       const bool streams = may_stream && can_stream(row.out, shape.size);
-      differentiate_row<interleaved, norm_last>(shape, row, angles, scales[mean_of(i)],
-                                                corrections[mean_of(i)], streams);
+      differentiate_row<interleaved>(shape, row, angles, norm_last, scales[mean_of(i)],
+                                     corrections[mean_of(i)], streams);
       finish_row(part, row, token, first + i);
     }
   }
 }
 
-// Calls run with the number of steps of whole rows as a constant, or with 0 for all others.
+// float64 takes no constants, nor does x86's DEFAULT, which has no vectors, nor the gradient where
+// the norm comes last: these are rare, and would be as many functions again.
+#if defined(CPU_CAPABILITY_DEFAULT) && defined(__x86_64__)
+template <typename scalar_t>
+constexpr bool kHasConstantSteps = false;
+#else
+template <typename scalar_t>
+constexpr bool kHasConstantSteps = !std::is_same_v<scalar_t, double>;
+#endif
+
+// Calls run with the number of steps of whole rows as a constant if these have 64, 128 or 256
+// elements, as models have, and stay in registers; with 0 for all others.
 template <typename scalar_t, typename Run>
-ROPE_INLINE void dispatch_steps(const NormPart<scalar_t>& part, const Run& run) {
-  const std::int64_t steps = whole_steps(part);
-  if (steps == 1) {
-    run(std::integral_constant<int, 1>());
-  } else if (steps == 2) {
-    run(std::integral_constant<int, 2>());
-  } else if (steps == 4) {
-    run(std::integral_constant<int, 4>());
-  } else if (steps == 8) {
-    run(std::integral_constant<int, 8>());
-  } else {
-    run(std::integral_constant<int, 0>());
+ROPE_INLINE void dispatch_steps(const NormPart<scalar_t>& part, bool is_rare, const Run& run) {
+  if constexpr (kHasConstantSteps<scalar_t>) {
+    constexpr int kStepsOf64 = 64 / (2 * Step<scalar_t>::kSize);
+    switch (is_rare ? 0 : whole_steps(part)) {
+      case kStepsOf64:
+        return run(std::integral_constant<int, kStepsOf64>());
+      case 2 * kStepsOf64:
+        return run(std::integral_constant<int, 2 * kStepsOf64>());
+      case 4 * kStepsOf64:
+        if constexpr (kStepsOf64 <= 2) {
+          return run(std::integral_constant<int, 4 * kStepsOf64>());
+        }
+    }
   }
+  run(std::integral_constant<int, 0>());
 }
 
 // The heads of a tile, for one token.
-template <bool interleaved, bool norm_last, bool is_gradient, typename scalar_t>
+template <bool interleaved, bool is_gradient, typename scalar_t>
 ROPE_INLINE void process_heads(const NormPart<scalar_t>& part, std::int64_t token,
                                std::int64_t count, const TokenAngles<scalar_t>& angles,
                                bool may_stream) {
-  dispatch_steps(part, [&](auto steps) __attribute__((always_inline)) {
+  const bool norm_last = part.launch.norm_last;
+  dispatch_steps(part, is_gradient && norm_last, [&](auto steps) __attribute__((always_inline)) {
     if constexpr (is_gradient && steps > 0) {
-      differentiate_rows<interleaved, norm_last>(WholeShape<scalar_t, interleaved, steps>(), part,
-                                                 token, count, angles, may_stream);
+      differentiate_rows<interleaved>(WholeShape<scalar_t, interleaved, steps>(), part,
+                                      std::false_type(), token, count, angles, may_stream);
     } else if constexpr (is_gradient) {
-      differentiate_rows<interleaved, norm_last>(part.shape, part, token, count, angles,
-                                                 may_stream);
+      differentiate_rows<interleaved>(part.shape, part, norm_last, token, count, angles,
+                                      may_stream);
     } else if constexpr (steps > 0) {
-      normalize_whole_rows<interleaved, norm_last, steps>(part, token, count, angles, may_stream);
+      normalize_whole_rows<interleaved, steps>(part, token, count, angles, may_stream);
     } else {
       for (std::int64_t head = 0; head < count; head += part.members()) {
-        normalize_group<interleaved, norm_last>(part, token, head, angles, may_stream);
+        normalize_group<interleaved>(part, token, head, angles, may_stream);
       }
     }
   });
@@ -510,7 +604,7 @@ struct WeightGrads {
   }
 };
 
-template <bool interleaved, bool norm_last, bool is_gradient, typename scalar_t>
+template <bool interleaved, bool is_gradient, typename scalar_t>
 ROPE_LOOP void process_part(const NormPart<scalar_t>& part, const AngleRows<scalar_t>& angles) {
   using Real = at::opmath_type<scalar_t>;
   auto weight_grads = is_gradient ? WeightGrads<scalar_t>::of(part) : WeightGrads<scalar_t>{};
@@ -526,7 +620,7 @@ ROPE_LOOP void process_part(const NormPart<scalar_t>& part, const AngleRows<scal
       const TokenAngles<scalar_t> of_token{angles.cos + token * angles.stride,
                                            angles.sin + token * angles.stride,
                                            has_full_width(part.launch) ? angles.half : 0, counted};
-      process_heads<interleaved, norm_last, is_gradient>(part, token, count, of_token, may_stream);
+      process_heads<interleaved, is_gradient>(part, token, count, of_token, may_stream);
       rows_in_sums += count;
       if (rows_in_sums >= kRowsPerSum) {
         weight_grads.add_to_totals();
@@ -538,9 +632,9 @@ ROPE_LOOP void process_part(const NormPart<scalar_t>& part, const AngleRows<scal
   weight_grads.store(part);
 }
 
-template <bool interleaved, bool norm_last, bool is_gradient, typename scalar_t>
-ROPE_INLINE void process_block(const Launch& launch, const NormWorkspace& workspace,
-                               const Block& block) {
+template <bool is_gradient, typename scalar_t>
+ROPE_LOOP void process_block(const Launch& launch, const NormWorkspace& workspace,
+                             const Block& block) {
   const std::int64_t num_tokens = block.token_end - block.token_begin;
   for (std::int64_t token = 0; token < num_tokens; ++token) {
     std::int64_t offsets[kAllTokenArrays];
@@ -562,51 +656,15 @@ ROPE_INLINE void process_block(const Launch& launch, const NormWorkspace& worksp
     if (part.shape.is_shifted()) {
       arrange_counted(part.shape, workspace.counted);
     }
-    process_part<interleaved, norm_last, is_gradient>(part, angles);
+    launch.interleaved ? process_part</*interleaved=*/true, is_gradient>(part, angles)
+                       : process_part</*interleaved=*/false, is_gradient>(part, angles);
   }
-}
-
-template <bool is_gradient, typename scalar_t>
-ROPE_INLINE void process_block(const Launch& launch, const NormWorkspace& workspace,
-                               const Block& block) {
-  const auto choose_norm = [&](auto interleaved) __attribute__((always_inline)) {
-    launch.norm_last
-        ? process_block<interleaved, true, is_gradient, scalar_t>(launch, workspace, block)
-        : process_block<interleaved, false, is_gradient, scalar_t>(launch, workspace, block);
-  };
-  launch.interleaved ? choose_norm(std::true_type()) : choose_norm(std::false_type());
-}
-
-// Calls run with a number of the launch's dtype.
-template <typename Run>
-ROPE_INLINE void dispatch_dtype(c10::ScalarType dtype, const Run& run) {
-#ifdef __AVX512BF16__  // for bfloat16 alone
-  (void)dtype;
-  run(c10::BFloat16());
-#else
-  switch (dtype) {
-    case c10::ScalarType::Double:
-      run(double());
-      break;
-    case c10::ScalarType::Float:
-      run(float());
-      break;
-    case c10::ScalarType::Half:
-      run(c10::Half());
-      break;
-    case c10::ScalarType::BFloat16:
-      run(c10::BFloat16());
-      break;
-    default:
-      throw_unsupported_dtype(dtype);
-  }
-#endif
 }
 
 template <bool is_gradient>
 ROPE_INLINE void process_block(const Launch& launch, const NormWorkspace& workspace,
                                const Block& block) {
-  dispatch_dtype(launch.dtype, [&](auto type) __attribute__((always_inline)) {
+  dispatch_launch_dtype(launch, [&](auto type) __attribute__((always_inline)) {
     process_block<is_gradient, decltype(type)>(launch, workspace, block);
   });
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
@@ -621,7 +679,7 @@ ROPE_INLINE void process_block(const Launch& launch, const NormWorkspace& worksp
 __attribute__((flatten)) void ROPE_CONCATENATE(arrange_gains_, CPU_CAPABILITY)(const Launch& launch,
                                                                                int operand,
                                                                                void* gains) {
-  dispatch_dtype(launch.dtype, [&](auto type) __attribute__((always_inline)) {
+  dispatch_launch_dtype(launch, [&](auto type) __attribute__((always_inline)) {
     arrange_gains<decltype(type)>(launch, operand, gains);
   });
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <tuple>
 
 #include "cpu/angles.h"
 #include "cpu/kernel.h"
@@ -17,10 +18,10 @@ namespace {
 // A row is processed in steps (cpu/step.h): those before the rotated slice, in the slice, where
 // each has two vectors of stored elements, and behind it. What multiplies or sums its elements,
 // such as the weight, is laid out in the same order as the widened vectors of the steps, converted
-// to the opmath type and padded with zeros. If the number of pairs is not a multiple of the step,
-// the last step of the slice is shifted back and overlaps its predecessor, as in NOTE [ Steps of a
-// row ] in cpu/rows.h; a sum counts the elements of the overlap once. Without a weight the gains
-// are ones.
+// to the opmath type and padded with finite numbers. If the number of pairs is not a multiple of
+// the step, the last step of the slice is shifted back and overlaps its predecessor, as in NOTE [
+// Steps of a row ] in cpu/rows.h; a sum counts the elements of the overlap once. Without a weight
+// the gains are ones.
 
 // The steps of a row of the embedding axis.
 template <typename scalar_t>
@@ -114,9 +115,39 @@ struct WholeShape {
   static constexpr std::int64_t behind_slot() { return 2 * kSteps * kSize; }
 };
 
+// The elements of a, then those of b, added in neighboring pairs.
+template <typename Real>
+ROPE_INLINE Vectorized<Real> add_neighbors(const Vectorized<Real>& a, const Vectorized<Real>& b) {
+  const auto [even, odd] = at::vec::deinterleave2(a, b);
+  return even + odd;
+}
+
+// The sum of the elements of each of as many vectors as one has elements. `vectors` is overwritten.
+template <typename Real>
+ROPE_INLINE Vectorized<Real> sums_of_each(Vectorized<Real> (&vectors)[Vectorized<Real>::size()]) {
+  for (int count = Vectorized<Real>::size(); count > 1; count /= 2) {
+    for (int i = 0; i < count / 2; ++i) {
+      vectors[i] = add_neighbors(vectors[2 * i], vectors[2 * i + 1]);
+    }
+  }
+  return vectors[0];
+}
+
+// The same sum of one vector, with the same bits.
+template <typename Real>
+ROPE_INLINE Real sum_of(const Vectorized<Real>& of) {
+  Vectorized<Real> vector = of;
+  for (int count = Vectorized<Real>::size(); count > 1; count /= 2) {
+    vector = add_neighbors(vector, vector);
+  }
+  Real elements[Vectorized<Real>::size()];
+  vector.store(elements);
+  return elements[0];
+}
+
 // A sum of products, in lanes of the opmath type, several of which hide the latency of an addition.
 // Those of every kChunk elements are added up in float64. The elements of a row go to the same
-// lanes wherever it lies.
+// lanes, in the same order, wherever it lies.
 template <typename scalar_t>
 class LaneSums {
  public:
@@ -152,13 +183,9 @@ class LaneSums {
     }
   }
 
-  ROPE_INLINE double total() const {
-    const Vector sum = (lanes_[0] + lanes_[1]) + (lanes_[2] + lanes_[3]);
-    return total_ + static_cast<double>(at::vec::vec_reduce_all<Real>(
-                        [](const Vector& a, const Vector& b)
-                            __attribute__((always_inline)) { return a + b; },
-                        sum));
-  }
+  // Whose elements add up to the sum, in rows of less than a chunk.
+  ROPE_INLINE Vector vector() const { return (lanes_[0] + lanes_[1]) + (lanes_[2] + lanes_[3]); }
+  ROPE_INLINE double total() const { return total_ + static_cast<double>(sum_of<Real>(vector())); }
 
  private:
   Vector lanes_[kLanes] = {Vector(0), Vector(0), Vector(0), Vector(0)};
@@ -353,6 +380,38 @@ ROPE_INLINE StepAngles<scalar_t, /*full_width=*/true> load_angles(
   return StepAngles<scalar_t, true>::load(angles.cos + slot, angles.sin + slot, angles.half);
 }
 
+// The rotation and the weight of a step in one, by which all rows with this weight are multiplied:
+// gains of its elements multiply the columns of a rotation that follows the norm, and the rows of
+// one before it.
+// Scalar math: rotate(x, weighted(angle, gain)) = rotate(x * gain, angle)
+//              norm_last:                         rotate(x, angle) * gain
+template <bool interleaved, typename scalar_t>
+ROPE_INLINE StepAngles<scalar_t, true> weighted(const StepAngles<scalar_t, true>& angles,
+                                                const Wide<scalar_t, 2>& gain, bool norm_last) {
+  using S = Step<scalar_t>;
+  StepAngles<scalar_t, true> products;
+  for (int v = 0; v < S::kVectors; ++v) {
+    auto a = gain.x[interleaved ? 2 * v : v];
+    auto b = gain.x[interleaved ? 2 * v + 1 : v + S::kVectors];
+    if constexpr (interleaved && !S::kDeinterleaved) {
+      std::tie(a, b) = at::vec::deinterleave2(a, b);
+    }
+    const auto& [of_a, of_b] = angles.vectors[v];
+    products.vectors[v] = {{of_a.cos * a, of_a.sin * (norm_last ? a : b)},
+                           {of_b.cos * b, of_b.sin * (norm_last ? b : a)}};
+  }
+  return products;
+}
+
+template <bool interleaved, typename scalar_t>
+ROPE_INLINE StepAngles<scalar_t, true> load_weighted(const TokenAngles<scalar_t>& angles,
+                                                     std::int64_t step,
+                                                     const at::opmath_type<scalar_t>* gains,
+                                                     bool norm_last) {
+  return weighted<interleaved>(load_angles(angles, step), Wide<scalar_t, 2>::load(gains),
+                               norm_last);
+}
+
 // Loads the last step of the slice if it is shifted: in place its predecessor, which it overlaps,
 // is stored before its turn.
 template <typename scalar_t>
@@ -394,10 +453,10 @@ ROPE_INLINE double sum_of_rotated_squares(const Shape& shape, const NormRow<scal
   return sums.total();
 }
 
-// Scalar math: out = rotate((in * scale) * gain), or with norm_last (rotate(in) * scale) * gain
-template <bool interleaved, bool norm_last, typename scalar_t>
+// Scalar math: out = rotate(in * scale, weighted(angle, gain))
+template <bool interleaved, typename scalar_t>
 ROPE_INLINE void normalize_row(const RowShape<scalar_t>& shape, const NormRow<scalar_t>& row,
-                               const TokenAngles<scalar_t>& angles,
+                               const TokenAngles<scalar_t>& angles, bool norm_last,
                                at::opmath_type<scalar_t> scale_of_row, bool streams) {
   using Vector = typename Step<scalar_t>::Vector;
   const Vector scale(scale_of_row);
@@ -409,31 +468,51 @@ ROPE_INLINE void normalize_row(const RowShape<scalar_t>& shape, const NormRow<sc
   const std::int64_t steps = shape.steps();
   for (std::int64_t step = 0; step < steps; ++step) {
     const auto place = place_of(shape, step);
-    const auto gain = Wide<scalar_t, 2>::load(row.gains + place.slot);
-    const auto step_angles = load_angles(angles, step);
+    const auto rotation =
+        load_weighted<interleaved>(angles, step, row.gains + place.slot, norm_last);
     auto x = shape.is_shifted() && step == steps - 1 ? shifted : load_step(row.in, place);
-    if constexpr (norm_last) {
-      rotate_vectors<interleaved, /*back=*/false>(x.x, step_angles);
-      x = x * scale * gain;
-    } else {
-      x = x * scale * gain;
-      rotate_vectors<interleaved, /*back=*/false>(x.x, step_angles);
-    }
+    x = x * scale;
+    rotate_vectors<interleaved, /*back=*/false>(x.x, rotation);
     store_step(x, row.out, place, streams);
   }
 }
 
 // ---- The forward call on whole rows ----
 
-// Rows of `steps` steps, without elements outside the slice, normalized each by itself: they are
-// loaded once. With the results of the functions above.
-template <bool interleaved, bool norm_last, int steps, typename scalar_t>
+// The rotations of the steps of a row, weighted or not.
+template <typename scalar_t, int steps>
+struct RowAngles {
+  StepAngles<scalar_t, /*full_width=*/true> of_step[steps];
+
+  static ROPE_INLINE RowAngles load(const TokenAngles<scalar_t>& angles) {
+    RowAngles row;
+    for (int i = 0; i < steps; ++i) {
+      row.of_step[i] = load_angles(angles, i);
+    }
+    return row;
+  }
+
+  template <bool interleaved, typename Real>
+  static ROPE_INLINE RowAngles load_weighted(const TokenAngles<scalar_t>& angles, const Real* gains,
+                                             bool norm_last) {
+    constexpr std::int64_t kSize = Step<scalar_t>::kSize;
+    RowAngles row;
+    for (int i = 0; i < steps; ++i) {
+      row.of_step[i] = cpu::load_weighted<interleaved>(angles, i, gains + 2 * i * kSize, norm_last);
+    }
+    return row;
+  }
+};
+
+// Rows of `steps` steps, without elements outside the slice, in registers. With the results of the
+// functions above.
+template <bool interleaved, int steps, typename scalar_t>
 class WholeRow {
  public:
   using S = Step<scalar_t>;
   using Vector = typename S::Vector;
   using Real = at::opmath_type<scalar_t>;
-  using Angles = StepAngles<scalar_t, /*full_width=*/false>;
+  using Angles = RowAngles<scalar_t, steps>;
   using Shape = WholeShape<scalar_t, interleaved, steps>;
   static constexpr std::int64_t kSize = S::kSize;
 
@@ -444,36 +523,38 @@ class WholeRow {
     }
   }
 
-  ROPE_INLINE double squares(const Angles (&angles)[steps]) const {
+  // A vector whose elements add up to the sum of squares.
+  ROPE_INLINE Vector squares() const {
+    static_assert(Shape::size < LaneSums<scalar_t>::kChunk);
     LaneSums<scalar_t> sums;
-    for (int i = 0; i < steps; ++i) {
-      if constexpr (norm_last) {
-        auto x = widened(i);
-        rotate_vectors<interleaved, /*back=*/false>(x.x, angles[i]);
-        for (int v = 0; v < x.kCount; ++v) {
-          sums.add_product(v, x.x[v], x.x[v]);
-        }
-      } else {
-        sums.add_squares(static_cast<int>(Shape::first(i) / kSize), first_[i]);
-        sums.add_squares(static_cast<int>(Shape::second(i) / kSize), second_[i]);
-      }
+    for (int index = 0; index < 2 * steps; ++index) {  // in the order of the row
+      sums.add_squares(index, interleaved ? index % 2 == 0 ? first_[index / 2] : second_[index / 2]
+                              : index < steps ? first_[index]
+                                              : second_[index - steps]);
     }
-    return sums.total();
+    return sums.vector();
   }
 
-  ROPE_INLINE void store(const Angles (&angles)[steps], const Real* gains, Real scale_of_row,
-                         scalar_t* out, bool streams) const {
+  // The same of the rotated row.
+  ROPE_INLINE Vector rotated_squares(const Angles& angles) const {
+    static_assert(Shape::size < LaneSums<scalar_t>::kChunk);
+    LaneSums<scalar_t> sums;
+    for (int i = 0; i < steps; ++i) {
+      auto x = widened(i);
+      rotate_vectors<interleaved, /*back=*/false>(x.x, angles.of_step[i]);
+      for (int v = 0; v < x.kCount; ++v) {
+        sums.add_product(v, x.x[v], x.x[v]);
+      }
+    }
+    return sums.vector();
+  }
+
+  ROPE_INLINE void store(const Angles& weighted, Real scale_of_row, scalar_t* out,
+                         bool streams) const {
     const Vector scale(scale_of_row);
     for (int i = 0; i < steps; ++i) {
-      const auto gain = Wide<scalar_t, 2>::load(gains + 2 * i * kSize);
-      auto x = widened(i);
-      if constexpr (norm_last) {
-        rotate_vectors<interleaved, /*back=*/false>(x.x, angles[i]);
-        x = x * scale * gain;
-      } else {
-        x = x * scale * gain;
-        rotate_vectors<interleaved, /*back=*/false>(x.x, angles[i]);
-      }
+      auto x = widened(i) * scale;
+      rotate_vectors<interleaved, /*back=*/false>(x.x, weighted.of_step[i]);
       store_vector(S::narrow(x.x), out + Shape::first(i), streams);
       store_vector(S::narrow(x.x + S::kVectors), out + Shape::second(i), streams);
     }
@@ -492,6 +573,8 @@ class WholeRow {
 };
 
 // ---- Gradients: see NOTE [ Norms ] in launch.h ----
+//
+// norm_last is a bool, or std::false_type where it is known.
 
 // What is normalized, x or the rotated x, and the gradient of the weighted, t, for one step.
 template <typename scalar_t, int kStored>
@@ -506,12 +589,12 @@ ROPE_INLINE Normalized<scalar_t, 1> load_normalized(const NormRow<scalar_t>& row
   return {load_step(row.in, place), load_step(row.grad, place)};
 }
 
-template <bool interleaved, bool norm_last, typename scalar_t>
+template <bool interleaved, typename scalar_t, typename NormLast>
 ROPE_INLINE Normalized<scalar_t, 2> load_normalized(
     const NormRow<scalar_t>& row, const StepPlace<2>& place,
-    const StepAngles<scalar_t, /*full_width=*/true>& angles) {
+    const StepAngles<scalar_t, /*full_width=*/true>& angles, NormLast norm_last) {
   Normalized<scalar_t, 2> step{load_step(row.in, place), load_step(row.grad, place)};
-  if constexpr (norm_last) {
+  if (norm_last) {
     rotate_vectors<interleaved, /*back=*/false>(step.x.x, angles);
   } else {
     rotate_vectors<interleaved, /*back=*/true>(step.t.x, angles);
@@ -521,9 +604,9 @@ ROPE_INLINE Normalized<scalar_t, 2> load_normalized(
 
 // The sum of the products that the mean in the gradient of x is of.
 // Scalar math: sum += t * gain * x
-template <bool interleaved, bool norm_last, typename Shape, typename scalar_t>
+template <bool interleaved, typename Shape, typename scalar_t, typename NormLast>
 ROPE_INLINE double sum_of_products(const Shape& shape, const NormRow<scalar_t>& row,
-                                   const TokenAngles<scalar_t>& angles) {
+                                   const TokenAngles<scalar_t>& angles, NormLast norm_last) {
   LaneSums<scalar_t> sums;
   const auto add_products = [&](const auto& weighted, const auto& x)
                                 __attribute__((always_inline)) {
@@ -538,7 +621,7 @@ ROPE_INLINE double sum_of_products(const Shape& shape, const NormRow<scalar_t>& 
   });
   for (std::int64_t i = 0; i < shape.steps(); ++i) {
     const auto place = place_of(shape, i);
-    const auto step = load_normalized<interleaved, norm_last>(row, place, load_angles(angles, i));
+    const auto step = load_normalized<interleaved>(row, place, load_angles(angles, i), norm_last);
     const auto weighted = step.t * Wide<scalar_t, 2>::load(row.gains + place.slot);
     add_products(counted_once(weighted, shape, i, angles), step.x);
   }
@@ -574,9 +657,9 @@ ROPE_INLINE Wide<scalar_t, kStored> gradient_of_normalized(
 }
 
 // The gradients of a row, after its sums. correction = scale^2 * sum of products / count
-template <bool interleaved, bool norm_last, typename Shape, typename scalar_t>
+template <bool interleaved, typename Shape, typename scalar_t, typename NormLast>
 ROPE_INLINE void differentiate_row(const Shape& shape, const NormRow<scalar_t>& row,
-                                   const TokenAngles<scalar_t>& angles,
+                                   const TokenAngles<scalar_t>& angles, NormLast norm_last,
                                    at::opmath_type<scalar_t> scale_of_row,
                                    at::opmath_type<scalar_t> correction_of_row, bool streams) {
   using Vector = typename Step<scalar_t>::Vector;
@@ -595,13 +678,13 @@ ROPE_INLINE void differentiate_row(const Shape& shape, const NormRow<scalar_t>& 
   for (std::int64_t i = 0; i < shape.steps(); ++i) {
     const auto place = place_of(shape, i);
     const auto step_angles = load_angles(angles, i);
-    const auto step = load_normalized<interleaved, norm_last>(row, place, step_angles);
+    const auto step = load_normalized<interleaved>(row, place, step_angles, norm_last);
     if (row.weight_grads != nullptr) {
       add_weight_grads(step, place, scale, row.weight_grads);
     }
     if (row.out != nullptr) {
       auto gradient = gradient_of_normalized(step, place, row.gains, scale, correction);
-      if constexpr (norm_last) {
+      if (norm_last) {
         rotate_vectors<interleaved, /*back=*/true>(gradient.x, step_angles);
       }
       store_step(gradient, row.out, place, streams);

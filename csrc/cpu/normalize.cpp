@@ -45,7 +45,8 @@ class NormRun {
     Pieces pieces;
     std::int64_t begins[2] = {};
     for (int i = 0; i < launch_.num_operands; ++i) {
-      begins[i] = pieces.add(gain_bytes(launch_, launch_.operands[i]));
+      const Operand& operand = launch_.operands[i];
+      begins[i] = pieces.add(gain_bytes(launch_, operand) + operand.axis_size * real_size(launch_));
     }
     std::byte* base = thread_memory(pieces.total(), Purpose::kGains);
     for (int i = 0; i < launch_.num_operands; ++i) {
@@ -72,6 +73,7 @@ class NormRun {
     const std::int64_t grad_offsets = pieces.add(plan_.block_tokens * 2 * kWide);
     const std::int64_t gain_offsets = pieces.add(plan_.block_tokens * 2 * kWide);
     const std::int64_t head_offsets = pieces.add(tile_heads * kHeadArrays * kWide);
+    const std::int64_t scales = pieces.add(padded(tile_heads) * kWide);
     const auto [angles, base] = thread_workspace(launch_, plan_, pieces.total());
     NormWorkspace workspace{};
     workspace.angles = angles;
@@ -80,6 +82,7 @@ class NormRun {
     workspace.grad_offsets = reinterpret_cast<std::int64_t*>(base + grad_offsets);
     workspace.gain_offsets = reinterpret_cast<std::int64_t*>(base + gain_offsets);
     workspace.head_offsets = reinterpret_cast<std::int64_t*>(base + head_offsets);
+    workspace.scales = base + scales;
     for (int i = 0; i < launch_.num_operands; ++i) {
       workspace.gains[i] = gains_[i];
       workspace.weight_grads[i] = sums_.of_operand[i] == nullptr ? nullptr : base + weight_grads[i];

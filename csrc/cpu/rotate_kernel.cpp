@@ -1,7 +1,7 @@
 // NOTE [ The CPU kernel ]
 //
 // From the outside in:
-//   entry    chooses the dtype, and the pair convention where it changes the code
+//   entry    chooses the dtype
 //   block    some tokens and some of their heads. Finds the angles of the tokens once, for q and k
 //   operand  q or k. Its vectors run along the embedding axis where that is contiguous; otherwise
 //            along tokens or heads, whichever are contiguous, each pair of elements in turn
@@ -14,10 +14,10 @@
 // inline function of the same name with code for older processors (the build asserts it). Hence raw
 // pointers, no containers, and everything inlined but the loops over rows.
 #include "cpu/angles.h"
+#include "cpu/dispatch.h"
 #include "cpu/kernel.h"
 #include "cpu/rows.h"
 #include "cpu/step.h"
-#include "unsupported_dtype.h"
 
 namespace rope::cpu {
 
@@ -151,8 +151,8 @@ ROPE_INLINE void rotate_copied_rows(const Part<scalar_t>& part, const Rows<scala
 }
 
 template <bool interleaved, bool full_width, typename scalar_t>
-ROPE_INLINE void rotate_along_axis(const Part<scalar_t>& part, std::int64_t num_tokens,
-                                   const AngleRows<scalar_t>& angles) {
+ROPE_LOOP void rotate_along_axis(const Part<scalar_t>& part, std::int64_t num_tokens,
+                                 const AngleRows<scalar_t>& angles) {
   const Launch& launch = part.launch;
   const Operand& operand = part.operand;
   const std::int64_t size = 2 * launch.num_pairs;
@@ -245,8 +245,8 @@ ROPE_LOOP void rotate_runs(const Part<scalar_t>& part, const Strided<const scala
 
 // The angles are those of tokens [first, first + count) of the block, a run of the last loop.
 template <bool full_width, typename scalar_t>
-ROPE_INLINE void rotate_along_tokens(const Part<scalar_t>& part, std::int64_t first,
-                                     std::int64_t count, const AngleRows<scalar_t>& angles) {
+ROPE_LOOP void rotate_along_tokens(const Part<scalar_t>& part, std::int64_t first,
+                                   std::int64_t count, const AngleRows<scalar_t>& angles) {
   const std::int64_t* offsets = part.token_offsets() + first * kTokenArrays;
   const auto& tokens = part.launch.tokens;
   for (std::int64_t head = part.head_begin; head < part.head_end; ++head) {
@@ -262,8 +262,8 @@ ROPE_INLINE void rotate_along_tokens(const Part<scalar_t>& part, std::int64_t fi
 }
 
 template <bool full_width, typename scalar_t>
-ROPE_INLINE void rotate_along_heads(const Part<scalar_t>& part, std::int64_t num_tokens,
-                                    AngleRows<scalar_t> angles) {
+ROPE_LOOP void rotate_along_heads(const Part<scalar_t>& part, std::int64_t num_tokens,
+                                  AngleRows<scalar_t> angles) {
   const auto& heads = part.operand.heads;
   const int last = heads.num_dims - 1;
   for (std::int64_t token = 0; token < num_tokens; ++token) {
@@ -283,9 +283,25 @@ ROPE_INLINE void rotate_along_heads(const Part<scalar_t>& part, std::int64_t num
   }
 }
 
+// The vectors of the operand run along a dimension. The angles are those of tokens
+// [first, first + count) of the block.
+template <bool full_width, typename scalar_t>
+ROPE_INLINE void rotate_part(const Part<scalar_t>& part, Along along, std::int64_t first,
+                             std::int64_t count, const AngleRows<scalar_t>& angles) {
+  if (along == Along::kTokens) {
+    rotate_along_tokens<full_width>(part, first, count, angles);
+  } else if (along == Along::kHeads) {
+    rotate_along_heads<full_width>(part, count, angles);
+  } else if (part.launch.interleaved) {
+    rotate_along_axis</*interleaved=*/true, full_width>(part, count, angles);
+  } else {
+    rotate_along_axis</*interleaved=*/false, full_width>(part, count, angles);
+  }
+}
+
 // Finds the angles of some tokens of the block as vectors along a dimension need them, and rotates
 // the operands whose vectors run along it.
-template <bool interleaved, bool full_width, typename scalar_t>
+template <typename scalar_t>
 ROPE_INLINE void rotate_along(const Launch& launch, const Workspace& workspace, const Block& block,
                               Along along, std::int64_t first, std::int64_t count) {
   const auto angles = find_angles<scalar_t>(launch, workspace, along, first, count);
@@ -294,19 +310,13 @@ ROPE_INLINE void rotate_along(const Launch& launch, const Workspace& workspace, 
       continue;
     }
     const auto part = part_of<scalar_t>(launch, workspace, block, index);
-    if (along == Along::kAxis) {
-      rotate_along_axis<interleaved, full_width>(part, count, angles);
-    } else if (along == Along::kTokens) {
-      rotate_along_tokens<full_width>(part, first, count, angles);
-    } else {
-      rotate_along_heads<full_width>(part, count, angles);
-    }
+    has_full_width(launch) ? rotate_part</*full_width=*/true>(part, along, first, count, angles)
+                           : rotate_part</*full_width=*/false>(part, along, first, count, angles);
   }
 }
 
-template <bool interleaved, bool full_width, typename scalar_t>
-ROPE_INLINE void rotate_block(const Launch& launch, const Workspace& workspace,
-                              const Block& block) {
+template <typename scalar_t>
+ROPE_LOOP void rotate_block(const Launch& launch, const Workspace& workspace, const Block& block) {
   const std::int64_t num_tokens = block.token_end - block.token_begin;
   for (std::int64_t token = 0; token < num_tokens; ++token) {
     std::int64_t offsets[kTokenArrays];
@@ -328,20 +338,9 @@ ROPE_INLINE void rotate_block(const Launch& launch, const Workspace& workspace,
     std::int64_t count;
     for (std::int64_t token = block.token_begin; token < block.token_end; token += count) {
       count = along == Along::kTokens ? run_length(token, block.token_end, size) : num_tokens;
-      rotate_along<interleaved, full_width, scalar_t>(launch, workspace, block, along,
-                                                      token - block.token_begin, count);
+      rotate_along<scalar_t>(launch, workspace, block, along, token - block.token_begin, count);
     }
   }
-}
-
-template <typename scalar_t>
-ROPE_INLINE void rotate_block(const Launch& launch, const Workspace& workspace,
-                              const Block& block) {
-  const auto rotate = [&](auto interleaved) __attribute__((always_inline)) {
-    has_full_width(launch) ? rotate_block<interleaved, true, scalar_t>(launch, workspace, block)
-                           : rotate_block<interleaved, false, scalar_t>(launch, workspace, block);
-  };
-  launch.interleaved ? rotate(std::true_type()) : rotate(std::false_type());
 }
 
 }  // namespace
@@ -349,26 +348,9 @@ ROPE_INLINE void rotate_block(const Launch& launch, const Workspace& workspace,
 __attribute__((flatten)) void ROPE_CONCATENATE(rotate_, CPU_CAPABILITY)(const Launch& launch,
                                                                         const Workspace& workspace,
                                                                         const Block& block) {
-#ifdef __AVX512BF16__  // for bfloat16 alone
-  rotate_block<c10::BFloat16>(launch, workspace, block);
-#else
-  switch (launch.dtype) {
-    case c10::ScalarType::Double:
-      rotate_block<double>(launch, workspace, block);
-      break;
-    case c10::ScalarType::Float:
-      rotate_block<float>(launch, workspace, block);
-      break;
-    case c10::ScalarType::Half:
-      rotate_block<c10::Half>(launch, workspace, block);
-      break;
-    case c10::ScalarType::BFloat16:
-      rotate_block<c10::BFloat16>(launch, workspace, block);
-      break;
-    default:
-      throw_unsupported_dtype(launch.dtype);
-  }
-#endif
+  dispatch_launch_dtype(launch, [&](auto type) __attribute__((always_inline)) {
+    rotate_block<decltype(type)>(launch, workspace, block);
+  });
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
   if (workspace.may_stream) {
     _mm_sfence();  // Others see what was streamed before they see that the block is done.

@@ -1,26 +1,26 @@
-// Stands in for the CUDA kernels in a build without them.
-#include <c10/util/Exception.h>
-
+// Stands in for the CUDA kernels in a build without them: has_kernels() is asked before any launch.
 #include "cuda/kernels.h"
 
 namespace rope::cuda {
 
-bool has_kernels() { return false; }
-
 namespace {
 
-[[noreturn]] void fail() { TORCH_INTERNAL_ASSERT(false, "this build has no CUDA kernels"); }
+constexpr Status kNoKernelImage = 209;  // cudaErrorNoKernelImageForDevice
 
 }  // namespace
 
-void rotate(const Launch&, int) { fail(); }
+bool are_compiled() { return false; }
 
-void normalize(const Launch&, int) { fail(); }
+const char* describe(Status) { return "torch-rope was built without CUDA kernels"; }
 
-void normalize_gradient(const Launch&, int, MakeWeightSums) { fail(); }
+Status rotate(const Launch&, const Stream&) { return kNoKernelImage; }
 
-void sum(const Launch&, int, MakeSums) { fail(); }
+Status normalize(const Launch&, const Stream&) { return kNoKernelImage; }
 
-void scatter_rows(const TableSums&, int) { fail(); }
+Status normalize_gradient(const Launch&, const Stream&, MakeWeightSums) { return kNoKernelImage; }
+
+Status sum(const Launch&, const Stream&, MakeSums) { return kNoKernelImage; }
+
+Status scatter_rows(const TableSums&, const Stream&) { return kNoKernelImage; }
 
 }  // namespace rope::cuda

@@ -4,11 +4,11 @@
 
 #include <c10/core/ScalarType.h>
 #include <c10/util/BFloat16.h>
-#include <c10/util/Exception.h>
 #include <c10/util/Half.h>
 
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
 #include <type_traits>
 
 #include "angle.h"
@@ -72,7 +72,7 @@ void dispatch_few_rows_thread(const Launch& launch, const Run& run) {
   dispatch_dtype(launch.dtype, [&](auto scalar) {
     using scalar_t = decltype(scalar);
     if constexpr (std::is_same_v<scalar_t, double>) {
-      TORCH_INTERNAL_ASSERT(false, "float64 has no such kernel");
+      throw_unsupported_dtype(launch.dtype);
     } else {
       dispatch_bool(launch.interleaved, [&](auto interleaved) {
         run(std::type_identity<
@@ -141,7 +141,9 @@ Blocks<Index> device_blocks(const Blocks<std::int64_t>& from) {
 template <typename Index, int kArrays, int kAllArrays>
 DeviceLoops<Index, kArrays> device_loops(const Loops<kAllArrays>& from) {
   static_assert(kArrays <= kAllArrays);
-  TORCH_INTERNAL_ASSERT(from.num_dims <= kLoopDims<Index>);
+  if (from.num_dims > kLoopDims<Index>) {
+    throw std::logic_error("rope: too many loops for a 32-bit index");
+  }
   DeviceLoops<Index, kArrays> loops{};
   loops.num_dims = from.num_dims;
   for (int d = 0; d < from.num_dims; ++d) {

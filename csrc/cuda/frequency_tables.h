@@ -6,7 +6,6 @@
 #include <atomic>
 #include <cstdint>
 #include <deque>
-#include <mutex>
 #include <utility>
 
 namespace rope::cuda {
@@ -74,10 +73,10 @@ class FrequencyTables {
 
   template <typename MakeValues>
   Table* make_table(int device, const FrequencyKey& key, const MakeValues& make_values) {
-    const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock.owns_lock()) {
+    if (is_making_.test_and_set(std::memory_order_acquire)) {
       return nullptr;
     }
+    const Release release{is_making_};
     if (Table* made_by_another = find_table(device, key)) {
       return made_by_another;
     }
@@ -111,9 +110,14 @@ class FrequencyTables {
     return true;
   }
 
+  struct Release {
+    std::atomic_flag& flag;
+    ~Release() { flag.clear(std::memory_order_release); }
+  };
+
   Device device_;
-  std::mutex mutex_;          // Guards start_upload and tables_
-  std::deque<Table> tables_;  // A deque does not move its elements.
+  std::atomic_flag is_making_;  // Guards start_upload and tables_. Nobody waits for it.
+  std::deque<Table> tables_;    // A deque does not move its elements.
   std::atomic<Table*> newest_{nullptr};
 };
 

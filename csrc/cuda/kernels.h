@@ -1,37 +1,52 @@
-// Runs launches on a CUDA device: cuda/rotate.cu, norm.cu, sum.cu and scatter.cu, or
-// cuda/absent.cpp in a build without CUDA.
+// The functions of the CUDA kernels, which librope_kernels.so exports: cuda/rotate.cu, norm.cu,
+// norm_gradient.cu, sum.cu and scatter.cu, or cuda/absent.cpp in a build without CUDA. They call
+// nothing of torch; cuda/run.h has them with a torch device.
 #pragma once
 
 #include <c10/util/FunctionRef.h>
 
 #include <cstdint>
 
+#include "kernels_api.h"
 #include "launch.h"
-#include "rope/rope.h"
 
 namespace rope::cuda {
 
-// Whether this build has the CUDA kernels.
-ROPE_API bool has_kernels();
+// Whether the kernels were compiled.
+ROPE_KERNELS_API bool are_compiled();
 
-// Enqueues the launch on the current stream of the device.
-void rotate(const Launch& launch, int device);
+// Where a launch is enqueued.
+struct Stream {
+  int device;    // the current device
+  void* handle;  // a cudaStream_t of it
+  // Returns device memory that stays allocated until the function that got the stream returns, and
+  // is not reused before what that enqueues has run.
+  c10::function_ref<void*(std::int64_t bytes)> allocate;
+};
+
+// The first error of a function: a cudaError_t, 0 for none.
+using Status = int;
+ROPE_KERNELS_API const char* describe(Status status);
+
+// Enqueues the launch.
+ROPE_KERNELS_API Status rotate(const Launch& launch, const Stream& stream);
 
 // Pairs of a token up to which normalize() and normalize_gradient() have room for its rotations.
 inline constexpr std::int64_t kMostNormPairs = 1024;
 
 // Likewise for a launch that normalizes.
-void normalize(const Launch& launch, int device);
+ROPE_KERNELS_API Status normalize(const Launch& launch, const Stream& stream);
 
 // Likewise for the gradients of such a launch. Those of weights go into what make_weight_sums
 // allocates.
-void normalize_gradient(const Launch& launch, int device, MakeWeightSums make_weight_sums);
+ROPE_KERNELS_API Status normalize_gradient(const Launch& launch, const Stream& stream,
+                                           MakeWeightSums make_weight_sums);
 
 // Allocates the tables of sums, one for each of so many groups of rows.
 using MakeSums = c10::function_ref<Sums(std::int64_t num_groups)>;
 
 // Likewise enqueues sums over the rows of the launch, into what make_sums allocates.
-void sum(const Launch& launch, int device, MakeSums make_sums);
+ROPE_KERNELS_API Status sum(const Launch& launch, const Stream& stream, MakeSums make_sums);
 
 // Sums to be turned into gradients of one table, or of two tables of the same sizes (cosines and
 // sines). Every array is contiguous, and none is empty.
@@ -55,6 +70,6 @@ struct TableSums {
 };
 
 // Enqueues the sum over the groups of each token and the tokens of each row, in a fixed order.
-void scatter_rows(const TableSums& sums, int device);
+ROPE_KERNELS_API Status scatter_rows(const TableSums& sums, const Stream& stream);
 
 }  // namespace rope::cuda

@@ -1,7 +1,5 @@
 // The CUDA kernels that normalize and rotate: thin wrappers around the blocks of
 // cuda/norm_kernel.h.
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 
 #include "cuda/cooperation.h"
 #include "cuda/dispatch.h"
@@ -25,23 +23,24 @@ __global__ void __launch_bounds__(kMaxThreads, Thread::kBlocksPerSm)
 
 }  // namespace
 
-void normalize(const Launch& launch, int device) {
-  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
-  const auto stream = c10::cuda::getCurrentCUDAStream();
+Status normalize(const Launch& launch, const Stream& stream) {
+  Queue queue(stream);
   const NormPlan plan = make_norm_plan(launch);
   if (plan.grid_x == 0) {
-    return;
+    return queue.status();
   }
-  const DeviceFrequencies frequencies = frequencies_of(launch, stream);
+  const DeviceFrequencies frequencies = frequencies_of(launch, queue);
   if (plan.is_wide) {
-    return launch_wide_norm(launch, plan, frequencies, stream);
+    launch_wide_norm(launch, plan, frequencies, queue);
+    return queue.status();
   }
   dispatch_norm_thread<NormThread>(launch, [&](auto type) {
     using Thread = typename decltype(type)::type;
-    launch_kernel(norm_kernel<Thread>, plan, shared_bytes<Thread>(plan), stream,
+    launch_kernel(norm_kernel<Thread>, plan, shared_bytes<Thread>(plan), queue,
                   /*dependent=*/!frequencies.is_new,
                   norm_rotate_params(launch, plan, frequencies.values));
   });
+  return queue.status();
 }
 
 }  // namespace rope::cuda

@@ -1,7 +1,5 @@
 // The CUDA kernels for the gradients of norms: thin wrappers around the blocks of
 // cuda/norm_gradient_kernel.h.
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 
 #include "cuda/cooperation.h"
 #include "cuda/dispatch.h"
@@ -26,21 +24,23 @@ __global__ void __launch_bounds__(kNormGradientThreads, Thread::kBlocksPerSm)
 
 }  // namespace
 
-void normalize_gradient(const Launch& launch, int device, MakeWeightSums make_weight_sums) {
-  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
-  const auto stream = c10::cuda::getCurrentCUDAStream();
+Status normalize_gradient(const Launch& launch, const Stream& stream,
+                          MakeWeightSums make_weight_sums) {
+  Queue queue(stream);
   const NormGradientPlan plan = make_norm_gradient_plan(launch);
-  const DeviceFrequencies frequencies = frequencies_of(launch, stream);
+  const DeviceFrequencies frequencies = frequencies_of(launch, queue);
   const WeightSums sums = make_weight_sums(plan.num_parts);
   if (plan.is_wide) {
-    return launch_wide_norm_gradient(launch, plan, frequencies, sums, stream);
+    launch_wide_norm_gradient(launch, plan, frequencies, sums, queue);
+    return queue.status();
   }
   dispatch_norm_thread<NormGradientThread>(launch, [&](auto type) {
     using Thread = typename decltype(type)::type;
-    launch_kernel(norm_gradient_kernel<Thread>, plan, shared_bytes<Thread>(plan), stream,
+    launch_kernel(norm_gradient_kernel<Thread>, plan, shared_bytes<Thread>(plan), queue,
                   /*dependent=*/!frequencies.is_new,
                   usual_norm_gradient_params(launch, plan, frequencies.values, sums));
   });
+  return queue.status();
 }
 
 }  // namespace rope::cuda

@@ -2,19 +2,18 @@
 // wide_norm.cu and wide_norm_gradient.cu.
 #pragma once
 
-#include <c10/cuda/CUDAStream.h>
-
 #include "cuda/norm_plan.h"
+#include "cuda/start.h"
 #include "cuda/upload.h"
 #include "launch.h"
 
 namespace rope::cuda {
 
 void launch_wide_norm(const Launch& launch, const NormPlan& plan,
-                      const DeviceFrequencies& frequencies, c10::cuda::CUDAStream stream);
+                      const DeviceFrequencies& frequencies, Queue& queue);
 
 void launch_wide_norm_gradient(const Launch& launch, const NormGradientPlan& plan,
                                const DeviceFrequencies& frequencies, const WeightSums& sums,
-                               c10::cuda::CUDAStream stream);
+                               Queue& queue);
 
 }  // namespace rope::cuda

@@ -14,6 +14,7 @@
 #include "cuda/rotate_kernel.h"
 #include "cuda/turns.h"
 #include "launch.h"
+#include "unsupported_dtype.h"
 
 namespace rope::cuda {
 
@@ -68,7 +69,17 @@ inline bool needs_64bit_index(const Launch& launch, const Plan& plan);
 
 // Elements in 16 bytes.
 inline std::int64_t vector_elements(c10::ScalarType dtype) {
-  return 16 / static_cast<std::int64_t>(c10::elementSize(dtype));
+  switch (dtype) {
+    case c10::ScalarType::Double:
+      return 2;
+    case c10::ScalarType::Float:
+      return 4;
+    case c10::ScalarType::Half:
+    case c10::ScalarType::BFloat16:
+      return 8;
+    default:
+      throw_unsupported_dtype(dtype);
+  }
 }
 
 inline AngleSource angle_source(const Launch& launch) {

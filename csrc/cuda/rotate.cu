@@ -1,6 +1,4 @@
 // The CUDA kernels that rotate: thin wrappers around the phases of a thread (cuda/rotate_kernel.h).
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 
 #include "cuda/dispatch.h"
 #include "cuda/kernels.h"
@@ -39,32 +37,35 @@ __global__ void __launch_bounds__(kFewRowsThreads, kFewRowsBlocksPerSm)
 
 }  // namespace
 
-bool has_kernels() { return true; }
+bool are_compiled() { return true; }
 
-void rotate(const Launch& launch, int device) {
-  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
-  const auto stream = c10::cuda::getCurrentCUDAStream();
+const char* describe(Status status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
+
+Status rotate(const Launch& launch, const Stream& stream) {
+  Queue queue(stream);
   const Plan plan = make_rotate_plan(launch);
   if (plan.grid_x == 0) {
-    return;
+    return queue.status();
   }
-  const DeviceFrequencies frequencies = frequencies_of(launch, stream);
+  const DeviceFrequencies frequencies = frequencies_of(launch, queue);
   const auto launch_rotation = [&](auto kernel, std::size_t shared_bytes, auto index) {
-    launch_kernel(kernel, plan, shared_bytes, stream,
+    launch_kernel(kernel, plan, shared_bytes, queue,
                   /*dependent=*/!frequencies.is_new,
                   rotate_params<decltype(index)>(launch, plan, frequencies.values));
   };
   if (plan.has_few_rows) {
-    return dispatch_few_rows_thread(launch, [&](auto type) {
+    dispatch_few_rows_thread(launch, [&](auto type) {
       using Thread = typename decltype(type)::type;
       launch_rotation(rotate_few_rows_kernel<Thread>, 0, std::int32_t{});
     });
+    return queue.status();
   }
   dispatch_thread<RotateThread>(launch, plan, [&](auto type) {
     using Thread = typename decltype(type)::type;
     launch_rotation(rotate_kernel<Thread>, shared_bytes<Thread>(plan),
                     typename Thread::IndexType{});
   });
+  return queue.status();
 }
 
 }  // namespace rope::cuda

@@ -1,11 +1,9 @@
 // The CUDA kernels that add sums up to gradients of tables: thin wrappers around what a thread does
 // (cuda/scatter_kernel.h).
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 
 #include "cuda/kernels.h"
 #include "cuda/scatter_kernel.h"
+#include "cuda/start.h"
 
 namespace rope::cuda {
 
@@ -30,28 +28,28 @@ __global__ void __launch_bounds__(kGroupThreads)
 }
 
 template <typename Real>
-void launch_scatter(const TableSums& sums, cudaStream_t stream) {
+void launch_scatter(const TableSums& sums, Queue& queue) {
   if (sums.rows == nullptr) {
     groups_kernel<Real>
-        <<<static_cast<unsigned>(group_blocks(sums)), kGroupThreads, 0, stream>>>(sums);
+        <<<static_cast<unsigned>(group_blocks(sums)), kGroupThreads, 0, queue.stream()>>>(sums);
   } else {
     const ScatterPlan plan = make_scatter_plan(sums);
     scatter_kernel<Real>
-        <<<static_cast<unsigned>(plan.blocks), kScatterThreads, 0, stream>>>(sums, plan);
+        <<<static_cast<unsigned>(plan.blocks), kScatterThreads, 0, queue.stream()>>>(sums, plan);
   }
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  queue.check_launch();
 }
 
 }  // namespace
 
-void scatter_rows(const TableSums& sums, int device) {
-  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
-  const auto stream = c10::cuda::getCurrentCUDAStream();
+Status scatter_rows(const TableSums& sums, const Stream& stream) {
+  Queue queue(stream);
   if (sums.sums_dtype == c10::ScalarType::Double) {
-    launch_scatter<double>(sums, stream);
+    launch_scatter<double>(sums, queue);
   } else {
-    launch_scatter<float>(sums, stream);
+    launch_scatter<float>(sums, queue);
   }
+  return queue.status();
 }
 
 }  // namespace rope::cuda

@@ -1,7 +1,3 @@
-#include <c10/cuda/CUDAGraphsC10Utils.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAMacros.h>
-
 #include <array>
 #include <atomic>
 #include <cstdlib>
@@ -18,16 +14,18 @@ __global__ void representative() {}
 
 // The compute capability of the device is not enough: code that the driver compiles from PTX of an
 // older architecture has no griddepcontrol.wait, and must not start early.
-bool code_can_wait(int device) {
-  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+bool code_can_wait() {
   // The query may load the module. During a capture that is legal in this mode only.
-  const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
-  cudaFuncAttributes attributes{};
-  C10_CUDA_CHECK(cudaFuncGetAttributes(&attributes, representative));
+  const RelaxedCapture relaxed;
   // The first driver that can capture such launches into graphs.
   constexpr int kFirstDriver = 12030;
+  cudaFuncAttributes attributes{};
   int driver = 0;
-  C10_CUDA_CHECK(cudaDriverGetVersion(&driver));
+  if (cudaFuncGetAttributes(&attributes, representative) != cudaSuccess ||
+      cudaDriverGetVersion(&driver) != cudaSuccess) {
+    cudaGetLastError();
+    return false;  // The launch that follows reports what is wrong.
+  }
   return attributes.ptxVersion >= 90 && driver >= kFirstDriver;
 }
 
@@ -39,13 +37,13 @@ bool uses_dependent_launch(int device) {
     return variable == nullptr || std::string_view(variable) != "0";
   }();
   enum class Answer { kUnknown, kNo, kYes };
-  static std::array<std::atomic<Answer>, C10_COMPILE_TIME_MAX_GPUS> answers{};
+  static std::array<std::atomic<Answer>, kMaxDevices> answers{};
   if (!is_allowed) {
     return false;
   }
   std::atomic<Answer>& answer = answers.at(device);
   if (answer.load(std::memory_order_relaxed) == Answer::kUnknown) {
-    answer.store(code_can_wait(device) ? Answer::kYes : Answer::kNo, std::memory_order_relaxed);
+    answer.store(code_can_wait() ? Answer::kYes : Answer::kNo, std::memory_order_relaxed);
   }
   return answer.load(std::memory_order_relaxed) == Answer::kYes;
 }

@@ -1,13 +1,12 @@
 // Launches kernels, with programmatic dependent launch where the device supports it. For .cu files.
 #pragma once
 
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime.h>
 
 #include <cstddef>
 #include <type_traits>
 
+#include "cuda/kernels.h"
 #include "cuda/plan.h"
 
 namespace rope::cuda {
@@ -54,16 +53,55 @@ struct StartAndWait {
   }
 };
 
-// Whether kernels on the device are launched with the attribute: if their code has the instructions
-// above and the environment variable ROPE_PDL is not 0. Cached after the first call.
+// A stream, and the first error of what is enqueued on it.
+class Queue {
+ public:
+  explicit Queue(const Stream& stream) : stream_(stream) {}
+
+  int device() const { return stream_.device; }
+  cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_.handle); }
+  void* allocate(std::int64_t bytes) const { return stream_.allocate(bytes); }
+
+  void check(cudaError_t status) {
+    if (status_ == cudaSuccess && status != cudaSuccess) {
+      status_ = status;
+      cudaGetLastError();  // The caller reports it, and no later call.
+    }
+  }
+  // After kernel<<<>>>.
+  void check_launch() { check(cudaGetLastError()); }
+  Status status() const { return status_; }
+
+ private:
+  const Stream& stream_;
+  cudaError_t status_ = cudaSuccess;
+};
+
+// Lets the thread allocate and query in any capture, of its own and others.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+inline constexpr int kMaxDevices = 128;  // c10::DeviceIndex has 8 bits.
+
+// Whether kernels on the device, the current one, are launched with the attribute: if their code
+// has the instructions above and the environment variable ROPE_PDL is not 0. Cached after the first
+// call.
 bool uses_dependent_launch(int device);
 
-// Enqueues a kernel on a stream of the current device, with the grid and blocks of the plan. If
+// Enqueues a kernel with the grid and blocks of the plan. If
 // `dependent`, it may start before the previous kernels have ended: see NOTE [ Programmatic
 // dependent launch ].
 template <typename... Parameters>
 void launch_kernel(void (*kernel)(Parameters...), const Plan& plan, std::size_t shared_bytes,
-                   c10::cuda::CUDAStream stream, bool dependent,
+                   Queue& queue, bool dependent,
                    const std::type_identity_t<Parameters>&... parameters) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -72,10 +110,10 @@ void launch_kernel(void (*kernel)(Parameters...), const Plan& plan, std::size_t 
   config.gridDim = dim3(static_cast<unsigned>(plan.grid_x), static_cast<unsigned>(plan.grid_y));
   config.blockDim = dim3(plan.block_x, plan.block_y, plan.block_z);
   config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
+  config.stream = queue.stream();
   config.attrs = &attribute;
-  config.numAttrs = dependent && uses_dependent_launch(stream.device_index()) ? 1 : 0;
-  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, parameters...));
+  config.numAttrs = dependent && uses_dependent_launch(queue.device()) ? 1 : 0;
+  queue.check(cudaLaunchKernelEx(&config, kernel, parameters...));
 }
 
 }  // namespace rope::cuda

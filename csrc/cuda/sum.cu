@@ -1,7 +1,5 @@
 // The CUDA kernels that sum for gradients: a thin wrapper around the phases of a thread
 // (cuda/sum_kernel.h).
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 
 #include "cuda/dispatch.h"
 #include "cuda/kernels.h"
@@ -28,16 +26,16 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
 
 }  // namespace
 
-void sum(const Launch& launch, int device, MakeSums make_sums) {
-  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
-  const auto stream = c10::cuda::getCurrentCUDAStream();
+Status sum(const Launch& launch, const Stream& stream, MakeSums make_sums) {
+  Queue queue(stream);
   const Plan plan = make_sum_plan(launch);
   const Sums sums = make_sums(plan.grid_y);
   dispatch_thread<SumThread>(launch, plan, [&](auto type) {
     using Thread = typename decltype(type)::type;
-    launch_kernel(sum_kernel<Thread>, plan, shared_bytes<Thread>(plan), stream,
+    launch_kernel(sum_kernel<Thread>, plan, shared_bytes<Thread>(plan), queue,
                   /*dependent=*/true, sum_params<typename Thread::IndexType>(launch, plan, sums));
   });
+  return queue.status();
 }
 
 }  // namespace rope::cuda

@@ -1,9 +1,3 @@
-#include <c10/cuda/CUDACachingAllocator.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGraphsC10Utils.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAMacros.h>
-
 #include <algorithm>
 #include <array>
 
@@ -39,9 +33,9 @@ class CudaDevice {
     cudaEvent_t done;
   };
 
+  // The current device.
   Upload start_upload(int device, const std::uint64_t* values, std::int64_t count) {
-    const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
-    const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
+    const RelaxedCapture relaxed;
     cudaStream_t& stream = streams_.at(device);
     cudaEvent_t done = nullptr;
     void* to = nullptr;
@@ -50,48 +44,48 @@ class CudaDevice {
          cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess) &&
         cudaEventCreateWithFlags(&done, cudaEventDisableTiming) == cudaSuccess &&
         cudaMalloc(&to, count * sizeof(std::uint64_t)) == cudaSuccess;
-    if (!has_room) {
-      C10_CUDA_CLEAR_ERROR();
-      return {nullptr, nullptr};
+    if (has_room) {
+      upload(values, count, to, stream);
+      if (cudaGetLastError() == cudaSuccess && cudaEventRecord(done, stream) == cudaSuccess) {
+        return {to, done};
+      }
     }
-    upload(values, count, to, stream);
-    C10_CUDA_CHECK(cudaEventRecord(done, stream));
-    return {to, done};
+    cudaGetLastError();
+    return {nullptr, nullptr};
   }
 
   bool is_complete(const Upload& upload) const {
-    const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
-    const cudaError_t status = cudaEventQuery(upload.done);
-    if (status == cudaErrorNotReady) {
-      C10_CUDA_CLEAR_ERROR();
+    const RelaxedCapture relaxed;
+    if (cudaEventQuery(upload.done) != cudaSuccess) {
+      cudaGetLastError();  // Most likely cudaErrorNotReady. The launch reports any other.
       return false;
     }
-    C10_CUDA_CHECK(status);
     return true;
   }
 
  private:
-  std::array<cudaStream_t, C10_COMPILE_TIME_MAX_GPUS> streams_{};
+  std::array<cudaStream_t, kMaxDevices> streams_{};
 };
 
 }  // namespace
 
 DeviceFrequencies frequencies_on_device(const FrequencyKey& key,
                                         c10::function_ref<const std::uint64_t*()> make_values,
-                                        c10::cuda::CUDAStream stream) {
+                                        Queue& queue) {
   // Never destroyed: at exit, other threads and static destructors may still launch kernels, and
   // CUDA may already be shut down. Memory, streams and events end with the process.
   static auto& tables = *new FrequencyTables<CudaDevice>;
-  if (const void* values = tables.find(stream.device_index(), key, make_values)) {
-    return {values, false, {}};
+  if (const void* values = tables.find(queue.device(), key, make_values)) {
+    return {values, false};
   }
-  c10::DataPtr buffer =
-      c10::cuda::CUDACachingAllocator::get()->allocate(key.num_pairs * sizeof(std::uint64_t));
-  upload(make_values(), key.num_pairs, buffer.get(), stream);
-  return {buffer.get(), true, std::move(buffer)};
+  const auto bytes = key.num_pairs * static_cast<std::int64_t>(sizeof(std::uint64_t));
+  void* buffer = queue.allocate(bytes);
+  upload(make_values(), key.num_pairs, buffer, queue.stream());
+  queue.check_launch();
+  return {buffer, true};
 }
 
-DeviceFrequencies frequencies_of(const Launch& launch, c10::cuda::CUDAStream stream) {
+DeviceFrequencies frequencies_of(const Launch& launch, Queue& queue) {
   const PositionAngles& source = launch.position_angles;
   if (launch.uses_tables || source.wavelength_frequencies == nullptr || launch.num_pairs == 0) {
     return {};
@@ -105,7 +99,7 @@ DeviceFrequencies frequencies_of(const Launch& launch, c10::cuda::CUDAStream str
         return in_turns ? frequencies_in_turns(launch)
                         : reinterpret_cast<const std::uint64_t*>(source.wavelength_frequencies);
       },
-      stream);
+      queue);
 }
 
 void upload(const std::uint64_t* values, std::int64_t count, void* to, cudaStream_t stream) {
@@ -115,7 +109,6 @@ void upload(const std::uint64_t* values, std::int64_t count, void* to, cudaStrea
     std::copy_n(values + first, length, part.array);
     store_values<<<1, Values::kCapacity, 0, stream>>>(part, length,
                                                       static_cast<std::uint64_t*>(to) + first);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 }
 

@@ -1,14 +1,12 @@
 // Puts frequencies of max_wavelength into device memory.
 #pragma once
 
-#include <c10/core/Allocator.h>
-#include <c10/cuda/CUDAStream.h>
 #include <c10/util/FunctionRef.h>
-#include <cuda_runtime_api.h>
 
 #include <cstdint>
 
 #include "cuda/frequency_tables.h"
+#include "cuda/start.h"
 #include "launch.h"
 
 namespace rope::cuda {
@@ -18,22 +16,21 @@ struct DeviceFrequencies {
   // The previous kernel on the stream writes them. The next one must then be launched without the
   // programmatic attribute (cuda/start.h): it reads frequencies before it waits.
   bool is_new;
-  c10::DataPtr owner;  // of new values: keep it until the kernel is launched
 };
 
-// Returns the frequencies of the key for the next launch on the stream, the current stream of the
-// current device. Calls make_values, which returns them in host memory, only if they have to be
-// uploaded. Legal while any stream is being captured; never synchronizes.
+// Returns the frequencies of the key for the next launch on the stream. Calls make_values, which
+// returns them in host memory, only if they have to be uploaded. Legal while any stream is being
+// captured; never synchronizes.
 DeviceFrequencies frequencies_on_device(const FrequencyKey& key,
                                         c10::function_ref<const std::uint64_t*()> make_values,
-                                        c10::cuda::CUDAStream stream);
+                                        Queue& queue);
 
 // Likewise those of max_wavelength for a launch, if it needs them.
-DeviceFrequencies frequencies_of(const Launch& launch, c10::cuda::CUDAStream stream);
+DeviceFrequencies frequencies_of(const Launch& launch, Queue& queue);
 
-// Enqueues stores of 64-bit values to device memory. They are passed as kernel parameters: a copy
-// from pageable host memory synchronizes, and a captured graph reads the host memory again at every
-// replay.
+// Enqueues stores of 64-bit values to device memory; cudaGetLastError() returns any error. They are
+// passed as kernel parameters: a copy from pageable host memory synchronizes, and a captured graph
+// reads the host memory again at every replay.
 void upload(const std::uint64_t* values, std::int64_t count, void* to, cudaStream_t stream);
 
 }  // namespace rope::cuda

@@ -22,10 +22,10 @@ __global__ void __launch_bounds__(kMaxWideThreads<typename Thread::IndexType>, 1
 }  // namespace
 
 void launch_wide_norm(const Launch& launch, const NormPlan& plan,
-                      const DeviceFrequencies& frequencies, c10::cuda::CUDAStream stream) {
+                      const DeviceFrequencies& frequencies, Queue& queue) {
   dispatch_wide_norm_thread<WideNormThread>(launch, plan, [&](auto type) {
     using Thread = typename decltype(type)::type;
-    launch_kernel(wide_norm_kernel<Thread>, plan, shared_bytes<Thread>(plan), stream,
+    launch_kernel(wide_norm_kernel<Thread>, plan, shared_bytes<Thread>(plan), queue,
                   /*dependent=*/!frequencies.is_new,
                   wide_norm_params<typename Thread::IndexType>(launch, plan, frequencies.values));
   });

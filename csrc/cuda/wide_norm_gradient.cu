@@ -1,7 +1,5 @@
 // The CUDA kernels for gradients of norms of any kind: thin wrappers around the blocks of
 // cuda/wide_norm.h.
-#include <c10/cuda/CUDAException.h>
-
 #include "cuda/cooperation.h"
 #include "cuda/dispatch.h"
 #include "cuda/norm_gradient_kernel.h"
@@ -24,12 +22,12 @@ __global__ void __launch_bounds__(kMaxWideThreads<typename Thread::IndexType>, 1
 
 // Threads add to their parts.
 void clear(const Launch& launch, const NormGradientPlan& plan, const WeightSums& sums,
-           cudaStream_t stream) {
+           Queue& queue) {
   const std::size_t size = launch.dtype == c10::ScalarType::Double ? 8 : 4;
   for (int i = 0; i < launch.num_operands; ++i) {
     if (sums.of_operand[i] != nullptr) {
       const std::size_t numel = plan.num_parts * launch.operands[i].norm.weight_numel;
-      C10_CUDA_CHECK(cudaMemsetAsync(sums.of_operand[i], 0, numel * size, stream));
+      queue.check(cudaMemsetAsync(sums.of_operand[i], 0, numel * size, queue.stream()));
     }
   }
 }
@@ -38,11 +36,11 @@ void clear(const Launch& launch, const NormGradientPlan& plan, const WeightSums&
 
 void launch_wide_norm_gradient(const Launch& launch, const NormGradientPlan& plan,
                                const DeviceFrequencies& frequencies, const WeightSums& sums,
-                               c10::cuda::CUDAStream stream) {
-  clear(launch, plan, sums, stream);
+                               Queue& queue) {
+  clear(launch, plan, sums, queue);
   dispatch_wide_norm_thread<WideNormGradientThread>(launch, plan, [&](auto type) {
     using Thread = typename decltype(type)::type;
-    launch_kernel(wide_norm_gradient_kernel<Thread>, plan, shared_bytes<Thread>(plan), stream,
+    launch_kernel(wide_norm_gradient_kernel<Thread>, plan, shared_bytes<Thread>(plan), queue,
                   /*dependent=*/false,
                   wide_norm_gradient_params<typename Thread::IndexType>(launch, plan,
                                                                         frequencies.values, sums));

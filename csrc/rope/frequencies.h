@@ -24,20 +24,20 @@ namespace rope {
 // A scheme and its numbers, with the names of Hugging Face's rope_parameters. With
 // f[n] = rope_theta^(-2n / rotary_dim), the schemes and their options besides rope_theta:
 //
-//   default       f
-//   linear        f / factor
-//   dynamic       f of a rope_theta that grows with seq_len beyond max_position_embeddings (NTK):
-//                 factor, max_position_embeddings
-//   yarn          f for short wavelengths, f / factor for long ones, a ramp in between
-//                 (arXiv 2309.00071): factor, original_max_position_embeddings; optionally
-//                 attention_factor, beta_fast, beta_slow, mscale, mscale_all_dim, truncate
-//   longrope      f / long_factor if seq_len is beyond original_max_position_embeddings, else
-//                 f / short_factor (arXiv 2402.13753): these three, and factor or
-//                 max_position_embeddings or attention_factor
-//   llama3        f / factor for long wavelengths, f for short ones, a ramp in between:
-//                 factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
-//   proportional  f / factor for the first partial_rotary_factor of the pairs, 0 for the rest:
-//                 factor, partial_rotary_factor, both 1 by default
+//     default       f
+//     linear        f / factor
+//     dynamic       f of a rope_theta that grows with seq_len beyond max_position_embeddings (NTK):
+//                   factor, max_position_embeddings
+//     yarn          f for short wavelengths, f / factor for long ones, a ramp in between
+//                   (arXiv 2309.00071): factor, original_max_position_embeddings; optionally
+//                   attention_factor, beta_fast, beta_slow, mscale, mscale_all_dim, truncate
+//     longrope      f / long_factor if seq_len is beyond original_max_position_embeddings, else
+//                   f / short_factor (arXiv 2402.13753): these three, and factor or
+//                   max_position_embeddings or attention_factor
+//     llama3        f / factor for long wavelengths, f for short ones, a ramp in between:
+//                   factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+//     proportional  f / factor for the first partial_rotary_factor of the pairs, 0 for the rest:
+//                   factor, partial_rotary_factor, both 1 by default
 struct FrequencyOptions {
   // The number of rotated elements, even: the result has rotary_dim / 2 frequencies.
   std::int64_t rotary_dim = 0;
@@ -71,15 +71,18 @@ struct FrequencyOptions {
   at::Device device = at::kCPU;
 };
 
+// What frequencies returns.
 struct Frequencies {
   at::Tensor inv_freq;      // (N), radians per unit of position
   double attention_factor;  // 1 except for yarn and longrope
 };
 
-// Throws c10::ValueError for an unknown rope_type or a missing or invalid number, c10::TypeError if
+// The frequencies and the attention factor of a scheme. Throws c10::ValueError for an unknown
+// rope_type or a missing or invalid number, c10::TypeError if
 // dtype is not float32 or float64.
 ROPE_API Frequencies frequencies(const FrequencyOptions& options);
 
+// The options of axial_frequencies.
 struct AxialOptions {
   double max_wavelength = 10000.0;
   at::ScalarType dtype = at::kFloat;
@@ -97,6 +100,7 @@ ROPE_API at::Tensor axial_frequencies(at::IntArrayRef rotary_dims,
 ROPE_API at::Tensor mrope_frequencies(const at::Tensor& inv_freq, at::IntArrayRef sections,
                                       bool interleaved = false);
 
+// The options of mixed_frequencies.
 struct MixedOptions {
   std::int64_t num_heads = 1;
   double max_wavelength = 10.0;

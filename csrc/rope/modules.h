@@ -34,6 +34,7 @@
 
 namespace rope {
 
+// The options of RotaryEmbedding.
 struct RotaryEmbeddingOptions {
   // The scheme of the frequencies. The module sets its rotary_dim and, if missing, its rope_theta
   // (to max_wavelength); seq_len comes with each call. dtype is that of the frequencies and angles:
@@ -87,6 +88,7 @@ class ROPE_API RotaryEmbeddingImpl
 
   explicit RotaryEmbeddingImpl(std::int64_t rotary_dim, RotaryEmbeddingOptions options = {});
 
+  // Rotates one tensor, or q and k in one launch.
   at::Tensor forward(const at::Tensor& x, const at::Tensor& positions,
                      std::optional<std::int64_t> seq_len = std::nullopt);
   std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor& k,
@@ -101,7 +103,7 @@ class ROPE_API RotaryEmbeddingImpl
                              std::optional<std::int64_t> seq_len) const;
 };
 
-// TORCH_MODULE(RotaryEmbedding) with support for overloads of forward.
+// Holds a RotaryEmbeddingImpl: TORCH_MODULE with support for overloads of forward.
 class RotaryEmbedding : public torch::nn::ModuleHolder<RotaryEmbeddingImpl> {
  public:
   using torch::nn::ModuleHolder<RotaryEmbeddingImpl>::ModuleHolder;
@@ -199,7 +201,7 @@ class ROPE_API QKNormRotaryEmbeddingImpl
   NormWeight make_norm(std::int64_t num_heads, bool has_weight) const;
 };
 
-// TORCH_MODULE(QKNormRotaryEmbedding) with support for overloads of forward.
+// Holds a QKNormRotaryEmbeddingImpl: TORCH_MODULE with support for overloads of forward.
 class QKNormRotaryEmbedding : public torch::nn::ModuleHolder<QKNormRotaryEmbeddingImpl> {
  public:
   using torch::nn::ModuleHolder<QKNormRotaryEmbeddingImpl>::ModuleHolder;
@@ -211,6 +213,7 @@ class QKNormRotaryEmbedding : public torch::nn::ModuleHolder<QKNormRotaryEmbeddi
   }
 };
 
+// The options of ApplyRoPE: those of ApplyOptions, with the same meanings, and positions_tag.
 struct ApplyRoPEOptions {
   double max_wavelength = 10000.0;
   double scale_factor = 1.0;
@@ -238,7 +241,7 @@ class ROPE_API ApplyRoPEImpl : public torch::nn::Cloneable<ApplyRoPEImpl> {
   FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(at::Tensor())})
 };
 
-// TORCH_MODULE(ApplyRoPE) with from_config.
+// Holds an ApplyRoPEImpl: TORCH_MODULE with from_config.
 class ApplyRoPE : public torch::nn::ModuleHolder<ApplyRoPEImpl> {
  public:
   using torch::nn::ModuleHolder<ApplyRoPEImpl>::ModuleHolder;
@@ -272,12 +275,14 @@ class ROPE_API WithSideInputsFromInputTupleImpl
   std::vector<std::string> tags;
 };
 
+// Holds a WithSideInputsFromInputTupleImpl.
 class WithSideInputsFromInputTuple
     : public torch::nn::ModuleHolder<WithSideInputsFromInputTupleImpl> {
  public:
   using torch::nn::ModuleHolder<WithSideInputsFromInputTupleImpl>::ModuleHolder;
   using Impl = WithSideInputsFromInputTupleImpl;
 
+  // Wraps a model in a handler that provides these tags.
   static WithSideInputsFromInputTuple handling(torch::nn::Sequential model,
                                                std::vector<std::string> tags) {
     return WithSideInputsFromInputTuple(std::move(model), std::move(tags));

@@ -23,6 +23,7 @@ namespace rope {
 ROPE_API at::Tensor positions_from_cu_seqlens(const at::Tensor& cu_seqlens,
                                               std::int64_t total_length);
 
+// The options of positions_from_attention_mask.
 struct AttentionMaskOptions {
   // The mask numbers the samples packed into a row: each run of equal numbers is a sample, whose
   // tokens are numbered from 0. Padding (0) gets position 0.
@@ -35,6 +36,7 @@ struct AttentionMaskOptions {
 ROPE_API at::Tensor positions_from_attention_mask(const at::Tensor& attention_mask,
                                                   const AttentionMaskOptions& options = {});
 
+// The options of context_parallel_positions.
 struct ContextParallelOptions {
   // Each rank holds two of 2 * world_size chunks, the rank-th from the front and from the back,
   // which balances causal attention; otherwise one of world_size chunks.

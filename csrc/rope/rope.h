@@ -51,7 +51,7 @@ struct ApplyOptions {
   bool conjugate = false;
 };
 
-// The options for tables of cosines and sines.
+// The options for tables of cosines and sines. Those without a comment are those of ApplyOptions.
 struct CosSinOptions {
   // int32 or int64: the rows of the (P, N) tables to use. Without positions the tables themselves
   // broadcast with x.
@@ -90,7 +90,8 @@ struct NormOptions {
   bool norm_last = false;
 };
 
-// The options of norm_apply_cos_sin: those of CosSinOptions, and of the RMSNorm.
+// The options of norm_apply_cos_sin: those of CosSinOptions, and those of the RMSNorm in
+// NormOptions, with the same meanings.
 struct NormCosSinOptions {
   std::optional<at::Tensor> positions = std::nullopt;
   std::int64_t embedding_axis = -1;
@@ -118,25 +119,35 @@ ROPE_API std::tuple<at::Tensor, at::Tensor> apply_qk(const at::Tensor& q, const 
                                                      const at::Tensor& positions,
                                                      const ApplyOptions& options = {});
 
-// In place; these return their arguments.
+// Rotates x in place and returns it. No two of its elements may overlap in memory.
 ROPE_API at::Tensor apply_(const at::Tensor& x, const at::Tensor& positions,
                            const ApplyOptions& options = {});
+
+// Rotates both tensors in place and returns them. Views of one buffer are fine if they share no
+// element.
 ROPE_API std::tuple<at::Tensor, at::Tensor> apply_qk_(const at::Tensor& q, const at::Tensor& k,
                                                       const at::Tensor& positions,
                                                       const ApplyOptions& options = {});
 
-// The same with the caller's tables, of any floating-point dtype: cos and sin of shape (..., N),
-// where (...) broadcasts with the shape of x without the embedding axis; with positions, of shape
-// (P, N). With full_width they have 2 N columns.
+// Rotates by the caller's tables, of any floating-point dtype: cos and sin of shape (..., N), where
+// (...) broadcasts with the shape of x without the embedding axis; with positions, of shape (P, N).
+// With full_width they have 2 N columns. Throws as apply does; c10::IndexError, too, for a row that
+// the tables do not have (on CUDA a device-side assertion).
 ROPE_API at::Tensor apply_cos_sin(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
                                   const CosSinOptions& options = {});
+
+// Rotates both tensors by the same tables, in one launch.
 ROPE_API std::tuple<at::Tensor, at::Tensor> apply_cos_sin_qk(const at::Tensor& q,
                                                              const at::Tensor& k,
                                                              const at::Tensor& cos,
                                                              const at::Tensor& sin,
                                                              const CosSinOptions& options = {});
+
+// Rotates x in place by the tables and returns it.
 ROPE_API at::Tensor apply_cos_sin_(const at::Tensor& x, const at::Tensor& cos,
                                    const at::Tensor& sin, const CosSinOptions& options = {});
+
+// Rotates both tensors in place by the tables and returns them.
 ROPE_API std::tuple<at::Tensor, at::Tensor> apply_cos_sin_qk_(const at::Tensor& q,
                                                               const at::Tensor& k,
                                                               const at::Tensor& cos,
@@ -145,36 +156,52 @@ ROPE_API std::tuple<at::Tensor, at::Tensor> apply_cos_sin_qk_(const at::Tensor& 
 
 // RMSNorm and rotation in one pass over memory. With n = x / sqrt(mean(x^2 over norm_axes) + eps),
 // which includes the elements outside the rotated slice, the result is
-//   rotate(n * (weight_offset + weight))
+//
+//     rotate(n * (weight_offset + weight))
+//
 // or with norm_last that of normalizing and weighting what the rotation returns. All in the opmath
 // type; each element is rounded once. weight, of any floating-point dtype, has shape (..., D),
 // where D is the size of the embedding axis and (...) broadcasts with the shape of x without it:
 // (D), or (H, D) for x of shape (B, S, H, D). Without weight, which may be nullopt, nothing
-// multiplies.
+// multiplies. Throws as apply does.
 ROPE_API at::Tensor norm_apply(const at::Tensor& x, const std::optional<at::Tensor>& weight,
                                const at::Tensor& positions, const NormOptions& options = {});
+
+// Normalizes each tensor with its own weight, and rotates both by the same angles, in one launch.
 ROPE_API std::tuple<at::Tensor, at::Tensor> norm_apply_qk(const at::Tensor& q, const at::Tensor& k,
                                                           const std::optional<at::Tensor>& q_weight,
                                                           const std::optional<at::Tensor>& k_weight,
                                                           const at::Tensor& positions,
                                                           const NormOptions& options = {});
+
+// Normalizes and rotates x in place and returns it.
 ROPE_API at::Tensor norm_apply_(const at::Tensor& x, const std::optional<at::Tensor>& weight,
                                 const at::Tensor& positions, const NormOptions& options = {});
+
+// Normalizes and rotates both tensors in place and returns them.
 ROPE_API std::tuple<at::Tensor, at::Tensor> norm_apply_qk_(
     const at::Tensor& q, const at::Tensor& k, const std::optional<at::Tensor>& q_weight,
     const std::optional<at::Tensor>& k_weight, const at::Tensor& positions,
     const NormOptions& options = {});
+
+// Normalizes as norm_apply does, and rotates by the caller's tables as apply_cos_sin does.
 ROPE_API at::Tensor norm_apply_cos_sin(const at::Tensor& x, const std::optional<at::Tensor>& weight,
                                        const at::Tensor& cos, const at::Tensor& sin,
                                        const NormCosSinOptions& options = {});
+
+// Normalizes each tensor with its own weight, and rotates both by the same tables, in one launch.
 ROPE_API std::tuple<at::Tensor, at::Tensor> norm_apply_cos_sin_qk(
     const at::Tensor& q, const at::Tensor& k, const std::optional<at::Tensor>& q_weight,
     const std::optional<at::Tensor>& k_weight, const at::Tensor& cos, const at::Tensor& sin,
     const NormCosSinOptions& options = {});
+
+// Normalizes and rotates x in place by the tables and returns it.
 ROPE_API at::Tensor norm_apply_cos_sin_(const at::Tensor& x,
                                         const std::optional<at::Tensor>& weight,
                                         const at::Tensor& cos, const at::Tensor& sin,
                                         const NormCosSinOptions& options = {});
+
+// Normalizes and rotates both tensors in place by the tables and returns them.
 ROPE_API std::tuple<at::Tensor, at::Tensor> norm_apply_cos_sin_qk_(
     const at::Tensor& q, const at::Tensor& k, const std::optional<at::Tensor>& q_weight,
     const std::optional<at::Tensor>& k_weight, const at::Tensor& cos, const at::Tensor& sin,

@@ -15,6 +15,7 @@
 
 namespace rope {
 
+// The options of both functions.
 struct PermuteOptions {
   // The number of rotated elements of a head, even; by default all from rotary_offset on. The other
   // rows keep their places.
@@ -29,7 +30,7 @@ struct PermuteOptions {
 ROPE_API at::Tensor permute_half_to_interleaved(const at::Tensor& weight, std::int64_t head_dim,
                                                 const PermuteOptions& options = {});
 
-// The inverse, for models with adjacent pairs (GPT-J, Meta's Llama).
+// The inverse of permute_half_to_interleaved, for models with adjacent pairs (GPT-J, Meta's Llama).
 ROPE_API at::Tensor permute_interleaved_to_half(const at::Tensor& weight, std::int64_t head_dim,
                                                 const PermuteOptions& options = {});
 

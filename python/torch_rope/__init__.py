@@ -7,22 +7,20 @@ and so on, C++ as ``rope::apply``. The layers ``RotaryEmbedding``, ``QKNormRotar
 ``ApplyRoPE`` are built on them, with frequencies from ``frequencies`` and similar functions.
 """
 
-import sys as _sys
 import warnings as _warnings
 from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING
 
-# `python -m torch_rope` imports this file first. It needs no NumPy, but PyTorch warns without it.
-if _sys.argv[:1] == ["-m"] and "torch_rope" in _sys.orig_argv:
-    _warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+# PyTorch warns on import where NumPy is missing. Nothing here needs it, and what does raises.
+_warnings.filterwarnings("ignore", "Failed to initialize NumPy")
 
 # This also loads the libraries of PyTorch, wherever they are, before librope.so.
-from torch_rope._built_for import mismatch as _mismatch
+from torch_rope._built_for import find_libraries as _find_libraries
 
-if _message := _mismatch():
-    raise ImportError(_message)
+if _libraries := _find_libraries():
+    __path__.append(str(_libraries))  # for _C
 
 from torch_rope import _C as _C
 from torch_rope import _nested as _nested

@@ -4,6 +4,7 @@ Messages have the form of those of the operators, such as
 ``rope::apply(): expected rotary_dim to be even, but got 7``.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,15 +48,19 @@ def check_integers(function: str, argument: str, values: Any) -> None:
     if isinstance(values, str | bytes) or not isinstance(values, Sequence):
         raise TypeError(message(function, argument, "be a sequence of integers", kind_of(values)))
     for value in values:
-        if not _is_integer(value):
-            kinds = f"a {kind_of(values)} with {kind_of(value)}"
-            raise TypeError(message(function, argument, "be a sequence of integers", kinds))
+        is_large = isinstance(value, int) and not -(2**63) <= value < 2**63
+        if is_large or not _is_integer(value):
+            kind = "one beyond 64 bits" if is_large else kind_of(value)
+            got = f"a {kind_of(values)} with {kind}"
+            raise TypeError(message(function, argument, "be a sequence of integers", got))
 
 
 def check_number(function: str, argument: str, value: Any) -> None:
-    """Raises TypeError unless the value is a real number."""
+    """Raises TypeError unless the value is a real number that float64 has room for."""
     if isinstance(value, bool) or not hasattr(type(value), "__float__"):
         raise TypeError(message(function, argument, "be a number", kind_of(value)))
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise TypeError(message(function, argument, "be a number", "one beyond float64"))
 
 
 def check_bool(function: str, argument: str, value: Any) -> None:

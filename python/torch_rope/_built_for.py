@@ -1,37 +1,43 @@
-"""Compares the torch that the libraries were built for, as recorded by CMake, with the one here."""
+"""Finds the libraries for the torch that is installed.
+
+PyTorch's C++ interface changes with its minor version. A build from source has one set of
+libraries, for the torch that CMake wrote down; a wheel for several versions has a folder for each,
+such as ``torch_2_15``. With any other torch the loader would only name an undefined symbol.
+"""
 
 from pathlib import Path
 
 import torch
 
-FILE = Path(__file__).parent / "share" / "rope" / "built_for"
+PACKAGE = Path(__file__).parent
+FILE = PACKAGE / "share" / "rope" / "built_for"
 
 
-def mismatch() -> str | None:
-    """Returns why _C cannot be loaded, or None if the versions match.
+def find_libraries() -> Path | None:
+    """Returns the folder of _C in a wheel for several versions; None if that is the package.
 
-    The loader itself would only name an undefined symbol or a missing file. PyTorch's C++ interface
-    changes with its minor version, the CUDA libraries that the kernels need with CUDA's major one.
+    Raises:
+      ImportError: If there are no libraries for the torch that is installed.
     """
+    major, minor = torch.__version__.split(".")[:2]
+    folders = {tuple(path.name.split("_")[1:]): path for path in PACKAGE.glob("torch_*_*/")}
+    if folders:
+        if (major, minor) in folders:
+            return folders[major, minor]
+        versions = [".".join(version) for version in sorted(folders, key=lambda v: [*map(int, v)])]
+        raise ImportError(
+            f"this torch_rope has libraries for torch {', '.join(versions)}, but torch "
+            f"{torch.__version__} is installed: install one of these, or build torch_rope for it "
+            "with pip install --no-build-isolation --no-binary torch-rope torch-rope"
+        )
     try:
-        words = FILE.read_text().split()  # "torch 2.15.0", and "cuda 13" if there are kernels.
+        built_for = FILE.read_text().split()[1]  # "torch 2.15.0"
     except OSError:
         return None
-    built_for = dict(zip(words[::2], words[1::2], strict=True))
-    minor = built_for["torch"].split(".")[:2]
-    cuda = built_for.get("cuda")
-    cuda_here = torch.version.cuda
-    if minor == torch.__version__.split(".")[:2] and (
-        cuda is None or (cuda_here is not None and cuda_here.split(".")[0] == cuda)
-    ):
-        return None
-    return (
-        f"torch_rope was built for torch {built_for['torch']}{_with(cuda)}, but torch "
-        f"{torch.__version__}{_with(cuda_here) if cuda else ''} is installed. Build it again, in "
-        "the folder of its sources: pip install --no-build-isolation . (or install torch "
-        f"{'.'.join(minor)}{_with(cuda)})"
-    )
-
-
-def _with(cuda: str | None) -> str:
-    return f" with CUDA {cuda}" if cuda else ""
+    if built_for.split(".")[:2] != [major, minor]:
+        raise ImportError(
+            f"torch_rope was built for torch {built_for}, but torch {torch.__version__} is "
+            "installed. Build it again, in the folder of its sources: pip install "
+            f"--no-build-isolation . (or install torch {'.'.join(built_for.split('.')[:2])})"
+        )
+    return None

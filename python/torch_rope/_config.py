@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from torch_rope._arguments import check_integer, check_number, kind_of, message
 
-_FUNCTION = "torch_rope.RotaryEmbedding.from_config"
-
 # The types whose trained length defaults to the configuration's.
 _WITH_TRAINED_LENGTH = ("llama3", "yarn", "longrope")
 
@@ -86,6 +84,9 @@ INTERLEAVED_MODEL_TYPES = frozenset(
     ]
 )
 
+# The model types in transformers 5.24 that rotate by negative angles.
+_BACKWARDS = ("nanochat",)
+
 # M-RoPE that mrope_frequencies does not support: the two elements of a pair follow different axes,
 # or height and width alternate before time.
 _OTHER_SECTIONS = frozenset(
@@ -112,11 +113,20 @@ class RotaryConfig(NamedTuple):
     interleaved: bool
 
 
-def read_config(config: Any, layer_type: str | None) -> RotaryConfig:
-    """Reads a configuration, an object or a dictionary, in the newer or older form."""
-    config, model_type = text_part(config)
-    _check_readable(config)
-    parameters = _rope_parameters(config, layer_type)
+def read_config(function: str, config: Any, layer_type: str | None) -> RotaryConfig:
+    """Reads a configuration, an object or a dictionary, in the newer or older form.
+
+    Args:
+        function: The public name that messages have.
+        config: The configuration.
+        layer_type: The layer type, for configurations that differ between types.
+    """
+    config, model_type = text_part(function, config)
+    _check_readable(function, config)
+    if model_type in _BACKWARDS:
+        rule = "rotate by positive angles (the operators have conjugate=True)"
+        raise ValueError(message(function, "config", rule, f"that of {model_type}"))
+    parameters = _rope_parameters(function, config, layer_type)
     if layer_type is not None:
         config = _of_layer_type(config, layer_type)
 
@@ -125,7 +135,7 @@ def read_config(config: Any, layer_type: str | None) -> RotaryConfig:
     parameters["rope_type"] = _NEWER_TYPES.get(rope_type, rope_type)
     if rope_type == "axial":
         rule = "be for positions along one axis (for images, use axial_frequencies)"
-        raise ValueError(message(_FUNCTION, "rope_type", rule, repr(rope_type)))
+        raise ValueError(message(function, "rope_type", rule, repr(rope_type)))
     _set_default(
         parameters, "rope_theta", config, "rope_theta", "rotary_emb_base", "rotary_embedding_base"
     )
@@ -144,13 +154,13 @@ def read_config(config: Any, layer_type: str | None) -> RotaryConfig:
         trained = parameters.get("original_max_position_embeddings")
         if trained is not None and max_position_embeddings is not None:
             parameters["factor"] = max_position_embeddings / trained
-    head_dim = _head_dim(config, parameters)
-    rotary_dim = _rotary_dim(config, parameters, head_dim)
+    head_dim = _head_dim(function, config, parameters)
+    rotary_dim = _rotary_dim(function, config, parameters, head_dim)
     _read_own_keys(parameters, rotary_dim)
     sections = parameters.get("mrope_section")
     if sections is not None and model_type in _OTHER_SECTIONS:
         rule = "have sections that mrope_frequencies supports"
-        raise ValueError(message(_FUNCTION, "config", rule, f"those of {model_type}"))
+        raise ValueError(message(function, "config", rule, f"those of {model_type}"))
     return RotaryConfig(
         rotary_dim,
         head_dim,
@@ -161,15 +171,15 @@ def read_config(config: Any, layer_type: str | None) -> RotaryConfig:
     )
 
 
-def text_part(config: Any) -> tuple[Any, str | None]:
+def text_part(function: str, config: Any) -> tuple[Any, str | None]:
     """Returns the part of a configuration that is about text, and its model type."""
-    _check_config(config)
+    _check_config(function, config)
     model_type = get(config, "model_type")
     config = get(config, "text_config") or config
     return config, get(config, "model_type") or model_type
 
 
-def _check_config(config: Any) -> None:
+def _check_config(function: str, config: Any) -> None:
     """Raises unless ``config`` can be a configuration or its dictionary."""
     hint = ""
     if isinstance(config, nn.Module):
@@ -185,16 +195,16 @@ def _check_config(config: Any) -> None:
     ):
         return
     rule = "be a Hugging Face configuration or its dictionary"
-    raise TypeError(message(_FUNCTION, "config", rule, f"{kind_of(config)}{hint}"))
+    raise TypeError(message(function, "config", rule, f"{kind_of(config)}{hint}"))
 
 
-def _check_readable(config: Any) -> None:
+def _check_readable(function: str, config: Any) -> None:
     """Raises for keys with an unknown effect on the angles."""
     for key, harmless in _UNREADABLE.items():
         value = get(config, key)
         if value is not None and value not in harmless:
             rule = "be absent, since its effect on the angles is unknown"
-            raise ValueError(message(_FUNCTION, key, rule, repr(value)))
+            raise ValueError(message(function, key, rule, repr(value)))
 
 
 def _read_own_keys(parameters: dict[str, Any], rotary_dim: int) -> None:
@@ -246,12 +256,12 @@ def _set_default(parameters: dict[str, Any], key: str, config: Any, *keys: str) 
         parameters[key] = get_first(config, *keys)
 
 
-def _rope_parameters(config: Any, layer_type: str | None) -> dict[str, Any]:
+def _rope_parameters(function: str, config: Any, layer_type: str | None) -> dict[str, Any]:
     """Returns a copy of the parameters, those of ``layer_type`` if each type has its own."""
     parameters = get(config, "rope_parameters") or get(config, "rope_scaling") or {}
     if not isinstance(parameters, Mapping):
         rule = "be a dictionary"
-        raise TypeError(message(_FUNCTION, "rope_parameters", rule, kind_of(parameters)))
+        raise TypeError(message(function, "rope_parameters", rule, kind_of(parameters)))
     local = get_first(config, *_LOCAL_THETA)
     if local is not None and isinstance(config, Mapping) and "sliding_attention" not in parameters:
         # Older files of Gemma 3 and ModernBERT; objects have converted this already.
@@ -264,8 +274,8 @@ def _rope_parameters(config: Any, layer_type: str | None) -> dict[str, Any]:
     if layer_type not in by_type:
         known = ", ".join(sorted(by_type)) or "none: all layers use the same"
         raise ValueError(
-            "torch_rope.RotaryEmbedding.from_config(): expected layer_type to be one of those with "
-            f"rope_parameters ({known}), but got {layer_type!r}"
+            f"{function}(): expected layer_type to be one of those with rope_parameters ({known}), "
+            f"but got {layer_type!r}"
         )
     return dict(by_type[layer_type])
 
@@ -282,7 +292,7 @@ def _of_layer_type(config: Any, layer_type: str) -> Any:
     return config
 
 
-def _head_dim(config: Any, parameters: Mapping[str, Any]) -> int:
+def _head_dim(function: str, config: Any, parameters: Mapping[str, Any]) -> int:
     is_proportional = parameters["rope_type"] == "proportional"
     own = ("global_head_dim",) if is_proportional else ()  # Gemma 4.
     head_dim = get_first(config, *own, *_HEAD_DIM)
@@ -290,31 +300,31 @@ def _head_dim(config: Any, parameters: Mapping[str, Any]) -> int:
         hidden_size, num_heads = get_first(config, *_HIDDEN_SIZE), get_first(config, *NUM_HEADS)
         if hidden_size is None or num_heads is None:
             raise ValueError(
-                "torch_rope.RotaryEmbedding.from_config(): expected config to have head_dim, or "
-                "hidden_size and num_attention_heads, but they are missing"
+                f"{function}(): expected config to have head_dim, or hidden_size and "
+                "num_attention_heads, but they are missing"
             )
-        check_size("hidden_size", hidden_size)
-        check_size("num_attention_heads", num_heads)
+        check_size(function, "hidden_size", hidden_size)
+        check_size(function, "num_attention_heads", num_heads)
         head_dim = hidden_size // num_heads
-    check_size("head_dim", head_dim)
+    check_size(function, "head_dim", head_dim)
     return int(head_dim)
 
 
-def _rotary_dim(config: Any, parameters: Mapping[str, Any], head_dim: int) -> int:
+def _rotary_dim(function: str, config: Any, parameters: Mapping[str, Any], head_dim: int) -> int:
     if parameters["rope_type"] == "proportional":
         return head_dim
     share = parameters["partial_rotary_factor"]
     if share is None:
         return int(get(config, "rotary_dim") or head_dim)
-    check_number(_FUNCTION, "partial_rotary_factor", share)
+    check_number(function, "partial_rotary_factor", share)
     if not (share > 0 and math.isfinite(share)):
         rule = "be positive and finite"
-        raise ValueError(message(_FUNCTION, "partial_rotary_factor", rule, repr(share)))
+        raise ValueError(message(function, "partial_rotary_factor", rule, repr(share)))
     return int(head_dim * share)
 
 
-def check_size(key: str, value: Any) -> None:
+def check_size(function: str, key: str, value: Any) -> None:
     """Raises unless a size in a configuration is a positive integer."""
-    check_integer(_FUNCTION, key, value)
+    check_integer(function, key, value)
     if value < 1:
-        raise ValueError(message(_FUNCTION, key, "be at least 1", value))
+        raise ValueError(message(function, key, "be at least 1", value))

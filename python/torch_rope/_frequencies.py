@@ -86,6 +86,12 @@ class Frequencies(NamedTuple):
     Attributes:
         inv_freq: Radians per unit of position, of shape ``(N,)``.
         attention_factor: Multiplies the rotated elements; 1 except for YaRN and LongRoPE.
+
+    Example:
+        >>> import torch_rope
+        >>> result = torch_rope.frequencies({"rope_theta": 10000.0}, 64)
+        >>> result.inv_freq.shape, result.attention_factor
+        (torch.Size([32]), 1.0)
     """
 
     inv_freq: Tensor

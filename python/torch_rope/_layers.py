@@ -289,7 +289,9 @@ class RotaryEmbedding(nn.Module):
 
     The module can be compiled by ``torch.jit.script``. In TorchScript ``forward`` takes ``q`` and
     ``k``, and the method ``rotate`` takes one tensor. Converting the dtype of a scripted module
-    also converts its frequencies, and the operators then reject them.
+    also converts its frequencies, and the operators then reject them. TorchScript has no
+    non-persistent buffers: the state dict of a scripted module contains the frequencies, and to
+    load one without them takes ``strict=False``.
 
     Args:
         rotary_dim: The number of rotated elements, even.
@@ -459,7 +461,7 @@ class RotaryEmbedding(nn.Module):
             raise TypeError(message(name, "layer_type", "be a string", kind_of(layer_type)))
         if mrope_interleaved is not None:
             check_bool(name, "mrope_interleaved", mrope_interleaved)
-        read = read_config(config, layer_type)
+        read = read_config(name, config, layer_type)
         parameters, sections = read.rope_parameters, read.mrope_section
         if sections is not None:
             if mrope_interleaved is None:
@@ -563,6 +565,9 @@ class RotaryEmbedding(nn.Module):
         """
         if not is_scripting() and (positions is None or k is None):
             given = k if positions is None else positions
+            if positions is None and _looks_like_k(k, q) and self.inv_freq.dim() == 1:
+                rule = "be a tensor (layer(q, k, positions))"
+                raise TypeError(message(self._name, "positions", rule, "None"))
             is_plain = isinstance(q, Tensor) and given is not None
             rotate: Any = self.rotate if is_plain else self._rotate_first
             rotated: Any = rotate(q, given, seq_len)
@@ -820,6 +825,17 @@ class RotaryEmbedding(nn.Module):
             self.inv_freq = saved.detach().to(self.inv_freq.dtype)
         else:
             self.inv_freq.copy_(saved.detach())
+
+
+def _looks_like_k(positions: Any, q: Any) -> bool:
+    """Returns whether positions have as many dimensions as q, which those along one axis cannot."""
+    return (
+        isinstance(positions, Tensor)
+        and isinstance(q, Tensor)
+        and positions.is_floating_point()
+        and positions.dim() == q.dim() >= 2
+        and positions.shape[-1] == q.shape[-1]
+    )
 
 
 @torch.fx.wrap  # torch.fx cannot trace branches on seq_len or the number of positions.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from torch_rope._norm_operators import norm_apply
 
 _NAME = "torch_rope.QKNormRotaryEmbedding"
 
+_WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 # Names of the norms in checkpoints (HunYuan; LFM 2; IDEFICS).
 _OTHER_NAMES = {
     "q_norm": ("query_layernorm", "q_layernorm", "q_layer_norm"),
@@ -31,7 +33,7 @@ _OTHER_NAMES = {
 
 
 class NormWeight(nn.Module):
-    """Holds the weight of an RMSNorm, or None.
+    """Holds the weight of an RMSNorm, or None; the layer around it computes the norm.
 
     Args:
         shape: What the weight has to be viewed as to broadcast with queries or keys. The parameter
@@ -42,7 +44,8 @@ class NormWeight(nn.Module):
         dtype: The dtype of the weight; by default PyTorch's default dtype.
     """
 
-    weight: Tensor | None
+    if TYPE_CHECKING:  # torch.jit.trace cannot view an attribute that is declared optional.
+        weight: Tensor | None
 
     def __init__(
         self,
@@ -175,7 +178,9 @@ class QKNormRotaryEmbedding(RotaryEmbedding):
             dtype=dtype,
             device=device,
         )
-        _check_norm(eps, weight_offset, norm_axes, weight_dtype)
+        _check_norm(eps, weight_offset, weight_dtype)
+        if norm_axes is not None:
+            _check_norm_axes(norm_axes, embedding_axis)
         flags = {"norm_last": norm_last, "q_weight": q_weight, "k_weight": k_weight}
         for option, flag in flags.items():
             check_bool(_NAME, option, flag)
@@ -233,8 +238,9 @@ class QKNormRotaryEmbedding(RotaryEmbedding):
         configuration's ``rms_norm_eps`` or ``norm_eps``. The rest depends on the model's code and
         is taken from ``model_type``: norms over all heads (OLMo 2, OLMoE, MiniMax-M2), after the
         rotation (HunYuan, Llama 4), without a weight (Llama 4), with a weight that is added to 1
-        (Gemma 3, Qwen3-Next, Qwen3.5). All other model types are assumed to be like Qwen3, with a
-        norm of each head before the rotation: pass options if that is wrong.
+        (Gemma 3, Qwen3-Next, Qwen3.5). Types in transformers 5.24 without such norms (Llama,
+        Mistral, Qwen2, GLM-4) are rejected. All others, even unknown ones, are assumed to be like
+        Qwen3, with a norm of each head before the rotation: pass options if that is wrong.
 
         Some models have layers that do not rotate (Llama 4, EXAONE 4): those need another layer.
 
@@ -242,8 +248,9 @@ class QKNormRotaryEmbedding(RotaryEmbedding):
             config: The configuration, or the dictionary of its ``config.json``.
             layer_type: As for :meth:`RotaryEmbedding.from_config`.
             mrope_interleaved: As for :meth:`RotaryEmbedding.from_config`.
-            options: Options of the class: ``norm_axes=(-3, -1)`` for a norm over all heads of
-                tensors of shape ``(B, H, S, D)``, ``weight_dtype`` and others.
+            options: Options of the class, which take precedence: ``norm_axes=(-3, -1)`` for a norm
+                over all heads of tensors of shape ``(B, H, S, D)``, ``eps``, ``weight_dtype`` and
+                others.
 
         Raises:
             ValueError: If the model is known to have no such norms, and as for
@@ -260,8 +267,9 @@ class QKNormRotaryEmbedding(RotaryEmbedding):
               (k_norm): NormWeight(256)
             )
         """
-        norms = read_norms(config)
-        head_dim = read_config(config, layer_type).head_dim
+        name = f"{cls._name}.from_config"
+        norms = read_norms(name, config, options.keys())
+        head_dim = read_config(name, config, layer_type).head_dim
         known = {
             "head_dim": head_dim,
             "eps": norms.eps,
@@ -342,6 +350,9 @@ class QKNormRotaryEmbedding(RotaryEmbedding):
     def _rotate_one(
         self, x: Tensor, weight: Tensor | None, positions: Tensor, seq_len: int | None
     ) -> Tensor:
+        if not is_scripting() and isinstance(x, (tuple, list)):
+            rule = "be a tensor (for a pair, layer(q, k, positions))"
+            raise TypeError(message(self._name, "x", rule, kind_of(x)))
         return norm_apply(
             x,
             weight,
@@ -395,7 +406,7 @@ class QKNormRotaryEmbedding(RotaryEmbedding):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
-def _check_norm(eps: Any, weight_offset: Any, norm_axes: Any, weight_dtype: Any) -> None:
+def _check_norm(eps: Any, weight_offset: Any, weight_dtype: Any) -> None:
     """Raises for options that are invalid for every call."""
     check_number(_NAME, "eps", eps)
     if not (eps >= 0 and math.isfinite(eps)):
@@ -403,17 +414,24 @@ def _check_norm(eps: Any, weight_offset: Any, norm_axes: Any, weight_dtype: Any)
     check_number(_NAME, "weight_offset", weight_offset)
     if not math.isfinite(weight_offset):
         raise ValueError(message(_NAME, "weight_offset", "be finite", weight_offset))
-    if norm_axes is not None:
-        check_integers(_NAME, "norm_axes", norm_axes)
-        if len(norm_axes) == 0 or len(set(norm_axes)) != len(norm_axes):
-            rule = "be distinct dimensions"
-            raise ValueError(message(_NAME, "norm_axes", rule, tuple(norm_axes)))
-    if not (weight_dtype is None or isinstance(weight_dtype, torch.dtype)):
-        raise TypeError(message(_NAME, "weight_dtype", "be a dtype", kind_of(weight_dtype)))
-    if weight_dtype is not None and not weight_dtype.is_floating_point:
-        rule = "be a floating-point dtype"
-        got = str(weight_dtype).removeprefix("torch.")
+    if weight_dtype is not None and weight_dtype not in _WEIGHT_DTYPES:
+        rule = "be float64, float32, float16 or bfloat16"
+        is_dtype = isinstance(weight_dtype, torch.dtype)
+        got = str(weight_dtype).removeprefix("torch.") if is_dtype else kind_of(weight_dtype)
         raise TypeError(message(_NAME, "weight_dtype", rule, got))
+
+
+def _check_norm_axes(norm_axes: Any, embedding_axis: int) -> None:
+    """Raises for dimensions that are invalid for every call."""
+    check_integers(_NAME, "norm_axes", norm_axes)
+    if len(norm_axes) == 0 or len(set(norm_axes)) != len(norm_axes):
+        rule = "be distinct dimensions"
+        raise ValueError(message(_NAME, "norm_axes", rule, tuple(norm_axes)))
+    # A dimension that counts from the other end may be the embedding axis.
+    is_known = all((axis < 0) == (embedding_axis < 0) for axis in norm_axes)
+    if is_known and embedding_axis not in norm_axes:
+        rule = f"contain embedding_axis, {embedding_axis}"
+        raise ValueError(message(_NAME, "norm_axes", rule, tuple(norm_axes)))
 
 
 def _check_num_heads(num_heads: Any) -> None:

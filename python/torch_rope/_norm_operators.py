@@ -85,8 +85,10 @@ def norm_apply(
 
     The norm is that of the whole embedding axis, including elements outside the rotated slice,
     which are normalized and weighted but not rotated. All is computed in the opmath type, float32
-    (float64 for float64 ``x``), and each element is rounded once: modules that round the normalized
-    elements before they multiply by the weight differ by at most one rounding of the dtype.
+    (float64 for float64 ``x``), and each element is rounded once. Modules that also round the
+    normalized elements, and those they rotate, differ by these roundings. Where the squares or
+    their sum overflow in that type, the result is zero. Where they underflow and ``eps`` is 0 in
+    that type, it is infinite or NaN.
 
     Training saves ``x``, the weight and what makes the angles, and nothing else. The gradients of
     ``x`` and of the weight take one pass over memory, and are the same in every run.

@@ -2,7 +2,7 @@
 
 A rewritten forward (``_forwards.py``) calls :func:`norm`, :func:`rotate`,
 :func:`rotate_before_norms` and :func:`settle`. The first of a norm and its rotation only records
-its arguments; the second one calls the operator. A norm that was not recognised, or that is
+its arguments; the second one calls the operator. A norm that was not recognized, or that is
 observed by hooks or replaced, runs where the original forward runs it.
 """
 
@@ -24,28 +24,44 @@ class Normed:
     """The result of a norm that was not computed yet.
 
     It has the methods of a tensor that only change the shape. They return a tensor if the operators
-    could not normalise the elements in their new places.
+    could not normalize the elements in their new places.
 
     Attributes:
         x: The norm's input with the views applied, in the dtype of the result.
         options: Those of the operator.
     """
 
-    def __init__(self, module: nn.Module, form: NormForm, x: Tensor, is_last: bool = False) -> None:
-        """Records a call of a norm, which may come after the rotation of ``x``."""
-        self._module = module
-        self._input = x
-        self._views: tuple[tuple[str, tuple[Any, ...]], ...] = ()
-        self._weight: Tensor | None = getattr(module, "weight", None)
-        if self._weight is not None and not form.keeps_dtype:
-            x = x.to(torch.promote_types(x.dtype, self._weight.dtype))
+    def __init__(
+        self,
+        module: nn.Module,
+        given: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        options: dict[str, Any],
+        views: tuple[tuple[str, tuple[Any, ...]], ...] = (),
+    ) -> None:
+        """Records a call of ``module`` with ``given``, and views of its result."""
         self.x = x
-        self.options: dict[str, Any] = {
+        self.options = options
+        self._module = module
+        self._given = given
+        self._weight = weight
+        self._views = views
+
+    @staticmethod
+    def of(module: nn.Module, form: NormForm, given: Tensor, is_last: bool = False) -> "Normed":
+        """Records a call of a norm, which may come after the rotation of ``given``."""
+        x = given
+        weight: Tensor | None = getattr(module, "weight", None)
+        if weight is not None and not form.keeps_dtype:
+            x = x.to(torch.promote_types(x.dtype, weight.dtype))
+        options = {
             "eps": getattr(module, form.eps),
             "weight_offset": form.weight_offset,
             "norm_axes": None,  # Or the heads and the last axis.
             "norm_last": is_last,
         }
+        return Normed(module, given, x, weight, options)
 
     @property
     def shape(self) -> torch.Size:
@@ -74,7 +90,7 @@ class Normed:
 
     def compute(self) -> Tensor:
         """Calls the norm itself, if it comes first."""
-        result: Tensor = self._module(self._input)
+        result: Tensor = self._module(self._given)
         for name, arguments in self._views:
             result = getattr(result, name)(*arguments)
         return result
@@ -122,10 +138,9 @@ class Normed:
         """Applies a view, after which the norm is over these axes if it fits."""
         if not fits:
             return getattr(self.compute(), name)(*arguments)  # type: ignore[no-any-return]
-        self.x = x
-        self._views = (*self._views, (name, arguments))
-        self.options["norm_axes"] = axes
-        return self
+        options = {**self.options, "norm_axes": axes}
+        views = (*self._views, (name, arguments))
+        return Normed(self._module, self._given, x, self._weight, options, views)
 
 
 class _Rotation:
@@ -146,7 +161,7 @@ class _Rotation:
         form = None if self._results or isinstance(x, Normed) else _form(module, x)
         if form is None:
             return False
-        self._pair[index] = Normed(module, form, x, is_last=True)
+        self._pair[index] = Normed.of(module, form, x, is_last=True)
         return True
 
     def result(self, index: int) -> Tensor:
@@ -171,7 +186,7 @@ def norm(module: nn.Module, x: Any) -> Any:
         return x if x.rotation.add(x.index, module) else module(settle(x))
     x = settle(x)
     form = _form(module, x)
-    return module(x) if form is None else Normed(module, form, x)
+    return module(x) if form is None else Normed.of(module, form, x)
 
 
 def rotate(function: Function, *arguments: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Recognises what transformers' rotation functions compute, and replaces them.
+"""Recognizes what transformers' rotation functions compute, and replaces them.
 
 The functions differ in which elements pair up, which columns of the tables hold an angle, how the
 tables broadcast and which dtype they return, and their source does not show it at a glance. So each
@@ -496,7 +496,7 @@ def _fuses_norms(
                 if name not in _TENSORS:
                     continue
                 if function is ours:
-                    arguments[name] = Normed(norm, norm_form, arguments[name], is_last)
+                    arguments[name] = Normed.of(norm, norm_form, arguments[name], is_last)
                 elif not is_last:
                     arguments[name] = norm(arguments[name])
             results = function(**arguments)

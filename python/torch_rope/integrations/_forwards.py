@@ -1,7 +1,7 @@
 """Rewrites the forwards of attention classes so that norms and rotations run together.
 
 NOTE [ The rewritten forward ]
-An attention class normalises q and k and rotates them, in this order or in the other, with nothing
+An attention class normalizes q and k and rotates them, in this order or in the other, with nothing
 in between but views:
 
     query_states = self.q_norm(self.q_proj(hidden_states).view(hidden_shape)).transpose(1, 2)
@@ -15,10 +15,15 @@ Its forward is compiled again from its syntax tree, with both calls deferred (se
     query_states, key_states = rotate(apply_rotary_pos_emb, query_states, key_states, cos, sin)
 
 A deferred tensor is only ever in a variable of the forward. Before a statement that uses the
-variable for anything but a view of itself, its rotation or its norm, and before one that writes to
-any tensor in place, ``query_states = settle(query_states)`` is inserted. What is not fused thus
+variable for anything but a view of itself, its rotation or its norm, and before one that may write
+to a tensor in place, ``query_states = settle(query_states)`` is inserted. What is not fused thus
 happens in the original order, a norm or a rotation may be conditional, and a variable may hold a
 deferred or an ordinary tensor.
+
+Any call may write to a tensor, except those of norms, of rotations, of a few builtins, and of what
+is named like a method of tensors that is not in place. Layers and PyTorch's functions only write to
+their arguments, if at all: they count if an argument may share memory with the input of a deferred
+call. The result of a layer counts as new memory.
 
 The tree is walked twice: first to find the norms that reach a rotation and the rotations that reach
 a norm, then to rewrite those.
@@ -27,16 +32,18 @@ a norm, then to rewrite those.
 import ast
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeGuard
 
-from torch import nn
+import torch
+import torch.nn.functional
+from torch import Tensor, nn
 
 from torch_rope.integrations import _deferred
 from torch_rope.integrations._deferred import fuses_norms
-from torch_rope.integrations._norms import Function, UnknownFormError, recognise
+from torch_rope.integrations._norms import Function, UnknownFormError, recognize
 from torch_rope.integrations._source import compiled, definition_of, is_source_of, wrapped_like
 
 # The functions of _deferred.py, by their names in a rewritten forward.
@@ -48,6 +55,9 @@ _HELPERS = {
 # The methods and attributes of deferred norms.
 _VIEWS = ("view", "reshape", "transpose", "unsqueeze")
 _PROPERTIES = ("shape", "dtype", "device")
+
+# Builtin functions that call nothing that could write to a tensor.
+_BUILTINS = ("bool", "float", "getattr", "hasattr", "int", "isinstance", "len", "range", "str")
 
 # The keywords of rotation functions; one with others is left to the original.
 _KEYWORDS = ("cos", "sin", "position_ids", "unsqueeze_dim")
@@ -78,18 +88,19 @@ def fused_forward(attention: type[nn.Module], functions: Iterable[str]) -> Funct
     }
     if not rotations:
         return None
-    norms = {name: why for name, why in _norms_of(attention).items() if name in used}
-    if not norms:
+    norms = _norms_of(attention, used)
+    if not norms and not any(map(_is_norm, used)):
         return None
     definition = definition_of(original)
     if original.__code__.co_freevars or not is_source_of(definition, original):
         raise UnknownFormError("its source is not what runs")
-    found = _Walk(definition, norms, rotations)
+    known = _Known(attention, original.__globals__, norms, rotations)
+    found = _Walk(definition, known)
     if not found.fused:
         if found.reasons:
             raise UnknownFormError(found.reasons[0])
         return None
-    definition = _Walk(definition_of(original), norms, rotations, found.fused).definition
+    definition = _Walk(definition_of(original), known, found.fused).definition
     return wrapped_like(compiled(definition, original, _HELPERS), forward)
 
 
@@ -103,8 +114,8 @@ def _why_no_norms(name: str, function: Function) -> str | None:
 # ---- The class ----
 
 
-def _norms_of(attention: type[nn.Module]) -> dict[str, str | None]:
-    """Returns the attributes that a class sets to norms, with the reason if one is unknown."""
+def _norms_of(attention: type[nn.Module], used: Container[str]) -> dict[str, str | None]:
+    """Returns which of some attributes a class sets to norms, with the reason if one is unknown."""
     found: dict[str, list[type[nn.Module]]] = {}
     for base in attention.__mro__:
         init = vars(base).get("__init__")
@@ -116,10 +127,19 @@ def _norms_of(attention: type[nn.Module]) -> dict[str, str | None]:
         except UnknownFormError:
             continue
         for node in ast.walk(definition):
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
-                kinds = list(_classes(node.value, init.__globals__))
-                found.setdefault(node.targets[0].attr, []).extend(kinds)
-    return {name: _why_not(kinds) for name, kinds in found.items() if any(map(_is_norm, kinds))}
+            if not isinstance(node, ast.Assign):
+                continue
+            target = node.targets[0]
+            if isinstance(target, ast.Attribute) and target.attr in used:
+                kinds = _classes(node.value, init.__globals__)
+                found.setdefault(target.attr, []).extend(kinds)
+    norms = {name: _why_not(kinds) for name, kinds in found.items() if kinds}
+    norms |= {
+        name: f"the class of self.{name} is not known"
+        for name, kinds in found.items()
+        if not kinds and _is_norm(name)
+    }
+    return {name: why for name, why in norms.items() if why != _NO_NORM}
 
 
 def _classes(value: ast.expr, names: dict[str, Any]) -> Iterator[type[nn.Module]]:
@@ -131,28 +151,36 @@ def _classes(value: ast.expr, names: dict[str, Any]) -> Iterator[type[nn.Module]
         if isinstance(value.func, ast.Attribute) and isinstance(value.func.value, ast.Call):
             yield from _classes(value.func.value, names)
             return
-        path = ast.unparse(value.func).split(".")
-        kind = functools.reduce(
-            lambda x, name: getattr(x, name, None), path[1:], names.get(path[0])
-        )
+        kind = _resolved(value.func, names)
         if isinstance(kind, type) and issubclass(kind, nn.Module):
             yield kind
 
 
-def _is_norm(kind: type[nn.Module]) -> bool:
-    return "norm" in kind.__name__.lower()
+def _resolved(node: ast.expr, names: dict[str, Any]) -> Any:
+    """Returns what a dotted name refers to, or None."""
+    path = ast.unparse(node).split(".")
+    return functools.reduce(lambda x, name: getattr(x, name, None), path[1:], names.get(path[0]))
 
 
-def _why_not(kinds: list[type[nn.Module]]) -> str | None:
-    """Returns why none of these norms is recognised."""
-    reason = None
-    for kind in filter(_is_norm, kinds):
+# Why a class is not recognized that is not named like a norm either.
+_NO_NORM = "it is no norm"
+
+
+def _is_norm(name: str) -> bool:
+    return "norm" in name.lower()
+
+
+def _why_not(kinds: Iterable[type[nn.Module]]) -> str | None:
+    """Returns why none of these classes is recognized."""
+    why = _NO_NORM
+    for kind in kinds:
         try:
-            recognise(kind)
+            recognize(kind)
             return None
         except UnknownFormError as error:
-            reason = str(error)
-    return reason
+            if _is_norm(kind.__name__):
+                why = str(error)
+    return why
 
 
 # ---- The forward ----
@@ -160,7 +188,7 @@ def _why_not(kinds: list[type[nn.Module]]) -> str | None:
 _Site = tuple[int, int, int | None, int | None]
 
 # Statements without others in them.
-_SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return, ast.Raise, ast.Assert)
+_SIMPLE = (ast.Assign, ast.AugAssign, ast.Expr, ast.Return, ast.Raise, ast.Assert)
 
 # Code that may read a variable later than at its own place.
 _NESTED = (ast.Lambda, ast.FunctionDef, ast.GeneratorExp)
@@ -192,6 +220,27 @@ def _never(fact: _Fact) -> bool:
     return False
 
 
+def _if_norm(fact: _Fact) -> bool:
+    return fact.is_norm
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known of the names in a forward.
+
+    Attributes:
+        attention: The class.
+        globals: The global variables.
+        norms: The attributes with norms, and why one is unknown.
+        rotations: The rotation functions, and why one takes no norms.
+    """
+
+    attention: type[nn.Module]
+    globals: dict[str, Any]
+    norms: dict[str, str | None]
+    rotations: dict[str, str | None]
+
+
 class _Walk:
     """Walks through a forward. See NOTE [ The rewritten forward ].
 
@@ -204,26 +253,30 @@ class _Walk:
     def __init__(
         self,
         definition: ast.FunctionDef,
-        norms: dict[str, str | None],
-        rotations: dict[str, str | None],
+        known: _Known,
         choice: set[_Site] | None = None,
     ) -> None:
         """Walks through a forward.
 
         Args:
             definition: The forward.
-            norms: The attributes with norms, and why one is unknown.
-            rotations: The rotation functions, and why one takes no norms.
+            known: What is known of its names.
             choice: The calls to fuse; None to find them and rewrite nothing.
         """
         self.definition = definition
         self.fused: set[_Site] = set()
         self.reasons: list[str] = []
-        self._norms = norms
-        self._rotations = rotations
+        self._known = known
         self._choice = choice
         self._facts: dict[str, _Fact] = {}  # Of the variables, before the current statement.
         self._needed: set[str] = set()  # The variables that it needs as tensors.
+        # Whose memory a variable may share: other variables, or statements that made it.
+        self._shares: dict[str, set[str]] = {}
+        self._locals = _names(definition, ast.Store) | {
+            node.arg for node in ast.walk(definition.args) if isinstance(node, ast.arg)
+        }
+        arguments = [*definition.args.posonlyargs, *definition.args.args]
+        self._self = arguments[0].arg if arguments else ""
         nested = [n for n in ast.walk(definition) if isinstance(n, _NESTED) and n is not definition]
         self._read_later = {name for node in nested for name in _names(node, ast.Load)}
         definition.body = self._block(definition.body)
@@ -236,28 +289,36 @@ class _Walk:
     def _statement(self, statement: ast.stmt) -> list[ast.stmt]:
         """Returns what a statement becomes, after those that compute what it needs."""
         if isinstance(statement, ast.If):
-            statement.test, _ = self._used(statement.test, statement)
-            if _writes_in_place(statement.test):
+            if self._may_write(statement.test):
                 self._needed |= self._facts.keys()
+            self._share(statement.test)
+            statement.test, _ = self._used(statement.test, statement)
             settled = self._settle(statement)
-            before = dict(self._facts)
+            for name in _names(statement.test, ast.Store):
+                self._facts.pop(name, None)
+            before = dict(self._facts), dict(self._shares)
             statement.body = self._block(statement.body)
-            after, self._facts = self._facts, before
+            after = self._facts, self._shares
+            self._facts, self._shares = before
             statement.orelse = self._block(statement.orelse)
-            self._merge(after)
+            self._merge(*after)
             return [*settled, statement]
+        if isinstance(statement, ast.AnnAssign):  # Without a value, it does nothing.
+            return [statement]
+        if self._may_write(statement):
+            self._needed |= self._facts.keys()
+        self._share(statement)
         facts: dict[str, _Fact] = {}
         if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
             facts = self._assign(statement, statement.targets[0])
         elif isinstance(statement, _SIMPLE):
-            self._children(statement)
+            facts = self._facts_of(_names(statement, ast.Store), self._children(statement))
         else:  # A loop and the like, in which nothing is deferred.
             self._needed |= _names(statement, ast.Load)
-        if _writes_in_place(statement):
-            self._needed |= self._facts.keys()
         settled = self._settle(statement)
-        for name in _names(statement, ast.Store, ast.Del):
-            self._facts.pop(name, None)
+        if not isinstance(statement, ast.AugAssign):
+            for name in _names(statement, ast.Store, ast.Del):
+                self._facts.pop(name, None)
         self._facts |= facts
         return [*settled, statement]
 
@@ -282,7 +343,7 @@ class _Walk:
         statement.value = self._deferred("rotate_before_norms", value)
         return self._facts_of(names, fact)
 
-    def _facts_of(self, names: list[str], fact: _Fact | None) -> dict[str, _Fact]:
+    def _facts_of(self, names: Collection[str], fact: _Fact | None) -> dict[str, _Fact]:
         if fact and fact.is_deferred and self._read_later.intersection(names):
             fact = self._kept_from(fact, f"a function that reads {' or '.join(names)}")
         return dict.fromkeys(names, fact) if fact else {}
@@ -310,16 +371,99 @@ class _Walk:
             ast.copy_location(node, statement)
         return settled
 
-    def _merge(self, others: dict[str, _Fact]) -> None:
-        """Adds the facts at the end of another branch."""
+    def _merge(self, others: dict[str, _Fact], shares: dict[str, set[str]]) -> None:
+        """Adds what is known at the end of another branch."""
+        for name in shares.keys() | self._shares.keys():
+            self._shares[name] = self._shares.get(name, {name}) | shares.get(name, {name})
         for name, other in others.items():
             fact = self._facts.setdefault(name, other)
             if not fact.is_deferred:
                 self._facts[name] = other
             elif other.is_deferred and other.is_norm != fact.is_norm:
-                raise UnknownFormError(f"{name} is either normalised or rotated")
+                raise UnknownFormError(f"{name} is either normalized or rotated")
             elif other.is_deferred:
                 self._facts[name] = replace(fact, sites=fact.sites | other.sites)
+
+    # Memory
+
+    def _share(self, statement: ast.stmt | ast.expr) -> None:
+        """Records whose memory the variables share that a statement or a condition sets."""
+        value = statement.value if isinstance(statement, ast.Assign) else statement
+        shared = self._shared(value) | {f"line {statement.lineno}"}
+        for name in _names(statement, ast.Store):
+            self._shares[name] = shared
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store):
+                for name in _names(node, ast.Load):
+                    self._shares[name] = self._shares.get(name, {name}) | shared
+
+    def _shared(self, node: ast.AST) -> set[str]:
+        """Returns whose memory a value may share."""
+        if isinstance(node, ast.Name):
+            return self._shares.get(node.id, {node.id})
+        if isinstance(node, ast.Attribute) and node.attr in _PROPERTIES:
+            return set()
+        if name := self._attribute(node):
+            return {f"self.{name}"} | self._shares.get(self._self, set())
+        if isinstance(node, ast.Call):
+            if self._is_layer(node.func):
+                return set()
+            if self._is_method(node.func):
+                return self._shared(node.func.value)
+        if isinstance(node, ast.Subscript):
+            return self._shared(node.value)
+        return set[str]().union(*map(self._shared, ast.iter_child_nodes(node)))
+
+    def _may_write(self, node: ast.AST, shared: set[str] | None = None) -> bool:
+        """Returns whether code may write to memory, by default to that of what is deferred."""
+        if shared is None:
+            deferred = [name for name, fact in self._facts.items() if fact.is_deferred]
+            shared = set[str]().union(*(self._shares.get(name, {name}) for name in deferred))
+        calls = [call for call in ast.walk(node) if isinstance(call, ast.Call)]
+        return _writes_in_place(node) or any(self._call_may_write(call, shared) for call in calls)
+
+    def _call_may_write(self, call: ast.Call, shared: set[str]) -> bool:
+        function = call.func
+        if self._is_rotation(call) or self._is_known_norm(function):
+            return False
+        if self._is_layer(function) or self._is_torch(function):
+            given = [*call.args, *(keyword.value for keyword in call.keywords)]
+            return any(self._shared(argument) & shared for argument in given)
+        if isinstance(function, ast.Name):
+            names = self._locals | self._known.globals.keys()
+            return function.id not in _BUILTINS or function.id in names
+        return not self._is_method(function)
+
+    def _attribute(self, node: ast.AST) -> str:
+        """Returns the attribute in ``self.attribute``, or nothing."""
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            return node.attr if node.value.id == self._self else ""
+        return ""
+
+    def _is_layer(self, function: ast.expr) -> bool:
+        """Returns whether a called function is a layer, which has no attribute in the class."""
+        name = self._attribute(function)
+        is_set = bool(name) and not hasattr(self._known.attention, name)
+        return is_set and not self._is_known_norm(function)
+
+    def _is_known_norm(self, function: ast.expr) -> bool:
+        """Returns whether a called function is a norm of a recognized class."""
+        name = self._attribute(function)
+        return name in self._known.norms and self._known.norms[name] is None
+
+    def _is_method(self, function: ast.expr) -> TypeGuard[ast.Attribute]:
+        """Returns whether a called function is a method of tensors that is not in place."""
+        if not isinstance(function, ast.Attribute) or self._attribute(function):
+            return False
+        name = function.attr
+        return hasattr(Tensor, name) and name[-1] != "_" and not self._is_torch(function)
+
+    def _is_torch(self, function: ast.expr) -> bool:
+        """Returns whether a called function is one of PyTorch's."""
+        if not isinstance(function, ast.Attribute) or _names(function, ast.Load) & self._locals:
+            return False
+        owner = _resolved(function.value, self._known.globals)
+        return owner is torch or owner is torch.nn.functional
 
     # Expressions
 
@@ -368,32 +512,39 @@ class _Walk:
     def _expression(self, node: ast.expr, target: str | None) -> tuple[ast.expr, _Fact | None]:
         if isinstance(node, ast.Name):
             return node, self._facts.get(node.id) if isinstance(node.ctx, ast.Load) else None
-        if isinstance(node, ast.Attribute) and node.attr in _PROPERTIES and _root(node.value):
-            return node, None
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            fact = self._facts.get(node.value.id)
+            if node.attr in _PROPERTIES and fact and fact.is_norm:
+                return node, None
         if isinstance(node, ast.Call):
-            if _attribute_of_self(node.func) in self._norms:
+            if self._attribute(node.func) in self._known.norms:
                 return self._norm(node, target)
             if self._is_rotation(node):
                 return self._rotation(node)[0], None
             if isinstance(node.func, ast.Attribute) and node.func.attr in _VIEWS:
                 return self._view(node, node.func)
         fact = self._children(node)
-        if isinstance(node, ast.Call) and _attribute_of_self(node.func):
-            return node, None  # Another layer computes a new value.
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if self._is_layer(node.func):
+                return node, None  # It computes a new value.
+            if _is_norm(name) and (isinstance(node.func, ast.Name) or self._is_torch(node.func)):
+                why = f"{name} is a function, not a layer"
+                return node, _Fact(frozenset({_site(node)}), name, True, why)
         return node, fact
 
     def _view(self, node: ast.Call, method: ast.Attribute) -> tuple[ast.expr, _Fact | None]:
-        method.value, fact = self._used(
-            method.value, node, lambda fact: fact.is_norm and not node.keywords
-        )
+        shared = self._shared(method.value)
+        is_plain = not node.keywords and not any(self._may_write(a, shared) for a in node.args)
+        method.value, fact = self._used(method.value, node, lambda fact: fact.is_norm and is_plain)
         node.args = [self._used(argument, node)[0] for argument in node.args]
         for keyword in node.keywords:
             self._children(keyword)
         return node, fact
 
     def _norm(self, node: ast.Call, target: str | None) -> tuple[ast.expr, _Fact | None]:
-        site, attribute = _site(node), _attribute_of_self(node.func)
-        name, why = f"self.{attribute}", self._norms[attribute]
+        site, name = _site(node), ast.unparse(node.func)
+        why = self._known.norms[self._attribute(node.func)]
         if len(node.args) != 1 or node.keywords:
             self._children(node)
             return node, _Fact(frozenset({site}), name, True, why or _text(node))
@@ -414,20 +565,23 @@ class _Walk:
 
     def _is_rotation(self, node: ast.expr) -> bool:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            return node.func.id in self._rotations
+            return node.func.id in self._known.rotations
         return False
 
     def _rotation(self, node: ast.Call) -> tuple[ast.expr, _Fact | None]:
         """Handles the call of a rotation; returns the fact of its results, unless it has norms."""
         site, name = _site(node), ast.unparse(node.func)
-        why = self._rotations[name]
+        why = self._known.rotations[name]
         if any(keyword.arg not in _KEYWORDS for keyword in node.keywords):
             why = f"unknown keywords in {_text(node)}"
+        shared = self._shared(node)
+        writing = [part for part in (*node.args, *node.keywords) if self._may_write(part, shared)]
         normed: set[_Site] = set()
         for index, argument in enumerate(node.args):
-            node.args[index], fact = self._used(
-                argument, node, lambda fact: fact.is_norm and why is None
-            )
+            # A norm in the call comes before what the other arguments write.
+            fuses = why is None and all(part is argument for part in writing)
+            keeps = _if_norm if fuses else _never
+            node.args[index], fact = self._used(argument, node, keeps)
             if fact and fact.is_deferred:
                 normed |= fact.sites
             elif fact and fact.is_norm:
@@ -467,13 +621,6 @@ def _site(node: ast.Call) -> _Site:
     return node.lineno, node.col_offset, node.end_lineno, node.end_col_offset
 
 
-def _attribute_of_self(node: ast.expr) -> str:
-    """Returns the attribute in ``self.attribute``, or nothing."""
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-        return node.attr if node.value.id == "self" else ""
-    return ""
-
-
 def _root(node: ast.expr) -> str | None:
     """Returns the variable that an expression is or is a view of."""
     while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
@@ -484,15 +631,16 @@ def _root(node: ast.expr) -> str | None:
 
 
 def _names(node: ast.AST, *contexts: type[ast.expr_context]) -> set[str]:
-    """Returns the variables that a node reads or writes."""
+    """Returns the variables that a node uses in one of these ways."""
     return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, contexts)}
 
 
 def _writes_in_place(node: ast.AST) -> bool:
-    """Returns whether a node may change a tensor."""
+    """Returns whether a node may change a tensor or PyTorch's state, whatever it calls."""
     return any(
         isinstance(node, ast.AugAssign)
-        or (isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load))
+        or (isinstance(node, ast.Attribute | ast.Subscript) and not isinstance(node.ctx, ast.Load))
+        or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call))
         or (isinstance(node, ast.keyword) and node.arg in ("out", "inplace"))
         or (isinstance(node, ast.Attribute) and node.attr.endswith("_") and node.attr[-2:] != "__")
         for node in ast.walk(node)

@@ -4,7 +4,7 @@ NOTE [ The proof ]
 transformers' tables have two values per pair. Usually they are equal and half a table is enough; in
 some models they differ for some positions. Full-width tables are correct either way, so they are
 the default, and using half a table needs justification. The values in a call cannot give it: they
-do not predict the next call, reading them synchronises with the device, and recomputation,
+do not predict the next call, reading them synchronizes with the device, and recomputation,
 transforms and compilers would not read them.
 
 Instead, when a model is patched, ``prove`` calls a copy of its rotary module: with positions that

@@ -11,7 +11,7 @@ from torch_rope.integrations._norms import Function, UnknownFormError
 
 
 def definition_of(function: FunctionType) -> ast.FunctionDef:
-    """Returns the syntax tree of a function, without what is evaluated at its definition.
+    """Returns the syntax tree of a function, without annotations, defaults and decorators.
 
     Raises:
         UnknownFormError: If the source is not available.
@@ -35,7 +35,17 @@ def definition_of(function: FunctionType) -> ast.FunctionDef:
     for argument in ast.walk(arguments):
         if isinstance(argument, ast.arg):
             argument.annotation = None
-    return definition
+    return _Plain().visit(definition)  # type: ignore[no-any-return]
+
+
+class _Plain(ast.NodeTransformer):
+    """Removes annotations of variables, which a function does not evaluate."""
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt:
+        """Makes it an assignment, if it has a value."""
+        if node.value is None:
+            return node
+        return ast.copy_location(ast.Assign([node.target], node.value), node)
 
 
 def is_source_of(definition: ast.FunctionDef, function: FunctionType) -> bool:

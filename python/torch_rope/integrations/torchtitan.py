@@ -43,6 +43,16 @@ def apply_rotary_emb_complex(
         ValueError: If a shape is wrong.
         TypeError: If a type, a dtype or a device is wrong.
         IndexError: If a position is beyond the table (on CUDA a device-side assertion).
+
+    Example:
+        >>> import torch
+        >>> from torch_rope.integrations.torchtitan import apply_rotary_emb_complex
+        >>> angles = torch.arange(128)[:, None] * 10000.0 ** (-torch.arange(32) / 32)
+        >>> freqs_cis = torch.polar(torch.ones_like(angles), angles)
+        >>> xq, xk = torch.randn(2, 5, 8, 64), torch.randn(2, 5, 2, 64)
+        >>> xq_rotated, xk_rotated = apply_rotary_emb_complex(xq, xk, freqs_cis)
+        >>> xk_rotated.shape
+        torch.Size([2, 5, 2, 64])
     """
     name = f"{_PACKAGE}.apply_rotary_emb_complex"
     _check({"xq": xq, "xk": xk}, "freqs_cis", freqs_cis, positions, name)
@@ -68,6 +78,14 @@ def apply_rotary_emb_single_complex(
         ValueError: If a shape is wrong.
         TypeError: If a type, a dtype or a device is wrong.
         IndexError: If a position is beyond the table (on CUDA a device-side assertion).
+
+    Example:
+        >>> import torch
+        >>> from torch_rope.integrations.torchtitan import apply_rotary_emb_single_complex
+        >>> angles = torch.arange(128)[:, None] * 10000.0 ** (-torch.arange(32) / 32)
+        >>> freqs_cis = torch.polar(torch.ones_like(angles), angles)
+        >>> apply_rotary_emb_single_complex(torch.randn(2, 5, 1, 64), freqs_cis).shape
+        torch.Size([2, 5, 1, 64])
     """
     name = f"{_PACKAGE}.apply_rotary_emb_single_complex"
     _check({"x": x}, "freqs_cis", freqs_cis, positions, name)
@@ -97,6 +115,17 @@ def apply_rotary_emb_cos_sin(
         ValueError: If a shape is wrong.
         TypeError: If a type, a dtype or a device is wrong.
         IndexError: If a position is beyond the table (on CUDA a device-side assertion).
+
+    Example:
+        >>> import torch
+        >>> from torch_rope.integrations.torchtitan import apply_rotary_emb_cos_sin
+        >>> angles = torch.arange(128)[:, None] * 10000.0 ** (-torch.arange(32) / 32)
+        >>> angles = torch.cat((angles, angles), dim=-1)
+        >>> rope_cache = torch.cat((angles.cos(), angles.sin()), dim=-1)
+        >>> xq, xk = torch.randn(2, 5, 8, 64), torch.randn(2, 5, 2, 64)
+        >>> xq_rotated, xk_rotated = apply_rotary_emb_cos_sin(xq, xk, rope_cache)
+        >>> xk_rotated.shape
+        torch.Size([2, 5, 2, 64])
     """
     name = f"{_PACKAGE}.apply_rotary_emb_cos_sin"
     _check({"xq": xq, "xk": xk}, "rope_cache", rope_cache, positions, name)

@@ -2,7 +2,7 @@
 
 :func:`patch` replaces the functions that rotate queries and keys in transformers' modeling modules,
 and :func:`unpatch` restores them. :func:`kernel_mapping` does the same through the kernel registry
-of the package ``kernels``. docs/transformers.md lists the models, and the limits of both.
+of the package ``kernels``. docs/guides/transformers.md lists the models, and the limits of both.
 """
 
 import sys
@@ -46,7 +46,7 @@ _replaced: dict[tuple[_Owner, str], tuple[Function, Function]] = {}
 
 @dataclass
 class Patch:
-    """The result of one call of :func:`patch`; a context manager that reverts it on exit.
+    r"""The result of one call of :func:`patch`; a context manager that reverts it on exit.
 
     Attributes:
         replaced: The functions that the call replaced, as ``module.function``.
@@ -56,6 +56,14 @@ class Patch:
             since the call.
         norms_left_alone: The classes that have norms next to a rotation and keep their forward,
             each with the reason.
+
+    Example:
+        >>> from transformers.models.qwen3 import modeling_qwen3
+        >>> from torch_rope.integrations.transformers import patch
+        >>> with patch(modeling_qwen3) as done:
+        ...     print(done.replaced, done.fused, sep="\n")
+        ['transformers.models.qwen3.modeling_qwen3.apply_rotary_pos_emb']
+        ['transformers.models.qwen3.modeling_qwen3.Qwen3Attention']
     """
 
     replaced: list[str] = field(default_factory=list)
@@ -98,7 +106,7 @@ def patch(model_or_module: nn.Module | ModuleType | None = None, *, norms: bool 
     if the operators give the same results. Patching a module affects all models that it defines,
     existing and future. Models train, compile and generate as before.
 
-    Where an attention class normalises queries and keys with an RMSNorm before or after the
+    Where an attention class normalizes queries and keys with an RMSNorm before or after the
     function, with nothing in between but views, its forward is replaced as well, and
     ``torch_rope.norm_apply_cos_sin`` computes both. The weights and epsilon are those of the
     layer's norms at the time of the call. A norm with hooks, a replaced one and one of another
@@ -167,6 +175,15 @@ def unpatch(model_or_module: nn.Module | ModuleType | None = None) -> None:
 
     Raises:
         TypeError: If the argument is not a model, a module or None.
+
+    Example:
+        >>> from transformers.models.llama import modeling_llama
+        >>> from torch_rope.integrations.transformers import patch, unpatch
+        >>> original = modeling_llama.apply_rotary_pos_emb
+        >>> _ = patch(modeling_llama)
+        >>> unpatch()
+        >>> modeling_llama.apply_rotary_pos_emb is original
+        True
     """
     modules = None if model_or_module is None else _modules(model_or_module, _UNPATCH)
     if isinstance(model_or_module, nn.Module):
@@ -290,7 +307,7 @@ _kernels: list[Function] = []
 _indices: dict[type[nn.Module], int] = {}
 
 
-# torch.compile cannot trace how a function is recognised.
+# torch.compile cannot trace how a function is recognized.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _index(layer: type[nn.Module]) -> int:
     """Returns the index of the replacement of the layer's own forward."""
