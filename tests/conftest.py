@@ -1,5 +1,7 @@
 """Fixtures, options and settings of every test."""
 
+import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -41,6 +43,14 @@ def cuda() -> str:
     return "cuda"
 
 
+@pytest.fixture(scope="session")
+def compiler() -> None:
+    """Skips what needs CMake and a C++ compiler where one of them is missing."""
+    found = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if shutil.which("cmake") is None or found is None:
+        pytest.skip("CMake and a C++ compiler are needed, and one of them is not here")
+
+
 def pytest_report_header() -> str:
     """Says whether the cases for CUDA are collected."""
     if WHY_WITHOUT_CUDA is None:
@@ -48,13 +58,36 @@ def pytest_report_header() -> str:
     return f"CUDA cases: not collected ({WHY_WITHOUT_CUDA})"
 
 
+# pytest-xdist hands out files in order (.ci/run): a long one must not be left for the end.
+LONGEST = ["test_transformers.py", "test_cpp.py", "test_compile.py", "test_opcheck.py"]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects the tests that only CUDA can run: as skips they would hide the others."""
+    """Puts long files first. Deselects what only CUDA can run: skips would hide the others."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
     if WHY_WITHOUT_CUDA is None:
         return
     only_cuda = [item for item in items if "cuda" in getattr(item, "fixturenames", ())]
     items[:] = [item for item in items if item not in only_cuda]
     config.hook.pytest_deselected(items=only_cuda)
+
+
+# ---- Large tests ----
+
+GIB = 2**30
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips a large test without --large, unless twice its memory is free on a CUDA device."""
+    marker = item.get_closest_marker("large")
+    if marker is None or item.config.getoption("--large"):
+        return
+    callspec = getattr(item, "callspec", None)
+    if callspec is None or callspec.params.get("device") != "cuda":
+        pytest.skip("only with --large: minutes on a CPU")
+    if torch.cuda.mem_get_info()[0] < 2 * marker.kwargs["gib"] * GIB:
+        pytest.skip("too little free memory on the device, and no --large")
 
 
 @pytest.fixture
@@ -69,14 +102,30 @@ def unused_memory_is_freed() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds the option."""
+    """Adds the options."""
     parser.addoption(
         "--failures-at-once", action="store_true", help="print the message of each failure at once"
+    )
+    parser.addoption(
+        "--fuzz-seconds",
+        type=float,
+        default=0,
+        metavar="N",
+        help="how long tests/test_properties.py draws calls, instead of a few hundred",
+    )
+    parser.addoption(
+        "--large",
+        action="store_true",
+        help="run large tests on the CPU too, however little memory is free",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Starts to print failures, unless this is a worker of pytest-xdist, whose output is lost."""
+    """Names the marker, and starts to print failures, unless this is a worker of pytest-xdist.
+
+    The output of workers is lost.
+    """
+    config.addinivalue_line("markers", "large(gib): takes so many GiB of memory")
     if config.getoption("--failures-at-once") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(FailuresAtOnce(config))
 

@@ -25,12 +25,19 @@ class Layout:
     offset: int = 0
 
     @property
-    def span(self) -> int:
-        """The length that a buffer must have, with room for three elements behind the tensor."""
+    def extent(self) -> int:
+        """The length that a buffer must have, to the last element of the tensor and no further."""
+        if not prod(self.size):
+            return 0
         reach = sum(
             (size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True)
         )
-        return self.offset + (reach if prod(self.size) else 0) + 4
+        return self.offset + reach + 1
+
+    @property
+    def span(self) -> int:
+        """The length of a buffer with room for three elements behind the tensor."""
+        return max(self.extent, self.offset + 1) + 3
 
     def of(self, buffer: Tensor) -> Tensor:
         """Returns the view of a flat buffer that has this layout."""
@@ -42,7 +49,11 @@ class Layout:
 
     def addresses(self) -> list[int]:
         """Returns the place of every element in the buffer."""
-        return self.of(torch.arange(self.span)).flatten().tolist()
+        return self.places().tolist()
+
+    def places(self) -> Tensor:
+        """Returns the same as a tensor."""
+        return self.of(torch.arange(self.span)).flatten()
 
 
 def stored(x: Tensor, order: tuple[int, ...], step: int) -> Tensor:
@@ -54,14 +65,25 @@ def stored(x: Tensor, order: tuple[int, ...], step: int) -> Tensor:
 
 
 @st.composite
-def layouts(draw: st.DrawFn, size: Sequence[int], *, expanded: bool = False) -> Layout:
-    """Draws a layout with permuted dimensions and gaps; ``expanded`` adds strides of 0."""
+def layouts(
+    draw: st.DrawFn, size: Sequence[int], *, expanded: bool = False, contiguous: int | None = None
+) -> Layout:
+    """Draws a layout with permuted dimensions and gaps.
+
+    Args:
+        draw: Draws.
+        size: Of the tensor.
+        expanded: Adds strides of 0.
+        contiguous: A dimension whose elements follow each other.
+    """
     stride = [0] * len(size)
     extent = 1
-    for dim in draw(st.permutations(range(len(size)))):
-        if expanded and draw(st.integers(0, 3)) == 0:
+    order = draw(st.permutations(range(len(size))))
+    for dim in sorted(order, key=lambda dim: dim != contiguous):
+        if dim != contiguous and expanded and draw(st.integers(0, 3)) == 0:
             continue
-        stride[dim] = extent * draw(st.sampled_from((1, 1, 2, 3)))
+        steps = (1,) if dim == contiguous else (1, 1, 2, 3)
+        stride[dim] = extent * draw(st.sampled_from(steps))
         extent = stride[dim] * max(size[dim], 1) + draw(st.sampled_from((0, 0, 1)))
     return Layout(tuple(size), tuple(stride), draw(st.integers(0, 3)))
 
@@ -98,15 +120,36 @@ class Rotated:
 
 
 @st.composite
-def rotated(draw: st.DrawFn, *, expanded: bool = True) -> Rotated:
-    """Draws a tensor to be rotated."""
-    tokens = draw(st.lists(st.sampled_from((1, 2, 3, 5, 2, 3, 5, 0)), max_size=4))
+def many_tokens(draw: st.DrawFn) -> list[int]:
+    """Draws up to five sizes, of a few hundred tokens; some are vectors and a tail."""
+    sizes = draw(st.lists(st.sampled_from((1, 2, 3, 5, 7, 11, 0)), max_size=5))
+    if sizes and draw(st.booleans()):
+        long = draw(st.sampled_from((16, 17, 31, 33, 64, 67, 129)))
+        sizes[draw(st.integers(0, len(sizes) - 1))] = long
+    total = 1
+    for dim, size in enumerate(sizes):
+        sizes[dim] = size if total * size <= 400 else 1
+        total *= max(sizes[dim], 1)
+    return sizes
+
+
+# Among them whole vectors of each dtype, and a pair more or less.
+MANY_PAIRS = (23, 24, 31, 32, 33, 40, 63, 64, 65, 96, 128)
+
+
+@st.composite
+def rotated(draw: st.DrawFn, *, expanded: bool = True, wide: bool = False) -> Rotated:
+    """Draws a tensor to be rotated; ``wide`` adds ranks and sizes."""
+    few = st.lists(st.sampled_from((1, 2, 3, 5, 2, 3, 5, 0)), max_size=4)
+    tokens = draw(many_tokens() if wide else few)
     axis = draw(st.integers(0, len(tokens)))
-    pairs = draw(st.integers(0, 20))
-    offset, rest = draw(st.tuples(st.integers(0, 5), st.integers(0, 5)) | st.just((0, 0)))
+    pairs = draw(st.integers(0, 20) | st.sampled_from(MANY_PAIRS) if wide else st.integers(0, 20))
+    around = st.integers(0, 5) | st.sampled_from((16, 33, 70)) if wide else st.integers(0, 5)
+    offset, rest = draw(st.tuples(around, around) | st.just((0, 0)))
     size = [*tokens[:axis], offset + 2 * pairs + rest, *tokens[axis:]]
+    contiguous = axis if wide and draw(st.integers(0, 2)) else None
     return Rotated(
-        draw(layouts(size, expanded=expanded)),
+        draw(layouts(size, expanded=expanded, contiguous=contiguous)),
         draw(st.sampled_from(FLOAT_DTYPES)),
         draw(st.sampled_from((axis, axis - len(size)))),
         offset,
@@ -138,9 +181,9 @@ class Application:
 
 
 @st.composite
-def applications(draw: st.DrawFn, *, expanded: bool = True) -> Application:
+def applications(draw: st.DrawFn, *, expanded: bool = True, wide: bool = False) -> Application:
     """Draws a call of ``apply``."""
-    x = draw(rotated(expanded=expanded))
+    x = draw(rotated(expanded=expanded, wide=wide))
     positions = draw(broadcastable(x.tokens))
     options = {
         "embedding_axis": x.embedding_axis,
@@ -197,9 +240,11 @@ class TableApplication:
 
 
 @st.composite
-def table_applications(draw: st.DrawFn, *, expanded: bool = True) -> TableApplication:
+def table_applications(
+    draw: st.DrawFn, *, expanded: bool = True, wide: bool = False
+) -> TableApplication:
     """Draws a call of ``apply_cos_sin``."""
-    x = draw(rotated(expanded=expanded))
+    x = draw(rotated(expanded=expanded, wide=wide))
     by_position = draw(st.booleans())
     tokens = draw(broadcastable(x.tokens))
     full_width = draw(st.booleans())
@@ -248,11 +293,11 @@ class Normalization:
 
 @st.composite
 def normalizations(
-    draw: st.DrawFn, *, expanded: bool = True, tables: bool = False
+    draw: st.DrawFn, *, expanded: bool = True, tables: bool = False, wide: bool = False
 ) -> Normalization:
     """Draws a call of ``norm_apply``, or of ``norm_apply_cos_sin``."""
     rotations = table_applications if tables else applications
-    rotation: Application | TableApplication = draw(rotations(expanded=expanded))
+    rotation: Application | TableApplication = draw(rotations(expanded=expanded, wide=wide))
     x = rotation.x
     weight = None
     if draw(st.integers(0, 3)):
@@ -281,3 +326,142 @@ def norm_axes(draw: st.DrawFn, rank: int, embedding_axis: int) -> list[int] | No
     chosen = draw(st.sets(st.sampled_from(others))) if others else set()
     axes = draw(st.permutations([*chosen, embedding_axis % rank]))
     return [axis - rank if draw(st.booleans()) else axis for axis in axes]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One tensor of a call that is rotated, with its weight."""
+
+    layout: Layout
+    dtype: torch.dtype
+    weight: Layout | None = None
+    weight_dtype: torch.dtype = torch.float32
+    negated: bool = False  # The view of a lazily negated tensor.
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A tensor that makes the angles: 'positions', 'rows', 'inv_freq', 'cos' or 'sin'."""
+
+    kind: str
+    layout: Layout
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of any operator in any form: its repr is an expression that makes it again."""
+
+    operator: str  # of the functions of Python, without a trailing _
+    subjects: tuple[Subject, ...]  # one, or q and k
+    angles: tuple[Argument | None, ...]
+    options: dict[str, Any]
+    in_place: bool = False
+    through_dispatcher: bool = False  # torch.ops.rope instead of Python's function
+    is_shared: bool = False  # q and k are views of one buffer.
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether the operator has weights."""
+        return self.operator.startswith("norm")
+
+
+def spread(layout: Layout, step: int, offset: int) -> Layout:
+    """Returns a layout with every step-th of the elements, from an offset on."""
+    stride = tuple(step * one for one in layout.stride)
+    return Layout(layout.size, stride, step * layout.offset + offset)
+
+
+@st.composite
+def weights(draw: st.DrawFn, size: Sequence[int], embedding_axis: int) -> Layout | None:
+    """Draws the layout of a weight, or None."""
+    if not draw(st.integers(0, 3)):
+        return None
+    tokens = [*size]
+    axis_size = tokens.pop(embedding_axis)
+    return draw(layouts([*draw(broadcastable(tokens)), axis_size], expanded=True))
+
+
+@st.composite
+def sizes_of_k(draw: st.DrawFn, q: Rotated, tokens: Sequence[int], *, free_axis: bool) -> list[int]:
+    """Draws the size of k for q, where the angles have these ``tokens``."""
+    sizes = list(q.tokens)
+    for dim in range(-len(sizes), 0):
+        shared = -dim > len(tokens) or tokens[dim] == 1
+        if shared and draw(st.booleans()):
+            sizes[dim] = draw(st.sampled_from((0, 1, 2, 3, 6)))
+    end = q.rotary_offset + 2 * q.pairs
+    axis_size = end + draw(st.integers(0, 5)) if free_axis else q.layout.size[q.embedding_axis]
+    axis = q.embedding_axis % len(q.layout.size)
+    sizes.insert(axis, axis_size)
+    if q.embedding_axis < 0:  # Leading dimensions that only q has, or only k.
+        spare = max(len(sizes) - max(len(tokens) + 1, -q.embedding_axis), 0)
+        sizes = sizes[draw(st.integers(0, min(spare, axis))) :]
+        if len(sizes) < 6 and draw(st.integers(0, 5)) == 0:
+            sizes = [2, *sizes]
+    return sizes
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> Call:
+    """Draws a call of any operator in any form."""
+    in_place = draw(st.booleans())
+    tables = draw(st.booleans())
+    normalizes = draw(st.booleans())
+    rotations = table_applications if tables else applications
+    rotation: Application | TableApplication = draw(rotations(expanded=not in_place, wide=True))
+    q = rotation.x
+    options = dict(rotation.options)
+    angles: tuple[Argument | None, ...]
+    if isinstance(rotation, TableApplication):
+        rows = rotation.positions
+        angles = (
+            Argument("cos", rotation.cos, rotation.tables_dtype),
+            Argument("sin", rotation.sin, rotation.tables_dtype),
+            None if rows is None else Argument("rows", rows, rotation.positions_dtype),
+        )
+        angle_tokens = rotation.cos.size[:-1] if rows is None else rows.size
+        has_slice = True
+    else:
+        inv_freq = rotation.inv_freq
+        angles = (
+            Argument("positions", rotation.positions, rotation.positions_dtype),
+            None if inv_freq is None else Argument("inv_freq", inv_freq, rotation.inv_freq_dtype),
+        )
+        has_axes = inv_freq is not None and len(inv_freq.size) == 2
+        angle_tokens = rotation.positions.size[1 if has_axes else 0 :]
+        has_slice = inv_freq is not None or "rotary_dim" in options
+    sizes = [(q.layout.size, q.layout, q.dtype)]
+    if draw(st.booleans()):
+        size = draw(sizes_of_k(q, angle_tokens, free_axis=has_slice))
+        dtype = draw(st.sampled_from((q.dtype, *FLOAT_DTYPES)))
+        contiguous = q.embedding_axis % len(size) if draw(st.booleans()) else None
+        layout = draw(layouts(size, expanded=not in_place, contiguous=contiguous))
+        sizes.append((size, layout, dtype))
+    is_shared = len(sizes) == 2 and sizes[0][2] == sizes[1][2] and draw(st.booleans())
+    if is_shared and in_place:
+        (q_size, q_layout, q_dtype), (k_size, k_layout, k_dtype) = sizes
+        if draw(st.booleans()):
+            q_layout, k_layout = spread(q_layout, 2, 0), spread(k_layout, 2, 1)
+        else:
+            k_layout = spread(k_layout, 1, q_layout.span)
+        sizes = [(q_size, q_layout, q_dtype), (k_size, k_layout, k_dtype)]
+    if normalizes:
+        rank = min(len(size) for size, *_ in sizes)
+        options["eps"] = draw(st.sampled_from((1e-6, 1e-5, 0.1, 0.0)))
+        options["weight_offset"] = draw(st.sampled_from((0.0, 1.0, -0.3)))
+        options["norm_last"] = draw(st.booleans())
+        axes = draw(norm_axes(rank, q.embedding_axis))
+        if axes is not None and len({len(size) for size, *_ in sizes}) == 2:
+            axes = [axis if axis < 0 else axis - rank for axis in axes]
+        options["norm_axes"] = axes
+    subjects = []
+    for size, layout, dtype in sizes:
+        weight = None
+        if normalizes:
+            weight = draw(weights(size, q.embedding_axis))
+        weight_dtype = draw(st.sampled_from(FLOAT_DTYPES))
+        negated = not is_shared and draw(st.integers(0, 7)) == 0
+        subjects.append(Subject(layout, dtype, weight, weight_dtype, negated))
+    name = f"{'norm_' if normalizes else ''}apply{'_cos_sin' if tables else ''}"
+    return Call(name, tuple(subjects), angles, options, in_place, draw(st.booleans()), is_shared)

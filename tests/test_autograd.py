@@ -10,7 +10,7 @@ import reference
 import torch
 import torch_rope
 from differentiable import CASES, NORMS, ROTATIONS, in_place
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from observe import OperatorsSeen, saved_by
 from reference import (
@@ -888,6 +888,7 @@ def gradients_of_norm(
 
 
 @pytest.mark.parametrize("tables", [False, True], ids=["positions", "tables"])
+@settings(max_examples=100)  # The reference takes half a second for each.
 @given(data=st.data())
 def test_every_gradient_of_any_norm_is_right(
     device: str, tables: bool, data: st.DataObject

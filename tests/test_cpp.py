@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,18 @@ import pytest
 import torch
 import torch_rope
 from reference import assert_same_bits, random_positions, random_values
+from refusals import CALLS, arguments_of, through_dispatcher
 from torch import Tensor
 from torch.export import Dim, export
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "tests" / "cpp"
-CONSUMERS = ("test_api", "test_modules", "test_registration")  # of the installed package
+CONSUMERS = (
+    "test_api",
+    "test_modules",
+    "test_registration",
+    "test_threads",
+)  # of the installed package
 INTERNAL = ("test_cuda",)  # with the objects of librope.so, for what that hides
 
 
@@ -40,14 +47,6 @@ def build(source: Path, build: Path, prefix: str, *options: str, target: str = "
     run("cmake", "-S", source, "-B", build, prefix, *generator, *quick, *options)
     jobs = str(len(os.sched_getaffinity(0)))
     run("cmake", "--build", build, "--parallel", jobs, "--target", target)
-
-
-@pytest.fixture(scope="session")
-def compiler() -> None:
-    """Skips what needs a compiler where there is none."""
-    found = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if shutil.which("cmake") is None or found is None:
-        pytest.skip("the C++ tests need CMake and a C++ compiler, and one of them is not here")
 
 
 @pytest.fixture(scope="session")
@@ -157,15 +156,7 @@ def test_a_program_that_names_no_symbol_of_the_library_is_linked_with_it(folder:
     assert "librope.so" in libraries_of(program)
 
 
-def test_a_program_has_what_the_library_needs_of_cuda(folder: Path) -> None:
-    library = Path(torch_rope.cmake_prefix_path) / "lib" / "librope.so"
-    # The loader looks for them where the program says, since torch may have moved since the build.
-    of_cuda = {name for name in libraries_of(library) if "cuda" in name}
-    assert bool(of_cuda) == torch_rope._C.has_cuda
-    assert of_cuda <= set(libraries_of(folder / "test_registration"))
-
-
-@pytest.mark.parametrize("program", [*CONSUMERS, "run_layer", "run_package"])
+@pytest.mark.parametrize("program", [*CONSUMERS, "refuse", "run_layer", "run_package"])
 def test_the_program_does_not_need_python(folder: Path, program: str) -> None:
     file = folder / program
     linked = re.findall(r"=> (/\S+)", run("ldd", file))
@@ -228,3 +219,59 @@ def test_a_program_without_python_runs_a_package_of_aotinductor(
         results = torch.load(tmp_path / "outputs", weights_only=False)
         for result, expected in zip(results, Rotations()(*given), strict=True):
             assert_same_bits(result, expected)
+
+
+def call_of(operator: str, place: int, refusal: Any) -> tuple[Any, ...]:
+    """Returns a call that is refused, as tests/cpp/refuse.cpp reads it."""
+    tensors, arguments, options = arguments_of(operator, place, refusal, "cpu", edit=False)
+    if "norm_axes" in options:
+        options["norm_axes"] = list(options["norm_axes"])
+    edit, name = refusal.edit or ("", "{x}")
+    names = [each.name for each in getattr(torch.ops.rope, operator).default._schema.arguments]
+    index = place if name == "{x}" else names.index(name)
+    arguments = [*tensors, *arguments]
+    for i, value in enumerate(arguments):
+        if isinstance(value, Tensor) and value.dtype == torch.float8_e4m3fn:
+            arguments[i], edit, index = value.view(torch.uint8), "float8", i
+    return operator, arguments, options, edit, index
+
+
+def test_cpp_refuses_alike(folder: Path, tmp_path: Path) -> None:
+    expected, calls = [], []
+    for case in CALLS:
+        operator, place, refusal = case.values
+        tensors, arguments, options = arguments_of(operator, place, refusal, "cpu")
+        with pytest.raises(refusal.exception) as caught:
+            through_dispatcher(operator, tensors, *arguments, **options)
+        expected.append((caught.type.__name__, str(caught.value)))
+        calls.append(call_of(operator, place, refusal))
+    torch.save(calls, tmp_path / "calls")
+    run(folder / "refuse", tmp_path / "calls", tmp_path / "results")
+    results = torch.load(tmp_path / "results", weights_only=False)
+    assert len(results) == len(expected)
+    wrong = {
+        case.id: (result, wanted)
+        for case, result, wanted in zip(CALLS, results, expected, strict=True)
+        if result != wanted
+    }
+    assert not wrong
+
+
+def test_undefined_tensors_are_refused(folder: Path, tmp_path: Path) -> None:
+    x, table, rows = random_values((3, 8)), random_values((9, 4)), torch.arange(3)
+    families: dict[str, list[Any]] = {"apply": [rows, None], "apply_cos_sin": [table, table, rows]}
+    calls, expected = [], []
+    for family, angles in families.items():
+        for norm, is_pair, suffix in product(("", "norm_"), (False, True), ("", "_")):
+            operator = f"{norm}{family}{'_qk' * is_pair}{suffix}"
+            tensors = [x, x.clone()][: 1 + is_pair]
+            arguments = [*tensors, *([None] * len(tensors) if norm else []), *angles]
+            arguments_of_schema = getattr(torch.ops.rope, operator).default._schema.arguments
+            for index, argument in enumerate(arguments_of_schema[: len(arguments)]):
+                if argument.type.kind() == "TensorType":
+                    calls.append((operator, arguments, {}, "undefine", index))
+                    rule = f"expected {argument.name} to be a tensor, but got none"
+                    expected.append(("TypeError", f"rope::{operator}(): {rule}"))
+    torch.save(calls, tmp_path / "calls")
+    run(folder / "refuse", tmp_path / "calls", tmp_path / "results")
+    assert torch.load(tmp_path / "results", weights_only=False) == expected

@@ -15,6 +15,7 @@ from reference import (
     apply_cos_sin,
     assert_rotated,
     assert_same_bits,
+    norm_apply,
     random_positions,
     random_values,
 )
@@ -179,6 +180,27 @@ def test_sanitizer_sees_words_single_elements_and_a_slice(
             actual = torch_rope.apply(view, positions, rotary_dim=24, interleaved=interleaved)
             expected = apply(view.cpu(), positions.cpu(), rotary_dim=24, interleaved=interleaved)
             assert_rotated(actual.cpu(), expected)
+
+
+@pytest.mark.parametrize("norm_axes", [None, (-2, -1)])
+@pytest.mark.parametrize("size", [64, 30])
+def test_sanitizer_sees_norms_and_their_gradients(
+    cuda: str, size: int, norm_axes: tuple[int, ...] | None
+) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x = random_values((3, 5, 7, size + 3), dtype, cuda)
+        positions = random_positions((5, 1), device=cuda)
+        options: dict[str, Any] = {"rotary_dim": 24, "norm_axes": norm_axes}
+        for view in (x[..., :size], x[..., 1:], x.clone()):
+            weight = random_values((view.shape[-1],), torch.float32, cuda, seed=1)
+            leaf, learned_weight = view.detach().requires_grad_(), weight.requires_grad_()
+            actual = torch_rope.norm_apply(leaf, learned_weight, positions, **options)
+            actual.float().square().sum().backward()
+            expected = norm_apply(view.cpu(), weight.detach().cpu(), positions.cpu(), **options)
+            assert_rotated(actual.detach().cpu(), expected)
+            for tensor in (leaf, learned_weight):
+                assert tensor.grad is not None
+                assert tensor.grad.isfinite().all()
 
 
 # Integer positions alone have no gradient.

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch_rope
+from installed import KERNELS
 
 # Elements in 16 bytes, which is also the number of pairs in a thread's column.
 PAIRS_OF_A_VECTOR = {"c10::BFloat16": 8, "c10::Half": 8, "float": 4, "double": 2}
@@ -88,8 +89,7 @@ def cuobjdump(*options: str) -> str:
         tool = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
         if not Path(tool).exists():
             pytest.skip("no cuobjdump here")
-    library = Path(torch_rope.cmake_prefix_path) / "lib" / "librope.so"
-    command = [tool, *options, str(library)]
+    command = [tool, *options, str(KERNELS)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

@@ -7,7 +7,6 @@ import torch
 import torch_rope
 
 PUBLIC = [name for name in torch_rope.__all__ if callable(getattr(torch_rope, name))]
-WITHOUT_EXAMPLES = {"Frequencies"}
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -18,4 +17,4 @@ def test_the_examples_of_a_docstring_run(name: str) -> None:
     for examples in found:
         runner.run(examples)
     assert runner.failures == 0
-    assert (runner.tries > 0) == (name not in WITHOUT_EXAMPLES)
+    assert runner.tries > 0

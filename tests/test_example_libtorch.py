@@ -1,7 +1,5 @@
 """The example of examples/libtorch: a model saved by Python gives the same numbers in C++."""
 
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,11 +21,8 @@ def run(*command: str | Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def server(compiler: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Builds the C++ program."""
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if shutil.which("cmake") is None or compiler is None:
-        pytest.skip("the example needs CMake and a C++ compiler, and one of them is not here")
     build = tmp_path_factory.mktemp("example")
     prefix = f"-DCMAKE_PREFIX_PATH={torch_rope.cmake_prefix_path}"
     run("cmake", "-S", EXAMPLE, "-B", build, prefix)

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from attention import EMBEDDING, Attention
 from differentiable import CASES, FORMS, ROTATIONS, Dims, any_mapped, doubles, small_positions
 from hypothesis import given
 from hypothesis import strategies as st
+from installed import LIBRARY
 from observe import OperatorsSeen
 from reference import (
     assert_rotated,
@@ -933,5 +933,4 @@ for i in range(4):
 
 
 def test_the_library_alone_can_be_mapped() -> None:
-    library = Path(torch_rope.cmake_prefix_path) / "lib" / "librope.so"
-    subprocess.run([sys.executable, "-c", WITHOUT_PYTHON, str(library)], check=True)
+    subprocess.run([sys.executable, "-c", WITHOUT_PYTHON, str(LIBRARY)], check=True)

@@ -335,6 +335,9 @@ def test_what_does_not_fit_is_refused(device: str) -> None:
     refuse_angle(IndexError, axis_error, *tensors, (5, 1, 5), 4)
     refuse_angle(ValueError, "expected sizes to end in the number of pairs", *tensors, (5, 1, 7))
     refuse_angle(ValueError, "expected sizes to be broadcastable", *tensors, (4, 1, 5))
+    # Twice the columns, and the sum with the offset, would overflow.
+    refuse_angle(ValueError, "expected sizes to end in the number", *tensors, (5, 1, 2**63 - 1))
+    refuse_angle(ValueError, "expected sizes to end", *tensors, (5, 1, 1), -1, 2**63 - 1)
 
 
 def test_what_cannot_be_made_of_sums_is_refused(device: str) -> None:

@@ -478,7 +478,14 @@ def test_flash_attn_leaves_complex_tables_to_the_operator() -> None:
 
 
 @pytest.mark.parametrize(
-    "subject", [flash_attn.apply_rotary_emb, torchtune.RotaryPositionalEmbeddings]
+    "subject",
+    [
+        flash_attn.apply_rotary_emb,
+        torchtitan.apply_rotary_emb_complex,
+        torchtitan.apply_rotary_emb_single_complex,
+        torchtitan.apply_rotary_emb_cos_sin,
+        torchtune.RotaryPositionalEmbeddings,
+    ],
 )
 def test_the_examples_of_a_docstring_run(subject: Any) -> None:
     runner = doctest.DocTestRunner()

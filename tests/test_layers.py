@@ -93,6 +93,17 @@ def test_positions_are_needed(device: str) -> None:
         RotaryEmbedding(32, device=device)(q)
 
 
+def test_q_and_k_without_positions_are_told_what_is_missing(device: str) -> None:
+    q, k, _ = inputs(device)
+    rotary = RotaryEmbedding(32, device=device)
+    with pytest.raises(TypeError, match=re.escape("a tensor (layer(q, k, positions)), but got No")):
+        rotary(q, k)
+    # Positions along two axes may have as many dimensions.
+    x, positions = random_values((2, 9, 32, 32), device=device), torch.rand(2, 2, 9, 32).to(device)
+    axial = RotaryEmbedding(32, inv_freq=torch.rand(2, 16), device=device)
+    assert_same_bits(axial(x, positions), torch_rope.apply(x, positions, axial.inv_freq))
+
+
 def test_max_wavelength_is_the_base_of_the_frequencies(device: str) -> None:
     rotary = RotaryEmbedding(32, max_wavelength=5e5, device=device)
     assert_same_bits(rotary.inv_freq, frequencies_at({"rope_theta": 5e5}, None, device))
@@ -1217,6 +1228,7 @@ def test_every_configuration_of_text_in_transformers_is_read_or_refused_with_a_r
         "expected mrope_interleaved to be given",
         "expected rotary_dim to be positive and a multiple of 2",  # defaults that no model has
         "is not homogeneous across layers",  # transformers' own, of NeoMME
+        "expected config to rotate by positive angles",  # NanoChat
     )
     read, refused = 0, {}
     for model_type in CONFIG_MAPPING:
@@ -1306,6 +1318,10 @@ def test_keys_that_change_no_angle_are_passed_over(scheme: dict[str, Any]) -> No
         ),
         ({"rope_ratio": 50}, "expected rope_ratio to be absent, .*, but got 50"),
         ({"rope_parameters": {"rope_type": "axial"}}, "for images, use axial_frequencies"),
+        (
+            {"model_type": "nanochat"},
+            "config to rotate by positive angles .*, but got that of nano",
+        ),
     ],
 )
 def test_keys_that_may_change_angles_are_refused(config: dict[str, Any], message: str) -> None:

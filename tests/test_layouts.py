@@ -1,7 +1,5 @@
 """Strides in and out, on every device and where there is no data."""
 
-import os
-
 import pytest
 import torch
 import torch_rope
@@ -264,47 +262,6 @@ def test_empty_tensors_keep_their_strides(device: str, dtype: torch.dtype) -> No
     x = torch.empty(3, 0, 8, dtype=dtype, device=device).transpose(0, 2)
     rotated = torch_rope.apply(x, torch.tensor(3, device=device), embedding_axis=0)
     assert_like(rotated, torch.empty_like(x))
-
-
-GIB = 2**30
-
-
-def free_memory(device: str) -> int:
-    """Returns how many bytes there are for a large tensor."""
-    if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    if not hasattr(os, "sysconf") or "SC_AVPHYS_PAGES" not in os.sysconf_names:
-        pytest.skip("this system does not tell how much memory is free")
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-@pytest.mark.usefixtures("unused_memory_is_freed")
-def test_rows_further_apart_than_2_to_the_31_elements(device: str) -> None:
-    if device == "cuda" and free_memory(device) < 10 * GIB:
-        pytest.skip("less than 10 GiB of free device memory")
-    # On the CPU, memory that nothing touches takes none.
-    stride = 2**31 + 64
-    far = torch.empty(2 * stride + 64, dtype=torch.bfloat16, device=device)
-    x = far.as_strided((3, 64), (stride, 1))
-    near = random_values((3, 64), torch.bfloat16, device)
-    positions = random_positions((3,), device=device)
-    x.copy_(near)
-    assert_same_bits(torch_rope.apply(x, positions), torch_rope.apply(near, positions))
-    torch_rope.apply_(x, positions)
-    assert_same_bits(x, torch_rope.apply(near, positions))
-
-
-@pytest.mark.usefixtures("unused_memory_is_freed")
-def test_more_than_2_to_the_31_elements(device: str) -> None:
-    tokens = 2**31 // 2**13 + 3
-    if free_memory(device) < 6 * GIB:
-        pytest.skip("less than 6 GiB of free memory")
-    x = torch.empty(tokens, 64, 128, dtype=torch.bfloat16, device=device)
-    rows = torch.tensor([0, 1, tokens // 2, tokens - 2, tokens - 1], device=device)
-    some = random_values((len(rows), 64, 128), torch.bfloat16, device)
-    x[rows] = some
-    torch_rope.apply_(x, torch.arange(tokens, device=device).unsqueeze(-1))
-    assert_same_bits(x[rows], torch_rope.apply(some, rows.unsqueeze(-1)))
 
 
 @pytest.mark.parametrize("axis", [-1, 5])

@@ -26,6 +26,7 @@ from torch_rope._norm_config import (
     OFFSET_BY_ONE,
     OVER_HEADS,
     UNSUPPORTED,
+    WITHOUT_NORMS,
     WITHOUT_WEIGHT,
 )
 from torch_rope._norm_layers import _OTHER_NAMES
@@ -227,14 +228,37 @@ def test_new_weights_change_nothing(device: str) -> None:
         ({"norm_axes": ()}, ValueError, "norm_axes to be distinct dimensions, but got ()"),
         ({"norm_axes": (-1, -1)}, ValueError, "norm_axes to be distinct dimensions, but got (-1,"),
         ({"norm_axes": -1}, TypeError, "norm_axes to be a sequence of integers, but got int"),
+        (
+            {"norm_axes": [2**63]},
+            TypeError,
+            "norm_axes to be a sequence of integers, but got a list with one beyond 64 bits",
+        ),
+        (
+            {"norm_axes": [-2]},
+            ValueError,
+            "norm_axes to contain embedding_axis, -1, but got (-2,)",
+        ),
+        (
+            {"norm_axes": [1, 2], "embedding_axis": 0},
+            ValueError,
+            "norm_axes to contain embedding_axis, 0, but got (1, 2)",
+        ),
+        ({"eps": 10**400}, TypeError, "eps to be a number, but got one beyond float64"),
+        ({"max_wavelength": 10**400}, TypeError, "max_wavelength to be a number, but got one"),
         ({"norm_last": 1}, TypeError, "norm_last to be a bool, but got int"),
         ({"q_weight": None}, TypeError, "q_weight to be a bool, but got None"),
         ({"k_weight": 0}, TypeError, "k_weight to be a bool, but got int"),
-        ({"weight_dtype": "half"}, TypeError, "weight_dtype to be a dtype, but got str"),
-        (
-            {"weight_dtype": torch.int32},
-            TypeError,
-            "weight_dtype to be a floating-point dtype, but got int32",
+        *(
+            (
+                {"weight_dtype": dtype},
+                TypeError,
+                f"weight_dtype to be float64, float32, float16 or bfloat16, but got {got}",
+            )
+            for dtype, got in (
+                ("half", "str"),
+                (torch.int32, "int32"),
+                (torch.float8_e4m3fn, "float8_e4m3fn"),
+            )
         ),
         (
             {"head_dim": 30},
@@ -251,7 +275,11 @@ def test_new_weights_change_nothing(device: str) -> None:
             "norm_axes to be two negative dimensions, that of heads and embedding_axis, together "
             "with num_heads, but got (-1,)",
         ),
-        ({"num_heads": (4, 2), "norm_axes": (-3, -2)}, ValueError, "norm_axes to be two negative"),
+        (
+            {"num_heads": (4, 2), "norm_axes": (-3, -2, -1)},
+            ValueError,
+            "norm_axes to be two negative",
+        ),
         (
             {"num_heads": (4, 2), "norm_axes": (2, 3), "embedding_axis": 3},
             ValueError,
@@ -268,6 +296,31 @@ def test_options_of_no_use_are_refused_when_the_layer_is_made(
     expected = f"torch_rope.QKNormRotaryEmbedding(): expected {rule}"
     with pytest.raises(error, match=re.escape(expected)):
         QKNormRotaryEmbedding(HEAD_DIM, **options)
+
+
+def test_axes_that_count_from_the_other_end_are_accepted() -> None:
+    x, _, positions = inputs("cpu")
+    layer = QKNormRotaryEmbedding(HEAD_DIM, norm_axes=(2, 3))
+    assert_same_bits(
+        layer(x, positions), QKNormRotaryEmbedding(HEAD_DIM, norm_axes=(-2, -1))(x, positions)
+    )
+
+
+def test_a_pair_is_told_how_to_be_given() -> None:
+    q, k, positions = inputs("cpu")
+    layer = QKNormRotaryEmbedding(HEAD_DIM)
+    with pytest.raises(TypeError, match=re.escape("a tensor (layer(q, k, positions)), but got No")):
+        layer(q, k)
+    for rotate in (layer.rotate, layer.rotate_key):
+        with pytest.raises(TypeError, match=re.escape("(for a pair, layer(q, k, positions)), but")):
+            rotate((q, k), positions)
+
+
+def test_heads_in_another_place_than_norm_axes_are_told() -> None:
+    q, k, positions = inputs("cpu")
+    layer = QKNormRotaryEmbedding(HEAD_DIM, num_heads=(Q_HEADS, K_HEADS))
+    with pytest.raises(ValueError, match=re.escape("for (B, H, S, D) with norm_axes=(-3, -1))")):
+        layer(q.transpose(1, 2), k.transpose(1, 2), positions[:, 0])
 
 
 def test_messages_name_the_layer() -> None:
@@ -461,6 +514,26 @@ def test_it_can_be_traced_symbolically(device: str) -> None:
     assert_same_pair(traced(q, k, positions), layer(q, k, positions))
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"num_heads": (4, 2)}, {"num_heads": (4, 2), "k_weight": False}]
+)
+def test_it_can_be_traced_by_torchscript(device: str, options: dict[str, Any]) -> None:
+    q, k, positions = inputs(device)
+    layer = with_random_weights(QKNormRotaryEmbedding(HEAD_DIM, device=device, **options))
+    traced = torch.jit.trace(layer, (q, k, positions))
+    assert_same_pair(traced(2 * q, k, positions), layer(2 * q, k, positions))
+
+
+def test_a_scripted_layer_has_frequencies_in_its_state_dict() -> None:
+    layer = with_random_weights(QKNormRotaryEmbedding(HEAD_DIM))
+    scripted = torch.jit.script(QKNormRotaryEmbedding(HEAD_DIM))
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "inv_freq"'):
+        scripted.load_state_dict(layer.state_dict())
+    scripted.load_state_dict(layer.state_dict(), strict=False)
+    assert_same_pair(scripted(*inputs("cpu")), layer(*inputs("cpu")))
+    layer.load_state_dict(scripted.state_dict())
+
+
 def test_it_survives_export(device: str) -> None:
     arguments = inputs(device)
     layer = with_random_weights(QKNormRotaryEmbedding(HEAD_DIM, device=device))
@@ -556,9 +629,40 @@ def test_options_take_precedence_over_a_configuration() -> None:
     assert layer.interleaved
 
 
+def test_options_make_up_for_what_a_configuration_lacks() -> None:
+    config = {"model_type": "olmo2", "head_dim": 16}
+    layer = QKNormRotaryEmbedding.from_config(config, eps=1e-3, num_heads=(4, 2))
+    assert layer.eps == 1e-3
+    assert layer.k_norm.weight.shape == (32,)
+
+
+@pytest.mark.parametrize("config", [5, {"model_type": "qwen3", "rms_norm_eps": 1e-6}], ids=str)
+def test_messages_about_a_configuration_name_the_layer(config: Any) -> None:
+    name = re.escape("torch_rope.QKNormRotaryEmbedding.from_config(): expected config to")
+    with pytest.raises((TypeError, ValueError), match=f"^{name}"):
+        QKNormRotaryEmbedding.from_config(config)
+
+
 @pytest.mark.parametrize(
     ("config", "rule"),
     [
+        *(
+            (
+                {"model_type": model_type},
+                "config to have RMSNorms of queries and keys next to the rotation, but got "
+                f"{model_type}, which has none",
+            )
+            for model_type in ("llama", "glm4", "glm_ocr", "glm_ocr_text", "mllama_text_model")
+        ),
+        (
+            {"model_type": "llama4", "text_config": {**SIZES, "model_type": "llama4_vision_model"}},
+            "config to have RMSNorms of queries and keys next to the rotation, but got llama4_vis",
+        ),
+        (
+            {"model_type": "olmo2", "num_attention_heads": None},
+            "config to have num_attention_heads (or pass num_heads=), but got a configuration",
+        ),
+        ({"rms_norm_eps": None, "norm_eps": "1e-5"}, "norm_eps to be a number, but got str"),
         (
             {"model_type": "cohere"},
             "config to have RMSNorms of queries and keys next to the rotation, but got cohere, "
@@ -570,7 +674,8 @@ def test_options_take_precedence_over_a_configuration() -> None:
         ),
         (
             {"rms_norm_eps": None},
-            "config to have rms_norm_eps, but got a configuration without it",
+            "config to have rms_norm_eps or norm_eps (or pass eps=), but got a configuration "
+            "without",
         ),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps to be a number, but got str"),
     ],
@@ -734,6 +839,56 @@ def test_norms_are_those_of_the_models() -> None:
     assert len(tried) > 50
     listed = OFFSET_BY_ONE | OVER_HEADS | AFTER_ROTATION | WITHOUT_WEIGHT | set(UNSUPPORTED)
     assert listed - tried == WHOLES | UNTRIED
+
+
+CALLS_ROTATION = re.compile(r"(apply_\w*(rotary|rope)\w*|rotary_fn\w*)\(")
+
+
+def class_sources(path: Path) -> dict[str, str]:
+    """Returns the text of each class of a module."""
+    whole_class = r"^class (\w+).*\n(?:(?:[ )#].*)?\n)*"
+    return {found[1]: found[0] for found in re.finditer(whole_class, path.read_text(), re.M)}
+
+
+def types_without_norms(family: Path) -> set[str]:
+    """Lists the model types of a family whose layers rotate and have no norms next to that."""
+    configs = class_sources(family / f"configuration_{family.name}.py")
+    types = {
+        name: found[1]
+        for name, text in configs.items()
+        if (found := re.search(r'^    model_type = "(.*)"', text, re.M))
+    }
+    rotating = {
+        name: text
+        for name, text in class_sources(family / f"modeling_{family.name}.py").items()
+        if "Indexer" not in name and CALLS_ROTATION.search(text)
+    }
+    calls_norm = re.compile(rf"self\.({'|'.join(sorted(NORM_NAMES))})\(")
+    if not any(calls_norm.search(text) for text in rotating.values()):
+        return set(types.values()) if rotating else set()
+
+    found: dict[bool, set[str]] = {True: set(), False: set()}
+    for text in rotating.values():
+        annotation = re.search(r"def __init__\(\s*self, config: ([^,)]*)", text)
+        for name in re.findall(r"\w+", annotation[1]) if annotation else ():
+            found[bool(calls_norm.search(text))] |= {types[name]} if name in types else set()
+    without = found[False] - found[True]
+    for name, text in configs.items():
+        text_part = re.search(r'"text_config": (\w+)', text)
+        if text_part and types.get(text_part[1]) in without:
+            without.add(types[name])
+    return without
+
+
+def test_types_without_norms_are_those_of_the_models(transformers: Any) -> None:
+    root = Path(transformers.__file__).parent / "models"
+    found = set()
+    for path in sorted(root.glob("*/modeling_*.py")):
+        family = path.parent
+        if path.stem == f"modeling_{family.name}" and CALLS_ROTATION.search(path.read_text()):
+            found |= types_without_norms(family)
+    assert found - set(UNSUPPORTED) == WITHOUT_NORMS
+    assert not WITHOUT_NORMS & (OFFSET_BY_ONE | OVER_HEADS | AFTER_ROTATION | WITHOUT_WEIGHT)
 
 
 @contextmanager

@@ -229,6 +229,77 @@ def test_every_order_of_dimensions_in_memory_gives_the_same_bits(
         assert_same_bits(y, expected)
 
 
+@pytest.mark.parametrize("norm_last", [False, True])
+@pytest.mark.parametrize("axes", [None, (-2, -1)], ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("size", [16, 32, 64, 128, 256, 512])
+def test_rows_of_whole_vectors_have_the_bits_of_strided_ones(
+    device: str,
+    size: int,
+    dtype: torch.dtype,
+    interleaved: bool,
+    axes: tuple[int, ...] | None,
+    norm_last: bool,
+) -> None:
+    # Many rows: an order of sums shows in few of them.
+    x = random_values((500, 2, size), dtype, device)
+    weight = random_values((size,), device=device, seed=1)
+    positions = torch.arange(500, device=device)[:, None]
+    options = {"interleaved": interleaved, "norm_axes": axes, "norm_last": norm_last}
+    expected = torch_rope.norm_apply(x, weight, positions, **options)
+    strided = stored(x, (0, 1, 2), 2)
+    assert_same_bits(torch_rope.norm_apply(strided, weight, positions, **options), expected)
+    one_for_each_head = weight.repeat(2, 1)
+    actual = torch_rope.norm_apply(x, one_for_each_head, positions, **options)
+    assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("axes", [(-2, -1), (1, -1)], ids=str)
+def test_expanded_angles_have_the_bits_of_broadcast_ones(
+    device: str, axes: tuple[int, ...]
+) -> None:
+    x = random_values((99, 4, 5, 24), device=device)
+    positions = torch.arange(99, device=device)[:, None, None]
+    cos, sin = (random_values((99, 1, 1, 12), device=device, seed=seed) for seed in (1, 2))
+    assert_same_bits(
+        torch_rope.norm_apply(x, None, positions.expand(99, 4, 5), norm_axes=axes),
+        torch_rope.norm_apply(x, None, positions, norm_axes=axes),
+    )
+    tables = [table.expand(99, 4, 5, 12) for table in (cos, sin)]
+    assert_same_bits(
+        torch_rope.norm_apply_cos_sin(x, None, *tables, norm_axes=axes),
+        torch_rope.norm_apply_cos_sin(x, None, cos, sin, norm_axes=axes),
+    )
+
+
+@pytest.mark.parametrize("tables", [False, True])
+def test_many_dimensions_that_do_not_coalesce_have_the_bits_of_contiguous_ones(
+    device: str, tables: bool
+) -> None:
+    rows = [2] * 15
+    x = random_values((*rows, 24), device=device)
+    strided = stored(x, tuple(range(14, -1, -2)) + tuple(range(13, -1, -2)) + (15,), 1)
+    options = {"norm_axes": (0, 3, -1)}
+    sizes = [1 if d in (0, 3) else 2 for d in range(15)]
+    if tables:
+        angles = [random_values((*sizes, 12), device=device, seed=seed) for seed in (1, 2)]
+        function = torch_rope.norm_apply_cos_sin
+    else:
+        angles = [random_positions(tuple(sizes), device=device)]
+        function = torch_rope.norm_apply
+    expected = function(x, None, *angles, **options)
+    assert_same_bits(function(strided, None, *angles, **options), expected)
+
+
+def test_norm_axes_of_more_than_64_dimensions(device: str) -> None:
+    x = random_values((2, *[1] * 70, 8), device=device)
+    position = torch.tensor(3, device=device)
+    actual = torch_rope.norm_apply(x, None, position, norm_axes=(0, -1))
+    expected = torch_rope.norm_apply(x.view(2, 8), None, position, norm_axes=(0, -1))
+    assert_same_bits(actual, expected.view(x.shape))
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     """Restores the number of threads after the test."""

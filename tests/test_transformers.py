@@ -1,8 +1,8 @@
 """transformers' models with their rotation replaced: every family, and how the patch behaves.
 
 ``test_a_family_computes_the_same`` runs a tiny model of each family of transformers that defines a
-function that rotates. What it could not run, docs/transformers.md lists, and each test holds the
-page to that. ``python -m pytest tests/test_transformers.py -k report -s`` prints the list.
+function that rotates. What it could not run, docs/guides/transformers.md lists, and each test holds
+the page to that. ``python -m pytest tests/test_transformers.py -k report -s`` prints the list.
 
 Models also run under selective checkpointing, under vmap and compiled from the first call: a few by
 default, and all with ``ROPE_ALL_FAMILIES=1``, which takes half an hour.
@@ -38,7 +38,7 @@ import tiny_transformers
 import transformers
 from tiny_transformers import Subject, functions_wrapped
 from torch_rope.integrations import _forms
-from torch_rope.integrations.transformers import FUNCTIONS, kernel_mapping, patch, unpatch
+from torch_rope.integrations.transformers import FUNCTIONS, Patch, kernel_mapping, patch, unpatch
 from transformers.models.clvp import modeling_clvp
 from transformers.models.cohere import modeling_cohere
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
@@ -51,7 +51,7 @@ from transformers.models.olmo import modeling_olmo
 transformers.logging.set_verbosity_error()
 
 FAMILIES = tiny_transformers.families()
-PAGE = Path(__file__).parent.parent / "docs" / "transformers.md"
+PAGE = Path(__file__).parent.parent / "docs" / "guides" / "transformers.md"
 
 EPSILON = torch.finfo(torch.float32).eps
 
@@ -201,7 +201,7 @@ def check_bfloat16(module: ModuleType, subject: Subject) -> None:
 
 @contextmanager
 def fusing_classes_watched(model: nn.Module) -> Iterator[set[str]]:
-    """Gives the classes of the layers that normalise and rotate in one call meanwhile."""
+    """Gives the classes of the layers that normalize and rotate in one call meanwhile."""
     running: list[str] = []
     found: set[str] = set()
     operator = _forms.norm_apply_cos_sin
@@ -1272,11 +1272,11 @@ def test_the_registry_takes_the_operator(mode: str, marked: Any) -> None:
     assert [x.dtype for x in layer(*narrow)] == [x.dtype for x in original(*narrow)]
 
 
-@pytest.mark.parametrize("function", [patch, kernel_mapping])
+@pytest.mark.parametrize("function", [patch, unpatch, Patch, kernel_mapping])
 def test_the_examples_of_a_docstring_run(function: Callable[..., Any]) -> None:
     if function is kernel_mapping:
         pytest.importorskip("kernels")
-    finder = doctest.DocTestFinder()
+    finder = doctest.DocTestFinder(recurse=False)
     (example,) = finder.find(function, globs={})
     runner = doctest.DocTestRunner()
     runner.run(example)

@@ -34,7 +34,7 @@ def nothing_stays_patched() -> Iterator[None]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Records the options of the calls that normalise and rotate."""
+    """Records the options of the calls that normalize and rotate."""
     seen: list[dict[str, Any]] = []
     operator = _forms.norm_apply_cos_sin
 
@@ -50,6 +50,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 CODE = """
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.gemma3n.modeling_gemma3n import (
@@ -65,12 +66,33 @@ class Norms(nn.Module):
         super().__init__()
 
 
+class Scale(Qwen3RMSNorm):
+    pass
+
+
+class InPlace(nn.Module):
+    def forward(self, x):
+        return x.add_(1.5)
+
+
+def mutate(x):
+    return x.add_(1.5)
+
+
+def rms_norm(x):
+    return F.rms_norm(x, x.shape[-1:])
+
+
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
         self.q_proj = nn.Linear(16, 32)
         self.k_proj = nn.Linear(16, 16)
+        self.write = InPlace()
         {init}
+
+    def mutate(self, x=None):
+        (self.raw if x is None else x).add_(1.5)
 
     def forward(self, x, cos, sin, flag=False, *, other: bool = False):
         shape = (*x.shape[:-1], -1, 8)
@@ -84,7 +106,7 @@ self.k_norm = Qwen3RMSNorm(8, eps=1e-3)"""
 HEADS = (
     "q, k = self.q_proj(x).view(shape).transpose(1, 2), self.k_proj(x).view(shape).transpose(1, 2)"
 )
-NORMALISE = "q = self.q_norm(q)\nk = self.k_norm(k)"
+NORMALIZE = "q = self.q_norm(q)\nk = self.k_norm(k)"
 ROTATE = "q, k = apply_rotary_pos_emb(q, k, cos, sin)"
 
 
@@ -149,13 +171,13 @@ FUSED: dict[str, tuple[str, str, list[Any]]] = {
         NORMS,
         [FIRST],
     ),
-    "after the transpose": (f"{HEADS}\n{NORMALISE}\n{ROTATE}", NORMS, [FIRST]),
+    "after the transpose": (f"{HEADS}\n{NORMALIZE}\n{ROTATE}", NORMS, [FIRST]),
     "in the call": (
         f"{HEADS}\nq, k = apply_rotary_pos_emb(self.q_norm(q), self.k_norm(k), cos, sin)",
         NORMS,
         [FIRST],
     ),
-    "after the rotation": (f"{HEADS}\n{ROTATE}\n{NORMALISE}", NORMS, [LAST]),
+    "after the rotation": (f"{HEADS}\n{ROTATE}\n{NORMALIZE}", NORMS, [LAST]),
     "over all heads": (
         "q = self.q_norm(self.q_proj(x)).view(shape).transpose(1, 2)\n"
         "k = self.k_norm(self.k_proj(x)).view(*shape).transpose(-2, 1)\n" + ROTATE,
@@ -177,18 +199,18 @@ FUSED: dict[str, tuple[str, str, list[Any]]] = {
         [FIRST],
     ),
     "weight and one": (
-        f"{HEADS}\n{NORMALISE}\n{ROTATE}",
+        f"{HEADS}\n{NORMALIZE}\n{ROTATE}",
         NORMS.replace("Qwen3RMSNorm", "Gemma3RMSNorm"),
         [FIRST],
     ),
     "no weight": (
-        f"{HEADS}\n{NORMALISE}\n{ROTATE}",
+        f"{HEADS}\n{NORMALIZE}\n{ROTATE}",
         "self.q_norm = Gemma3nRMSNorm(8, eps=1e-3, with_scale=False)\n"
         "self.k_norm = Llama4TextL2Norm(eps=1e-3)",
         [FIRST],
     ),
     "PyTorch's": (
-        f"{HEADS}\n{NORMALISE}\n{ROTATE}",
+        f"{HEADS}\n{NORMALIZE}\n{ROTATE}",
         NORMS.replace("Qwen3RMSNorm", "nn.RMSNorm"),
         [FIRST],
     ),
@@ -198,7 +220,7 @@ FUSED: dict[str, tuple[str, str, list[Any]]] = {
         [LAST],
     ),
     "epsilons that differ": (
-        f"{HEADS}\n{NORMALISE}\n{ROTATE}",
+        f"{HEADS}\n{NORMALIZE}\n{ROTATE}",
         NORMS.replace("1e-3", "0.5", 1),
         [(False, None, False)] * 2,
     ),
@@ -208,21 +230,21 @@ FUSED: dict[str, tuple[str, str, list[Any]]] = {
         [(False, None, False)],
     ),
     "one by one": (
-        f"{HEADS}\n{NORMALISE}\n"
+        f"{HEADS}\n{NORMALIZE}\n"
         "q = apply_rotary_pos_emb_vision(q, cos, sin)\n"
         "k = apply_rotary_pos_emb_vision(k, cos, sin)",
         NORMS,
         [(False, None, False)] * 2,
     ),
     "properties": (
-        f"{HEADS}\n{NORMALISE}\ncos = cos.to(q.dtype).to(q.device)\nassert q.shape[-1] == 8\n"
+        f"{HEADS}\n{NORMALIZE}\ncos = cos.to(q.dtype).to(q.device)\nassert q.shape[-1] == 8\n"
         + ROTATE,
         NORMS,
         [FIRST],
     ),
     "complex numbers": (
         "q, k = self.q_proj(x).view(shape), self.k_proj(x).view(shape)\n"
-        "q, k = apply_rotary_emb(q, k, torch.complex(cos, sin)[..., :4])\n" + NORMALISE,
+        "q, k = apply_rotary_emb(q, k, torch.complex(cos, sin)[..., :4])\n" + NORMALIZE,
         NORMS,
         [LAST],
     ),
@@ -234,6 +256,36 @@ FUSED: dict[str, tuple[str, str, list[Any]]] = {
         f"q = q.transpose(1, 2)\nk = k.transpose(1, 2)\n{ROTATE}",
         NORMS,
         [FIRST],
+    ),
+    "the shape in a view": (
+        "q = self.q_norm(self.q_proj(x).view(shape))\n"
+        "k = self.k_norm(self.k_proj(x).view(shape))\n"
+        "q = q.transpose(1, 2).reshape(q.shape[0], -1, q.shape[1], 8)\n"
+        "k = k.reshape(*k.shape).transpose(1, 2)\n" + ROTATE,
+        NORMS,
+        [FIRST],
+    ),
+    "a norm by another name": (
+        f"{HEADS}\n{NORMALIZE}\n{ROTATE}",
+        NORMS.replace("Qwen3RMSNorm", "Scale"),
+        [FIRST],
+    ),
+    "annotated variables": (
+        f"{HEADS}\nq: torch.Tensor = self.q_norm(q)\nv: int\nk: torch.Tensor = self.k_norm(k)\n"
+        + ROTATE,
+        "self.q_norm: nn.Module = Qwen3RMSNorm(8)\nself.k_norm: nn.Module = Qwen3RMSNorm(8)",
+        [FIRST],
+    ),
+    "calls that do not write": (
+        f"{HEADS}\n{NORMALIZE}\nv = F.relu(self.write(self.q_proj(x)).view(shape), True)\n"
+        f"assert len(v.split([4, 4], dim=-1)) == 2 and self.write is not None\n{ROTATE}",
+        NORMS,
+        [FIRST],
+    ),
+    "a call before the norm": (
+        f"{HEADS}\nq = self.q_norm(mutate(q * 1))\nk = self.k_norm(mutate(k * 1))\n{ROTATE}",
+        NORMS,
+        [(False, None, False)],
     ),
     "a condition": (
         f"{HEADS}\nif not flag:\n    q = self.q_norm(q)\n    k = self.k_norm(k)\n{ROTATE}",
@@ -281,7 +333,7 @@ def test_a_fused_forward_compiles_to_one_graph(
 
 # What else a forward may do with the tensors. Each is run with a flag and without.
 SHARED = {
-    "the rotation is conditional": f"{NORMALISE}\nif flag:\n    {ROTATE}",
+    "the rotation is conditional": f"{NORMALIZE}\nif flag:\n    {ROTATE}",
     "the norm is conditional": f"if flag:\n    q = self.q_norm(q)\nk = self.k_norm(k)\n{ROTATE}",
     "the late norm is conditional": f"{ROTATE}\nif flag:\n    q = self.q_norm(q)",
     "both late norms are conditional": (
@@ -294,15 +346,15 @@ SHARED = {
     "a view after a late norm": (
         f"{ROTATE}\nq = self.q_norm(q).transpose(1, 2)\nk = self.k_norm(k.transpose(1, 2))"
     ),
-    "norms on both sides": f"{NORMALISE}\n{ROTATE}\n{NORMALISE}",
-    "two norms before": f"{NORMALISE}\n{NORMALISE}\n{ROTATE}",
-    "two rotations": f"{NORMALISE}\n{ROTATE}\n{ROTATE}",
-    "another use": f"{NORMALISE}\nv = q.sum()\n{ROTATE}\nq = q + v",
-    "a use in a condition": f"{NORMALISE}\nif q.sum() > 0:\n    k = k + 1\n{ROTATE}",
-    "a use in a loop": f"{NORMALISE}\nfor _ in range(2):\n    k = k + q.mean()\n{ROTATE}",
+    "norms on both sides": f"{NORMALIZE}\n{ROTATE}\n{NORMALIZE}",
+    "two norms before": f"{NORMALIZE}\n{NORMALIZE}\n{ROTATE}",
+    "two rotations": f"{NORMALIZE}\n{ROTATE}\n{ROTATE}",
+    "another use": f"{NORMALIZE}\nv = q.sum()\n{ROTATE}\nq = q + v",
+    "a use in a condition": f"{NORMALIZE}\nif q.sum() > 0:\n    k = k + 1\n{ROTATE}",
+    "a use in a loop": f"{NORMALIZE}\nfor _ in range(2):\n    k = k + q.mean()\n{ROTATE}",
     "a norm in a loop": f"for _ in range(2):\n    k = self.k_norm(k)\nq = self.q_norm(q)\n{ROTATE}",
-    "a with": f"{NORMALISE}\nwith torch.enable_grad():\n    {ROTATE}",
-    "a change in place": f"{NORMALISE}\nif flag:\n    q.clamp_(max=0.5)\n{ROTATE}",
+    "a with": f"{NORMALIZE}\nwith torch.enable_grad():\n    {ROTATE}",
+    "a change in place": f"{NORMALIZE}\nif flag:\n    q.clamp_(max=0.5)\n{ROTATE}",
     "a change of the norm's input": (
         "raw = q\nq = self.q_norm(raw * 1)\nk = self.k_norm(k)\nraw = raw * 1\nraw.mul_(2)\n"
         + ROTATE
@@ -313,23 +365,33 @@ SHARED = {
     ),
     "an assignment to elements": (
         "mask = torch.ones_like(q)\n"
-        f"{NORMALISE}\nmask[..., 0] = 2\nq = q.transpose(1, 2).transpose(1, 2)\n"
+        f"{NORMALIZE}\nmask[..., 0] = 2\nq = q.transpose(1, 2).transpose(1, 2)\n"
         f"{ROTATE}\nq = q * mask"
     ),
-    "an augmented assignment": f"{NORMALISE}\nq *= 2\n{ROTATE}",
-    "a second variable": f"{NORMALISE}\nother = q\n{ROTATE}\nq = q + other",
+    "the shape of a rotated one": (
+        f"{ROTATE}\nq = self.q_norm(q)\nq = q + k.shape[-1]\nk = self.k_norm(k).to(k.dtype)"
+    ),
+    "a shape in a condition": (
+        f"{ROTATE}\nif q.shape[1] > 1 and q.device == k.device:\n    q = self.q_norm(q)"
+    ),
+    "the shape of a view": (
+        f"{NORMALIZE}\nsize = q.view(*k.sum(-1).shape[:1], -1, {TOKENS}, 8).shape[1]\n"
+        f"{ROTATE}\nq = q * size"
+    ),
+    "an augmented assignment": f"{NORMALIZE}\nq *= 2\n{ROTATE}",
+    "a second variable": f"{NORMALIZE}\nother = q\n{ROTATE}\nq = q + other",
     "a view in a second variable": (
-        f"{NORMALISE}\nother = q.transpose(1, 2)\n{ROTATE}\nq = q + other.transpose(1, 2)"
+        f"{NORMALIZE}\nother = q.transpose(1, 2)\n{ROTATE}\nq = q + other.transpose(1, 2)"
     ),
     "a second variable for a rotated one": (
         f"{ROTATE}\nother = self.q_norm(q)\nk = self.k_norm(k)\nq = q + other"
     ),
-    "exchanged variables": f"{NORMALISE}\nq, k = k, q\nq, k = k, q\n{ROTATE}",
-    "a nested function": f"{NORMALISE}\nread = lambda: q\n{ROTATE}\nq = q + read()",
+    "exchanged variables": f"{NORMALIZE}\nq, k = k, q\nq, k = k, q\n{ROTATE}",
+    "a nested function": f"{NORMALIZE}\nread = lambda: q\n{ROTATE}\nq = q + read()",
     "a nested function from before": (
-        f"read = lambda: q.sum()\n{NORMALISE}\nv = read()\n{ROTATE}\nq = q + v"
+        f"read = lambda: q.sum()\n{NORMALIZE}\nv = read()\n{ROTATE}\nq = q + v"
     ),
-    "a generator": f"{NORMALISE}\nboth = (t.sum() for t in (q, k))\n{ROTATE}\nq = q + sum(both)",
+    "a generator": f"{NORMALIZE}\nboth = (t.sum() for t in (q, k))\n{ROTATE}\nq = q + sum(both)",
     "the last axis moves": (
         f"q = self.q_norm(q).transpose(2, 3).transpose(2, 3)\nk = self.k_norm(k)\n{ROTATE}"
     ),
@@ -341,11 +403,11 @@ SHARED = {
         "q = self.q_norm(q).transpose(dim0=1, dim1=2).transpose(1, 2)\nk = self.k_norm(k)\n"
         + ROTATE
     ),
-    "an early return": f"{NORMALISE}\nif flag:\n    return q, k\n{ROTATE}",
-    "a deletion": f"{NORMALISE}\n{ROTATE}\nold = q\ndel q\nq = old",
-    "keywords": f"{NORMALISE}\nq, k = apply_rotary_pos_emb(q=q, k=k, cos=cos, sin=sin)",
+    "an early return": f"{NORMALIZE}\nif flag:\n    return q, k\n{ROTATE}",
+    "a deletion": f"{NORMALIZE}\n{ROTATE}\nold = q\ndel q\nq = old",
+    "keywords": f"{NORMALIZE}\nq, k = apply_rotary_pos_emb(q=q, k=k, cos=cos, sin=sin)",
     "an expression": (
-        f"{NORMALISE}\nboth = [t + 1 for t in apply_rotary_pos_emb(q, k, cos, sin)]\nq, k = both"
+        f"{NORMALIZE}\nboth = [t + 1 for t in apply_rotary_pos_emb(q, k, cos, sin)]\nq, k = both"
     ),
 }
 
@@ -359,20 +421,82 @@ def test_any_other_use_of_a_tensor_is_as_before(case: str, flag: bool, tmp_path:
     assert_same(outcome(layer, flag), expected)
 
 
+# What writes to the input of a norm or of a rotation, between the two.
+CHANGES = {
+    "a method": "raw = k\n---\nraw.mul_(2).add_(1)",
+    "a function": "raw = k\n---\nmutate(raw)",
+    "a function that gets a view": "raw = k.transpose(1, 2)\n---\nv = mutate(raw)",
+    "a function that gets a list": "raw = [k]\n---\nv = mutate(*raw)",
+    "a function in a condition": "raw = k\n---\nif mutate(raw) is None:\n    pass",
+    "a function in a loop": "raw = k\n---\nfor _ in range(2):\n    mutate(raw)",
+    "a function of the whole": (
+        "both = torch.cat((q, k, k), 1)\nq, k, v = both.split((4, 2, 2), dim=1)\n---\nmutate(both)"
+    ),
+    "a local function": "raw = k\nread = lambda: raw.add_(1.5)\n---\nv = read()",
+    "a local function by a builtin's name": "raw = k\nlen = mutate\n---\nv = len(raw)",
+    "a method of the class": "raw = k\n---\nself.mutate(raw)",
+    "a method that gets it elsewhere": "self.raw = k\n---\nv = self.mutate()",
+    "a layer": "raw = k\n---\nv = self.write(raw)",
+    "a layer that gets an attribute": "self.raw = k\n---\nv = self.write(self.raw)",
+    "a layer that gets an element": "raw = {}\nraw[0] = k\n---\nv = self.write(raw[0])",
+    "a layer that gets one of two": (
+        "raw = q\nif not flag:\n    raw = k\n---\nv = self.write(raw[:, :1])"
+    ),
+    "a layer that gets a loop's": (
+        "for _ in range(2):\n    raw = k\n---\nv = self.write(raw.view(raw.shape))"
+    ),
+    "a layer that gets a condition's": "if (raw := k) is k:\n    pass\n---\nv = self.write(raw)",
+    "PyTorch's function": "raw = k\n---\nv = F.relu(raw, True)",
+    "a dunder method": "raw = k\n---\nv = raw.__iadd__(1.5)",
+    "an attribute": "raw = k\n---\nraw.data = raw * 2",
+    "a function of the tables": "---\nmutate(cos)",
+}
+
+
+@pytest.mark.parametrize("order", ["norms first", "rotation first"])
+@pytest.mark.parametrize("case", CHANGES)
 @torch.no_grad()
-def test_a_change_of_the_input_comes_after_the_norm(tmp_path: Path) -> None:
-    body = f"raw = q * 1\nq = self.q_norm(raw)\nraw.mul_(2).add_(1)\nk = self.k_norm(k)\n{ROTATE}"
-    layer = layer_of(module := load(tmp_path, f"{HEADS}\n{body}"))
+def test_a_change_of_the_input_comes_after_the_call(case: str, order: str, tmp_path: Path) -> None:
+    before, _, change = CHANGES[case].partition("---")
+    calls = [NORMALIZE, ROTATE] if order == "norms first" else [ROTATE, NORMALIZE]
+    body = "\n".join((HEADS, before, calls[0], change, calls[1]))
+    layer = layer_of(module := load(tmp_path, body))
     expected = layer(*inputs())
     patch(module)
     assert_same(layer(*inputs()), expected)
+
+
+WITHIN = {
+    "another argument": "self.q_norm(q), self.k_norm(k), cos, sin + 0 * mutate(k).sum()",
+    "a shape": "self.q_norm(q), self.k_norm(k).view(mutate(k).shape), cos, sin",
+}
+
+
+@pytest.mark.parametrize("case", WITHIN)
+@torch.no_grad()
+def test_a_change_in_the_call_itself_comes_after_the_norm(case: str, tmp_path: Path) -> None:
+    layer = layer_of(
+        module := load(tmp_path, f"{HEADS}\nq, k = apply_rotary_pos_emb({WITHIN[case]})")
+    )
+    expected = layer(*inputs())
+    patch(module)
+    assert_same(layer(*inputs()), expected)
+
+
+@torch.no_grad()
+def test_a_change_of_the_gradient_mode_comes_after_the_norm(tmp_path: Path) -> None:
+    body = f"{HEADS}\n{NORMALIZE}\ntorch.set_grad_enabled(True)\n{ROTATE}"
+    layer = layer_of(module := load(tmp_path, body))
+    patch(module)
+    q, _ = layer(*inputs())
+    assert not q.requires_grad
 
 
 @pytest.mark.parametrize("flag", [False, True])
 def test_a_condition_chooses_what_is_fused(
     flag: bool, tmp_path: Path, calls: list[dict[str, Any]]
 ) -> None:
-    body = f"{HEADS}\n{NORMALISE}\nif flag:\n    q.clamp_(max=0.5)\n    k.clamp_(max=0.5)\n{ROTATE}"
+    body = f"{HEADS}\n{NORMALIZE}\nif flag:\n    q.clamp_(max=0.5)\n    k.clamp_(max=0.5)\n{ROTATE}"
     layer = layer_of(module := load(tmp_path, body))
     patch(module)
     calls.clear()
@@ -387,29 +511,59 @@ REFUSED = {
         "`self.q_norm(q) * 2` is between self.q_norm and apply_rotary_pos_emb",
     ),
     "other columns": (
-        f"{NORMALISE}\nq, k = q[..., :8], k[..., :8]\n{ROTATE}",
+        f"{NORMALIZE}\nq, k = q[..., :8], k[..., :8]\n{ROTATE}",
         NORMS,
         "`q[..., :8]` is between self.q_norm and apply_rotary_pos_emb",
     ),
     "after a use": (
-        f"{ROTATE}\nq, k = q + k, k - q\n{NORMALISE}",
+        f"{ROTATE}\nq, k = q + k, k - q\n{NORMALIZE}",
         NORMS,
         None,
     ),
     "after a use of both": (
-        f"{ROTATE}\nv = q + k\n{NORMALISE}",
+        f"{ROTATE}\nv = q + k\n{NORMALIZE}",
         NORMS,
         "`v = q + k` is between apply_rotary_pos_emb and self.q_norm",
     ),
     "another keyword": (
-        f"{NORMALISE}\nq, k = apply_rotary_pos_emb(q, k, cos, sin, other=1)",
+        f"{NORMALIZE}\nq, k = apply_rotary_pos_emb(q, k, cos, sin, other=1)",
         NORMS,
         "unknown keywords in `apply_rotary_pos_emb(q, k, cos, sin, other=1)`",
     ),
     "another norm": (
-        f"{NORMALISE}\n{ROTATE}",
+        f"{NORMALIZE}\n{ROTATE}",
         NORMS.replace("Qwen3RMSNorm", "nn.LayerNorm"),
         "LayerNorm is not a known RMSNorm",
+    ),
+    "a function": (
+        f"q = F.rms_norm(q, (8,))\nk = F.rms_norm(k, (8,))\n{ROTATE}",
+        "",
+        "F.rms_norm is a function, not a layer",
+    ),
+    "a function of the module": (
+        f"q = rms_norm(q)\nk = rms_norm(k).transpose(1, 2).transpose(1, 2)\n{ROTATE}",
+        "",
+        "rms_norm is a function, not a layer",
+    ),
+    "a class that is not named": (
+        f"{NORMALIZE}\n{ROTATE}",
+        "norm = Qwen3RMSNorm\nself.q_norm = norm(8)\nself.k_norm = norm(8)",
+        "the class of self.q_norm is not known",
+    ),
+    "two targets": (
+        f"q = v = self.q_norm(q)\nk = v = self.k_norm(k)\n{ROTATE}",
+        NORMS,
+        "`q = v = self.q_norm(q)` is between self.q_norm and apply_rotary_pos_emb",
+    ),
+    "changed": (
+        f"{NORMALIZE}\nq *= 2\nk *= 2\n{ROTATE}",
+        NORMS,
+        "`q *= 2` is between self.q_norm and apply_rotary_pos_emb",
+    ),
+    "an identity": (
+        f"{NORMALIZE}\n{ROTATE}",
+        "self.q_norm = nn.Identity()\nself.k_norm = nn.Identity()",
+        None,
     ),
     "several arguments": (
         f"q = self.q_norm(q, k)\n{ROTATE}",
@@ -421,7 +575,7 @@ REFUSED = {
         "self.x_norm = Qwen3RMSNorm(16)",
         None,
     ),
-    "no rotation": (NORMALISE, NORMS, None),
+    "no rotation": (NORMALIZE, NORMS, None),
     "no norm": (ROTATE, "", None),
 }
 
@@ -435,6 +589,74 @@ def test_what_is_not_fused_has_a_reason(case: str, tmp_path: Path) -> None:
     assert done.fused == []
     assert done.norms_left_alone == ({"modeling_of_a_user.Attention": reason} if reason else {})
     assert module.Attention.forward is forward
+
+
+def test_the_receiver_may_have_any_name(tmp_path: Path) -> None:
+    module = load(tmp_path, f"{HEADS}\n{NORMALIZE}\n{ROTATE}")
+    path = Path(str(module.__file__))
+    path.write_text(path.read_text().replace("self", "layer"))
+    assert module.__spec__ is not None
+    assert module.__spec__.loader is not None
+    module.__spec__.loader.exec_module(module)
+    assert patch(module).fused
+
+
+class AlmostNorm(nn.Module):
+    """An RMSNorm, changed where random numbers of one size do not show it."""
+
+    def __init__(self, size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def scale(self, x: Tensor) -> Tensor:
+        return torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale(x) * self.weight
+
+
+class ClampedScale(AlmostNorm):
+    def scale(self, x: Tensor) -> Tensor:
+        return super().scale(x).clamp(max=3)
+
+
+class ClampedResult(AlmostNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-10, 10)
+
+
+class ClampedInput(AlmostNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.clamp(-100, 100))
+
+
+class ClampedMean(AlmostNorm):
+    def scale(self, x: Tensor) -> Tensor:
+        return torch.rsqrt(x.square().mean(-1, keepdim=True).clamp(min=1e-8) + self.eps)
+
+
+class ZerosLeftOut(AlmostNorm):
+    def scale(self, x: Tensor) -> Tensor:
+        return torch.where((x == 0).all(-1, keepdim=True), 1, super().scale(x))
+
+
+def test_a_norm_that_is_not_quite_one_is_not_recognized() -> None:
+    _norms.recognize(AlmostNorm)
+    for norm in (ClampedScale, ClampedResult, ClampedInput, ClampedMean, ZerosLeftOut):
+        with pytest.raises(_norms.UnknownFormError):
+            _norms.recognize(norm)
+
+
+def test_a_class_that_draws_random_numbers_leaves_no_trace() -> None:
+    class Random(AlmostNorm):
+        def __init__(self, size: int, eps: float = 1e-6) -> None:
+            super().__init__(size, eps)
+            nn.init.normal_(self.weight)
+
+    random_state = torch.get_rng_state()
+    _norms.recognize(Random)
+    assert torch.equal(torch.get_rng_state(), random_state)
 
 
 # The norms of an instance.
@@ -480,7 +702,7 @@ def add_a_backward_hook_before(layer: Any) -> None:
     layer.q_norm.register_full_backward_pre_hook(lambda module, grad: (2 * grad[0],))
 
 
-@pytest.mark.parametrize("order", [NORMALISE + "\n" + ROTATE, ROTATE + "\n" + NORMALISE])
+@pytest.mark.parametrize("order", [NORMALIZE + "\n" + ROTATE, ROTATE + "\n" + NORMALIZE])
 @pytest.mark.parametrize(
     "change",
     [
@@ -507,7 +729,7 @@ def test_a_changed_norm_runs_by_itself(
     calls.clear()
     actual = outcome(layer)
     # The key's, unless both were rotated for the query's norm.
-    assert [call["is_pair"] for call in calls] == [False] * order.startswith(NORMALISE)
+    assert [call["is_pair"] for call in calls] == [False] * order.startswith(NORMALIZE)
     unpatch()
     expected = outcome(layer)
     assert_same(actual, expected)
@@ -518,7 +740,7 @@ def test_a_changed_norm_runs_by_itself(
 def test_a_class_with_another_forward_is_another_norm(
     is_before: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer = layer_of(module := load(tmp_path, f"{HEADS}\n{NORMALISE}\n{ROTATE}"))
+    layer = layer_of(module := load(tmp_path, f"{HEADS}\n{NORMALIZE}\n{ROTATE}"))
     original = modeling_qwen3.Qwen3RMSNorm.forward
 
     def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
@@ -538,7 +760,7 @@ def test_a_class_with_another_forward_is_another_norm(
 
 
 def test_a_global_hook_observes_the_norms(tmp_path: Path, calls: list[dict[str, Any]]) -> None:
-    layer = layer_of(module := load(tmp_path, f"{HEADS}\n{NORMALISE}\n{ROTATE}"))
+    layer = layer_of(module := load(tmp_path, f"{HEADS}\n{NORMALIZE}\n{ROTATE}"))
     patch(module)
     calls.clear()
     seen = []
@@ -552,7 +774,7 @@ def test_a_global_hook_observes_the_norms(tmp_path: Path, calls: list[dict[str, 
 
 
 def test_weights_and_epsilon_are_those_of_the_call(tmp_path: Path) -> None:
-    module = load(tmp_path, f"{HEADS}\n{NORMALISE}\n{ROTATE}")
+    module = load(tmp_path, f"{HEADS}\n{NORMALIZE}\n{ROTATE}")
     patch(module)
     layer = layer_of(module)  # Made after the patch.
     outcome(layer)
@@ -569,7 +791,7 @@ def test_an_option_of_the_norm_that_changes_it_is_noticed(tmp_path: Path) -> Non
 from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextRMSNorm as Norm
 self.q_norm = Norm(8, group_size=4)
 self.k_norm = Norm(8)"""
-    code = f"{HEADS}\n{NORMALISE}\n{ROTATE}"
+    code = f"{HEADS}\n{NORMALIZE}\n{ROTATE}"
     module = load(tmp_path, code, init.replace("from", "global Norm\nfrom"))
     layer = layer_of(module)
     expected = outcome(layer)
@@ -577,7 +799,7 @@ self.k_norm = Norm(8)"""
     assert_same(outcome(layer), expected)
 
 
-@pytest.mark.parametrize("order", [NORMALISE + "\n" + ROTATE, ROTATE + "\n" + NORMALISE])
+@pytest.mark.parametrize("order", [NORMALIZE + "\n" + ROTATE, ROTATE + "\n" + NORMALIZE])
 @pytest.mark.parametrize("norm", ["Qwen3RMSNorm", "Gemma3RMSNorm", "nn.RMSNorm"])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -602,7 +824,7 @@ def test_dtypes_are_as_before(
 @pytest.mark.parametrize("norm", ["Qwen3RMSNorm", "Gemma3RMSNorm", "nn.RMSNorm"])
 def test_autocast_is_as_before(norm: str, tmp_path: Path) -> None:
     init = NORMS.replace("Qwen3RMSNorm", norm)
-    layer = layer_of(module := load(tmp_path, f"{HEADS}\n{NORMALISE}\n{ROTATE}", init))
+    layer = layer_of(module := load(tmp_path, f"{HEADS}\n{NORMALIZE}\n{ROTATE}", init))
 
     def run() -> tuple[Tensor, ...]:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -699,14 +921,14 @@ def test_a_forward_keeps_its_signature_decorators_and_lines() -> None:
 
 
 def test_a_module_keeps_its_names(tmp_path: Path) -> None:
-    module = load(tmp_path, f"{HEADS}\n{NORMALISE}\n{ROTATE}")
+    module = load(tmp_path, f"{HEADS}\n{NORMALIZE}\n{ROTATE}")
     before = set(vars(module))
     patch(module)
     assert set(vars(module)) == before
 
 
 def test_source_that_changed_since_the_import_is_not_used(tmp_path: Path) -> None:
-    module = load(tmp_path, f"{HEADS}\n{NORMALISE}\n{ROTATE}")
+    module = load(tmp_path, f"{HEADS}\n{NORMALIZE}\n{ROTATE}")
     path = Path(str(module.__file__))
     path.write_text(
         path.read_text().replace("eps=1e-3", "eps=1e-2").replace("k = self", "v = self")
@@ -716,7 +938,7 @@ def test_source_that_changed_since_the_import_is_not_used(tmp_path: Path) -> Non
 
 
 def test_a_class_without_source_is_left_alone(tmp_path: Path) -> None:
-    module = load(tmp_path, f"{HEADS}\n{NORMALISE}\n{ROTATE}")
+    module = load(tmp_path, f"{HEADS}\n{NORMALIZE}\n{ROTATE}")
     Path(str(module.__file__)).unlink()
     assert patch(module).fused == []
 
@@ -726,7 +948,7 @@ def test_an_unknown_decorator_is_a_reason(tmp_path: Path) -> None:
         def __init__(self, function: Any) -> None:
             self.__wrapped__ = function
 
-    module = load(tmp_path, f"{HEADS}\n{NORMALISE}\n{ROTATE}")
+    module = load(tmp_path, f"{HEADS}\n{NORMALIZE}\n{ROTATE}")
     module.Attention.forward = Decorated(module.Attention.forward)
     reason = "one of its decorators is unknown"
     assert patch(module).norms_left_alone == {"modeling_of_a_user.Attention": reason}

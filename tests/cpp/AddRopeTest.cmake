@@ -20,12 +20,15 @@ target_link_libraries(headers PUBLIC LibTorch::LibTorch GTest::gtest_main)
 target_precompile_headers(headers PRIVATE <ATen/ATen.h> <gtest/gtest.h> <torch/library.h>)
 file(CONFIGURE OUTPUT headers.cpp CONTENT "")
 target_sources(headers PRIVATE ${CMAKE_CURRENT_BINARY_DIR}/headers.cpp)
+# CMake compiles libraries with -fPIC and programs with -fPIE, which clang does not accept of one precompiled header.
+set_target_properties(headers PROPERTIES POSITION_INDEPENDENT_CODE OFF)
 
 # Programs are linked as distributions do it: what they name no symbol of is dropped where the package allows it.
 function(add_rope_test name)
   add_executable(${name} ${ARGN})
   target_link_options(${name} PRIVATE -Wl,--as-needed)
   target_link_libraries(${name} PRIVATE headers)
+  set_target_properties(${name} PROPERTIES POSITION_INDEPENDENT_CODE OFF)
   target_precompile_headers(${name} REUSE_FROM headers)
   gtest_discover_tests(${name} DISCOVERY_MODE PRE_TEST)
 endfunction()

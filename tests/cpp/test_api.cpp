@@ -1,5 +1,6 @@
 // The C++ functions of rope/rope.h: what they compute, what they refuse, and their derivatives.
 #include <ATen/Context.h>
+#include <ATen/core/DimVector.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <rope/rope.h>
 
@@ -619,8 +620,21 @@ TEST(Errors, TellThatATensorIsMissing) {
   expect([&] { rope::apply_cos_sin(x, none, table); }, "rope::apply_cos_sin(): expected cos");
   expect([&] { rope::apply_cos_sin(x, table, none); }, "rope::apply_cos_sin(): expected sin");
   // Without a defined tensor the dispatcher has no key to dispatch on.
-  EXPECT_THROW(rope::apply(none, none), c10::Error);
-  EXPECT_THROW(rope::apply_cos_sin_qk_(none, none, none, none), c10::Error);
+  expect([&] { rope::apply(none, none); }, "rope::apply(): expected x");
+  expect([&] { rope::apply_cos_sin_qk_(none, none, none, none); },
+         "rope::apply_cos_sin_qk_(): expected q");
+}
+
+// Sizes and strides whose product overflows, as no storage has them.
+TEST(Errors, OfElementsBeyondAnyStorage) {
+  const at::Tensor positions = at::arange(1);
+  for (const std::int64_t stride : {std::int64_t{1} << 61, std::int64_t{1} << 62}) {
+    const at::Tensor x = at::ones({8}).as_strided({4, 2}, {2, 1});
+    x.unsafeGetTensorImpl()->set_sizes_and_strides(at::DimVector({5, 2}),
+                                                   at::DimVector({stride, 1}));
+    EXPECT_THROW(rope::apply(x, positions), c10::ValueError);
+    EXPECT_THROW(rope::apply_(x, positions), c10::ValueError);
+  }
 }
 
 TEST(Errors, OfNormsNameWhatIsWrong) {

@@ -10,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda/kernels.h"
+#include "cuda/run.h"
 #include "cuda/scatter_kernel.h"
 #include "host_threads.h"
 #include "reference.h"

@@ -8,8 +8,8 @@
 #include <tuple>
 
 #include "cuda/dispatch.h"
-#include "cuda/kernels.h"
 #include "cuda/plan.h"
+#include "cuda/run.h"
 #include "host_launch.h"
 #include "host_threads.h"
 #include "random_calls.h"
