@@ -88,7 +88,11 @@ first=("$tests"/test_{apply,norm,cos_sin,pair,in_place,layouts,numbers,gradient_
 step 150 "The Python tests on CUDA" env OMP_NUM_THREADS=2 "${pytest[@]}" "${many[@]}" -k "[cuda" \
   --ignore-glob="*/test_cuda*.py" "${first[@]}" "$tests"
 if command -v compute-sanitizer > /dev/null; then
-  step 50 "compute-sanitizer" compute-sanitizer --error-exitcode 1 "${pytest[@]}" "$tests/test_cuda.py" -k "sanitizer"
+  # All tools at once: importing torch takes most of the time. Without PyTorch's cache of memory each tensor is an
+  # allocation of its own, and the tools see its ends and whether it was written.
+  step 60 "compute-sanitizer: memcheck, racecheck, initcheck, synccheck" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    xargs -P 4 -I TOOL compute-sanitizer --tool TOOL --error-exitcode 1 "${pytest[@]}" "$tests/test_cuda.py" \
+    -k "sanitizer" <<< $'memcheck\nracecheck\ninitcheck\nsynccheck'
 else
   heading "compute-sanitizer is not here: left out"
 fi

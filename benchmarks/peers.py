@@ -84,7 +84,7 @@ def prepare_to_compile() -> None:
     """Forgets compiled code, and chooses a cache.
 
     One per ATEN_CPU_CAPABILITY: TorchInductor does not distinguish them, and code for another one
-    writes past the end of its outputs.
+    writes past the end of its outputs (docs/upstream/inductor_cpu_capability.py).
     """
     torch.compiler.reset()
     capability = torch.backends.cpu.get_cpu_capability()
@@ -100,20 +100,25 @@ def compiled(problem: Problem) -> Call:
     return lambda: rotate(problem.q, problem.k, cos, sin, problem.case.interleaved)
 
 
-def torchtune(problem: Problem) -> Call:
-    """Torchtune's module, interleaved pairs only."""
-    case = problem.case
+def load_torchtune() -> Any:
+    """Loads only the file of torchtune's layer: the package imports the whole training stack."""
     spec = importlib.util.find_spec("torchtune")
     if spec is None or not spec.submodule_search_locations:
         raise ImportError("torchtune")
-    require(case.layout == "BSHD" and case.angles == "formula" and case.rotated == case.head_dim)
-    # Load only this file: the package imports the whole training stack.
     path = Path(spec.submodule_search_locations[0], "modules", "position_embeddings.py")
     file_spec = importlib.util.spec_from_file_location("torchtune_position_embeddings", path)
     assert file_spec is not None
     assert file_spec.loader is not None
     module = importlib.util.module_from_spec(file_spec)
     file_spec.loader.exec_module(module)
+    return module
+
+
+def torchtune(problem: Problem) -> Call:
+    """Torchtune's module, interleaved pairs only."""
+    case = problem.case
+    module = load_torchtune()
+    require(case.layout == "BSHD" and case.angles == "formula" and case.rotated == case.head_dim)
 
     longest = int(problem.sequence.max()) + 1
     rope = module.RotaryPositionalEmbeddings(case.head_dim, longest, MAX_WAVELENGTH)

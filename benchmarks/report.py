@@ -16,6 +16,8 @@ PACKAGES = (
     "mlx",
     "torchtune",
     "rotary-embedding-torch",
+    "transformers",
+    "x-transformers",
     "flash-attn",
     "flashinfer-python",
     "liger-kernel",
