@@ -21,18 +21,10 @@ if(ROPE_X86_KERNELS)
 endif()
 
 set(ROPE_KERNEL_OPTIONS "" CACHE STRING "More options of the compiler for the kernels (tests/sanitize.sh has some)")
-set(kernels "")
 foreach(capability IN LISTS capabilities)
-  foreach(file rotate norm)
-    set(kernel rope_cpu_${file}_${capability})
-    list(APPEND kernels ${kernel})
-    set(capability_of_${kernel} ${capability})
-    add_library(${kernel} OBJECT csrc/cpu/${file}_kernel.cpp)
-  endforeach()
-endforeach()
-
-foreach(kernel IN LISTS kernels)
-  set(capability ${capability_of_${kernel}})
+  set(kernel rope_cpu_${capability})
+  add_library(${kernel} OBJECT csrc/cpu/norm_kernel.cpp csrc/cpu/rotate_kernel.cpp)
+  set_target_properties(${kernel} PROPERTIES UNITY_BUILD ${ROPE_UNITY_BUILD})
   target_link_libraries(${kernel} PRIVATE rope_kernel_options)
   target_compile_definitions(${kernel} PRIVATE CPU_CAPABILITY=${capability}
     CPU_CAPABILITY_${capability} ${macros_${capability}})
@@ -46,7 +38,7 @@ foreach(kernel IN LISTS kernels)
   if(NOT capability STREQUAL "DEFAULT" AND CMAKE_NM AND CMAKE_BUILD_TYPE MATCHES "^Rel")
     set(stamp ${PROJECT_BINARY_DIR}/${kernel}.checked)
     add_custom_command(OUTPUT ${stamp}
-      COMMAND ${CMAKE_COMMAND} -DNM=${CMAKE_NM} -DOBJECT=$<TARGET_OBJECTS:${kernel}> -DSTAMP=${stamp}
+      COMMAND ${CMAKE_COMMAND} -DNM=${CMAKE_NM} "-DOBJECTS=$<TARGET_OBJECTS:${kernel}>" -DSTAMP=${stamp}
               -P ${PROJECT_SOURCE_DIR}/cmake/CheckKernelSymbols.cmake
       DEPENDS ${kernel} $<TARGET_OBJECTS:${kernel}> ${PROJECT_SOURCE_DIR}/cmake/CheckKernelSymbols.cmake
       COMMENT "Checking the symbols of ${kernel}" VERBATIM)

@@ -9,8 +9,20 @@ target_include_directories(rope_kernel_options SYSTEM INTERFACE
   $<TARGET_PROPERTY:LibTorch::LibTorch,INTERFACE_INCLUDE_DIRECTORIES>)
 
 if(ROPE_CUDA_ENABLED)
-  set(cuda_source csrc/cuda/wide_norm_gradient.cu csrc/cuda/wide_norm.cu csrc/cuda/norm_gradient.cu csrc/cuda/norm.cu
-    csrc/cuda/rotate.cu csrc/cuda/sum.cu csrc/cuda/scatter.cu csrc/cuda/upload.cu csrc/cuda/start.cu)
+  set(norm_gradients csrc/cuda/norm_gradient.cu csrc/cuda/wide_norm_gradient.cu)
+  set(norms csrc/cuda/norm.cu csrc/cuda/wide_norm.cu)
+  set(rotations csrc/cuda/rotate.cu csrc/cuda/sum.cu csrc/cuda/scatter.cu csrc/cuda/upload.cu csrc/cuda/start.cu)
+  set(cuda_source "")
+  foreach(group norm_gradients norms rotations)
+    if(ROPE_UNITY_BUILD)  # CMake's own unity builds include CUDA since 3.31.
+      list(TRANSFORM ${group} REPLACE "(.+)" "#include \"${PROJECT_SOURCE_DIR}/\\1\"")
+      list(JOIN ${group} "\n" lines)
+      file(CONFIGURE OUTPUT ${PROJECT_BINARY_DIR}/unity/${group}.cu CONTENT "${lines}\n" @ONLY)
+      list(APPEND cuda_source ${PROJECT_BINARY_DIR}/unity/${group}.cu)
+    else()
+      list(APPEND cuda_source ${${group}})
+    endif()
+  endforeach()
 else()
   set(cuda_source csrc/cuda/absent.cpp)
 endif()

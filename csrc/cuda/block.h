@@ -162,6 +162,12 @@ struct Operands {
   bool interleaved;
 };
 
+// The address of a row: offsets of rows count vectors of kSize elements.
+template <int kSize, typename scalar_t, typename Index>
+C10_HOST_DEVICE inline scalar_t* address_of(scalar_t* base, Index offset) {
+  return base + std::int64_t{kSize} * offset;
+}
+
 // A row of an operand. By value: a reference to an operand selected at run time would be read
 // through global memory instead of the constant bank of the parameters.
 template <typename scalar_t, typename Index>
@@ -173,25 +179,25 @@ struct Row {
   Index out_stride;
 };
 
-template <typename scalar_t, typename Index>
+template <typename scalar_t, int kSize, typename Index>
 C10_HOST_DEVICE inline Row<scalar_t, Index> find_head(
     const DeviceOperand<Index, kRotatedHeadArrays>& x, Index head, Index token_in,
     Index token_out) {
   Index offsets[kRotatedHeadArrays];
   x.heads.offsets(head, offsets);
-  return {static_cast<const scalar_t*>(x.in) + (token_in + offsets[0]),
-          static_cast<scalar_t*>(x.out) + (token_out + offsets[1]), x.axis_size, x.in_axis_stride,
-          x.out_axis_stride};
+  return {address_of<kSize>(static_cast<const scalar_t*>(x.in), token_in + offsets[kHeadIn]),
+          address_of<kSize>(static_cast<scalar_t*>(x.out), token_out + offsets[kHeadOut]),
+          x.axis_size, x.in_axis_stride, x.out_axis_stride};
 }
 
 // Rows are the heads of q, then those of k. `token` holds the token's offset in each array.
-template <typename scalar_t, typename Index>
+template <typename scalar_t, int kSize, typename Index>
 C10_HOST_DEVICE inline Row<scalar_t, Index> find_row(const Operands<Index>& operands, Index q_rows,
                                                      Index row,
                                                      const Index (&token)[kTokenArrays]) {
-  return row < q_rows ? find_head<scalar_t>(operands.x[0], row, token[kIn], token[kOut])
-                      : find_head<scalar_t>(operands.x[1], static_cast<Index>(row - q_rows),
-                                            token[kIn + 2], token[kOut + 2]);
+  return row < q_rows ? find_head<scalar_t, kSize>(operands.x[0], row, token[kIn], token[kOut])
+                      : find_head<scalar_t, kSize>(operands.x[1], static_cast<Index>(row - q_rows),
+                                                   token[kIn + 2], token[kOut + 2]);
 }
 
 // ---- The column of a thread ----

@@ -41,6 +41,18 @@ void dispatch_dtype(c10::ScalarType dtype, const Run& run) {
   }
 }
 
+// Of launches that use vectors.
+template <typename Run>
+void dispatch_vector_dtype(c10::ScalarType dtype, const Run& run) {
+  dispatch_dtype(dtype, [&](auto scalar) {
+    if constexpr (std::is_same_v<decltype(scalar), double>) {
+      throw_unsupported_dtype(dtype);
+    } else {
+      run(scalar);
+    }
+  });
+}
+
 template <typename Run>
 void dispatch_bool(bool value, const Run& run) {
   value ? run(std::true_type{}) : run(std::false_type{});
@@ -49,17 +61,19 @@ void dispatch_bool(bool value, const Run& run) {
 // Calls run with the std::type_identity of a RotateThread or SumThread.
 template <template <typename, int, bool, typename, bool> typename Thread, typename Run>
 void dispatch_thread(const Launch& launch, const Plan& plan, const Run& run) {
-  dispatch_dtype(launch.dtype, [&](auto scalar) {
-    using scalar_t = decltype(scalar);
-    constexpr int kPairs = 16 / sizeof(scalar_t);
-    dispatch_bool(plan.index_is_64bit, [&](auto is_64bit) {
-      using Index = std::conditional_t<is_64bit, std::int64_t, std::int32_t>;
-      dispatch_bool(has_full_width(launch), [&](auto full_width) {
-        if (!plan.uses_vectors) {
-          return run(std::type_identity<Thread<scalar_t, 1, false, Index, full_width>>{});
-        }
+  dispatch_bool(plan.index_is_64bit, [&](auto is_64bit) {
+    using Index = std::conditional_t<is_64bit, std::int64_t, std::int32_t>;
+    dispatch_bool(has_full_width(launch), [&](auto full_width) {
+      if (!plan.uses_vectors) {
+        return dispatch_dtype(launch.dtype, [&](auto scalar) {
+          run(std::type_identity<Thread<decltype(scalar), 1, false, Index, full_width>>{});
+        });
+      }
+      dispatch_vector_dtype(launch.dtype, [&](auto scalar) {
+        using scalar_t = decltype(scalar);
         dispatch_bool(launch.interleaved, [&](auto interleaved) {
-          run(std::type_identity<Thread<scalar_t, kPairs, interleaved, Index, full_width>>{});
+          run(std::type_identity<
+              Thread<scalar_t, 16 / sizeof(scalar_t), interleaved, Index, full_width>>{});
         });
       });
     });
@@ -69,23 +83,19 @@ void dispatch_thread(const Launch& launch, const Plan& plan, const Run& run) {
 // Likewise of a RotateFewRowsThread.
 template <typename Run>
 void dispatch_few_rows_thread(const Launch& launch, const Run& run) {
-  dispatch_dtype(launch.dtype, [&](auto scalar) {
+  dispatch_vector_dtype(launch.dtype, [&](auto scalar) {
     using scalar_t = decltype(scalar);
-    if constexpr (std::is_same_v<scalar_t, double>) {
-      throw_unsupported_dtype(launch.dtype);
-    } else {
-      dispatch_bool(launch.interleaved, [&](auto interleaved) {
-        run(std::type_identity<
-            RotateFewRowsThread<scalar_t, 16 / sizeof(scalar_t), interleaved, std::int32_t>>{});
-      });
-    }
+    dispatch_bool(launch.interleaved, [&](auto interleaved) {
+      run(std::type_identity<
+          RotateFewRowsThread<scalar_t, 16 / sizeof(scalar_t), interleaved, std::int32_t>>{});
+    });
   });
 }
 
 // Likewise of a NormThread or NormGradientThread, for plans that are not wide.
 template <template <typename, int, bool, typename, bool> typename Thread, typename Run>
 void dispatch_norm_thread(const Launch& launch, const Run& run) {
-  dispatch_dtype(launch.dtype, [&](auto scalar) {
+  dispatch_vector_dtype(launch.dtype, [&](auto scalar) {
     using scalar_t = decltype(scalar);
     dispatch_bool(has_full_width(launch), [&](auto full_width) {
       dispatch_bool(launch.interleaved, [&](auto interleaved) {
@@ -99,16 +109,15 @@ void dispatch_norm_thread(const Launch& launch, const Run& run) {
 // Likewise of a WideNormThread or WideNormGradientThread.
 template <template <typename, int, bool, typename> typename Thread, typename Run>
 void dispatch_wide_norm_thread(const Launch& launch, const NormPlan& plan, const Run& run) {
-  dispatch_dtype(launch.dtype, [&](auto scalar) {
+  if (!plan.uses_vectors) {
+    return dispatch_dtype(launch.dtype, [&](auto scalar) {
+      run(std::type_identity<Thread<decltype(scalar), 1, false, std::int64_t>>{});
+    });
+  }
+  dispatch_vector_dtype(launch.dtype, [&](auto scalar) {
     using scalar_t = decltype(scalar);
-    if (!plan.uses_vectors) {
-      return run(std::type_identity<Thread<scalar_t, 1, false, std::int64_t>>{});
-    }
-    dispatch_bool(plan.index_is_64bit, [&](auto is_64bit) {
-      using Index = std::conditional_t<is_64bit, std::int64_t, std::int32_t>;
-      dispatch_bool(launch.interleaved, [&](auto interleaved) {
-        run(std::type_identity<Thread<scalar_t, 16 / sizeof(scalar_t), interleaved, Index>>{});
-      });
+    dispatch_bool(launch.interleaved, [&](auto interleaved) {
+      run(std::type_identity<Thread<scalar_t, 16 / sizeof(scalar_t), interleaved, std::int32_t>>{});
     });
   });
 }
@@ -156,7 +165,8 @@ DeviceLoops<Index, kArrays> device_loops(const Loops<kAllArrays>& from) {
 }
 
 template <typename Index, int kHeads = kRotatedHeadArrays, int kTokens = kTokenArrays>
-Operands<Index, kHeads, kTokens> device_operands(const Launch& launch) {
+Operands<Index, kHeads, kTokens> device_operands(const Launch& launch, const Plan& plan) {
+  const std::int64_t unit = offset_unit(launch, plan.uses_vectors);
   Operands<Index, kHeads, kTokens> operands{};
   for (int i = 0; i < launch.num_operands; ++i) {
     const Operand& x = launch.operands[i];
@@ -168,9 +178,9 @@ Operands<Index, kHeads, kTokens> device_operands(const Launch& launch) {
                      static_cast<Index>(size),
                      static_cast<Index>(x.in_axis_stride),
                      static_cast<Index>(x.out_axis_stride),
-                     device_loops<Index, kHeads>(x.heads)};
+                     device_loops<Index, kHeads>(in_units<HeadArray>(x.heads, unit))};
   }
-  operands.tokens = device_loops<Index, kTokens>(launch.tokens);
+  operands.tokens = device_loops<Index, kTokens>(in_units<TokenArray>(launch.tokens, unit));
   operands.num_pairs = static_cast<Index>(launch.num_pairs);
   operands.rotary_offset = static_cast<Index>(launch.rotary_offset);
   operands.interleaved = launch.interleaved;
@@ -201,7 +211,7 @@ inline AngleParams angle_params(const Launch& launch, const void* frequencies) {
 
 template <typename Index>
 RotateParams<Index> rotate_params(const Launch& launch, const Plan& plan, const void* frequencies) {
-  return {device_blocks<Index>(plan.blocks), device_operands<Index>(launch),
+  return {device_blocks<Index>(plan.blocks), device_operands<Index>(launch, plan),
           angle_params(launch, frequencies)};
 }
 
@@ -209,7 +219,7 @@ template <typename Index>
 SumParams<Index> sum_params(const Launch& launch, const Plan& plan, const Sums& sums) {
   SumParams<Index> params{};
   params.blocks = device_blocks<Index>(plan.blocks);
-  params.operands = device_operands<Index>(launch);
+  params.operands = device_operands<Index>(launch, plan);
   params.sums = sums;
   set_options(launch, params);
   return params;
@@ -242,7 +252,7 @@ template <typename Index>
 WideNormParams<Index> wide_norm_params(const Launch& launch, const NormPlan& plan,
                                        const void* frequencies) {
   return {device_blocks<Index>(plan.blocks), plan.wide,
-          device_operands<Index, kHeadArrays, kAllTokenArrays>(launch),
+          device_operands<Index, kHeadArrays, kAllTokenArrays>(launch, plan),
           angle_params(launch, frequencies), norm_params(launch)};
 }
 
@@ -265,7 +275,7 @@ inline UsualNormGradientParams<std::int32_t> usual_norm_gradient_params(
           {plan.token_lanes[0], plan.token_lanes[1]},
           {plan.token_steps[0], plan.token_steps[1]},
           static_cast<std::int32_t>(plan.grid_x),
-          device_operands<std::int32_t, kHeadGrad + 1, kAllTokenArrays>(launch),
+          device_operands<std::int32_t, kHeadGrad + 1, kAllTokenArrays>(launch, plan),
           angle_params(launch, frequencies),
           norm_params(launch),
           norm_gradient_params(launch, sums)};

@@ -264,19 +264,19 @@ class NormGradientThread {
 
   C10_HOST_DEVICE void load(Index first, const Index (&token)[kAllTokenArrays]) {
     const auto& [q, k] = params_.operands.x;
-    const auto* in =
-        static_cast<const scalar_t*>(is_q_ ? q.in : k.in) + (is_q_ ? token[kIn] : token[kIn + 2]);
-    const auto* grad = static_cast<const scalar_t*>(is_q_ ? params_.gradient.grads[0]
-                                                          : params_.gradient.grads[1]) +
-                       (is_q_ ? token[kGrad] : token[kGrad + 1]);
+    const auto* in = static_cast<const scalar_t*>(is_q_ ? q.in : k.in);
+    const auto* grad =
+        static_cast<const scalar_t*>(is_q_ ? params_.gradient.grads[0] : params_.gradient.grads[1]);
+    const Index token_in = is_q_ ? token[kIn] : token[kIn + 2];
+    const Index token_grad = is_q_ ? token[kGrad] : token[kGrad + 1];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const Index row = row_at(first, i);
       if (row < end_row_) {
         Index head[kHeadGrad + 1];
         find_head(row, head);
-        column_.load(in + head[kHeadIn], size(), 1, x_[i]);
-        column_.load(grad + head[kHeadGrad], size(), 1, grad_[i]);
+        column_.load(address_of<kPairs>(in, token_in + head[kHeadIn]), size(), 1, x_[i]);
+        column_.load(address_of<kPairs>(grad, token_grad + head[kHeadGrad]), size(), 1, grad_[i]);
       }
     }
   }
@@ -293,8 +293,8 @@ class NormGradientThread {
     if (out != nullptr) {
       Index head[kHeadGrad + 1];
       find_head(row, head);
-      column_.store(out + (is_q_ ? token[kOut] : token[kOut + 2]) + head[kHeadOut], size(), 1,
-                    gradient);
+      const Index token_out = is_q_ ? token[kOut] : token[kOut + 2];
+      column_.store(address_of<kPairs>(out, token_out + head[kHeadOut]), size(), 1, gradient);
     }
   }
 
@@ -518,9 +518,9 @@ class WideNormGradientThread : public WideThread<scalar_t, (kSize > 1), kInterle
     auto* out = static_cast<scalar_t*>(is_q ? q.out : k.out);
     const auto* grad = static_cast<const scalar_t*>(is_q ? gradient.grads[0] : gradient.grads[1]);
     return {
-        in + this->token_in_ + head[kHeadIn],
-        out == nullptr ? nullptr : out + this->token_out_ + head[kHeadOut],
-        grad + this->token_grad_ + head[kHeadGrad],
+        address_of<kSize>(in, this->token_in_ + head[kHeadIn]),
+        out == nullptr ? nullptr : address_of<kSize>(out, this->token_out_ + head[kHeadOut]),
+        address_of<kSize>(grad, this->token_grad_ + head[kHeadGrad]),
         this->axis_size(),
         is_q ? q.in_axis_stride : k.in_axis_stride,
         is_q ? q.out_axis_stride : k.out_axis_stride,

@@ -124,7 +124,7 @@ class NormThread {
 #else
   static constexpr int kUsualBlocks = 4;
 #endif
-  static constexpr int kBlocksPerSm = sizeof(Real) == 4 && !kFullWidth ? kUsualBlocks : 2;
+  static constexpr int kBlocksPerSm = kFullWidth ? 2 : kUsualBlocks;
   static constexpr int kRows = rows_in_flight(true);
 
   static std::int64_t shared_elements(const Blocks<std::int64_t>& blocks) {
@@ -216,7 +216,8 @@ class NormThread {
           }
           finish_chunk();
         }
-        const auto found = find_row<scalar_t>(params_.operands, params_.blocks.q_rows, at, token);
+        const auto found =
+            find_row<scalar_t, kPairs>(params_.operands, params_.blocks.q_rows, at, token);
         of_row.store(found.out, found.size, 1, result);
       }
     }
@@ -259,7 +260,8 @@ class NormThread {
     for (int i = 0; i < kRows; ++i) {
       const Index row = row_at(first, i);
       if (row < tile_.end_row) {
-        const auto found = find_row<scalar_t>(params_.operands, params_.blocks.q_rows, row, token);
+        const auto found =
+            find_row<scalar_t, kPairs>(params_.operands, params_.blocks.q_rows, row, token);
         of_rows.load(found.in, found.size, 1, vectors_[i]);
       }
     }
@@ -402,10 +404,11 @@ class WideNormThread : public WideThread<scalar_t, (kSize > 1), kInterleaved, In
     const bool is_q = this->is_q_;
     const auto* in = static_cast<const scalar_t*>(is_q ? q.in : k.in);
     auto* out = static_cast<scalar_t*>(is_q ? q.out : k.out);
-    return {{in + this->token_in_ + head[kHeadIn], out + this->token_out_ + head[kHeadOut],
-             this->axis_size(), is_q ? q.in_axis_stride : k.in_axis_stride,
-             is_q ? q.out_axis_stride : k.out_axis_stride},
-            this->token_weight_ + head[kHeadWeight]};
+    return {
+        {address_of<kSize>(in, this->token_in_ + head[kHeadIn]),
+         address_of<kSize>(out, this->token_out_ + head[kHeadOut]), this->axis_size(),
+         is_q ? q.in_axis_stride : k.in_axis_stride, is_q ? q.out_axis_stride : k.out_axis_stride},
+        this->token_weight_ + head[kHeadWeight]};
   }
 
   // What is normalized of some pairs: rotated if the norm is last.

@@ -20,7 +20,7 @@ struct NormPlan : Plan {
 };
 
 // For tests, which compare the kernels.
-enum class NormKernels : int { kAll, kWide, kWideWith64BitIndex };
+enum class NormKernels : int { kAll, kWide, kWideByElements };
 
 inline NormPlan make_norm_plan(const Launch& launch, NormKernels allowed = NormKernels::kAll);
 
@@ -161,8 +161,10 @@ inline NormPlan make_wide_plan(const Launch& launch, NormKernels allowed) {
   Blocks<std::int64_t>& blocks = plan.blocks;
   WideBlocks& wide = plan.wide;
   plan.is_wide = true;
-  plan.index_is_64bit = !plan.uses_vectors || needs_64bit_index(launch, plan) ||
-                        allowed == NormKernels::kWideWith64BitIndex;
+  if (allowed == NormKernels::kWideByElements || needs_64bit_index(launch, plan)) {
+    plan.uses_vectors = false;
+  }
+  plan.index_is_64bit = !plan.uses_vectors;
   for (int i = 0; i < launch.num_operands; ++i) {
     const Operand& x = launch.operands[i];
     wide.members[i] = x.norm.num_members;

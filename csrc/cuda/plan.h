@@ -22,12 +22,14 @@ namespace rope::cuda {
 //
 // make_rotate_plan and make_sum_plan choose, in this order:
 //
-//   vectors  16 bytes at a time where every row is aligned, else single elements
+//   vectors  16 bytes at a time where every row is aligned, else single elements; of float64
+//            always elements, as a vector has no more than two
 //   lanes    which of columns, tokens and rows threadIdx.x counts: the contiguous one
 //   groups   how many blocks the rows of a token, and the columns of a row, are divided among:
 //            more where there are few tokens
 //   block    how many columns, row lanes and tokens the threads of a block cover
-//   indices  32 bits where they suffice, else 64
+//   indices  32 bits where they suffice, else 64; offsets of rows count vectors where those are
+//            used, so that 32 bits reach 32 GiB
 //
 // For rotations of a few rows, use_few_rows then replaces the blocks by those of
 // RotateFewRowsThread. Nothing depends on the device: results of few tokens would then differ
@@ -131,6 +133,9 @@ inline Plan make_sum_plan(const Launch& launch) {
 // Whether every row begins at a multiple of 16 bytes, and the rotated slice and, with_others, the
 // elements outside it are whole vectors.
 inline bool can_use_vectors(const Launch& launch, bool with_others) {
+  if (launch.dtype == c10::ScalarType::Double) {
+    return false;
+  }
   const std::int64_t size = vector_elements(launch.dtype);
   bool aligned = launch.num_pairs % size == 0 && launch.rotary_offset % size == 0;
   for (int i = 0; i < launch.num_operands; ++i) {
@@ -309,7 +314,7 @@ inline int balance_lanes(std::int64_t rows, std::int64_t rows_at_once, std::int6
 inline void use_few_rows(const Launch& launch, std::int64_t few_rows, Plan& plan) {
   Blocks<std::int64_t>& blocks = plan.blocks;
   const AngleSource source = angle_source(launch);
-  if (!plan.uses_vectors || plan.index_is_64bit || launch.dtype == c10::ScalarType::Double ||
+  if (!plan.uses_vectors || plan.index_is_64bit ||
       !(source == AngleSource::kTurns || source == AngleSource::kFloat32) ||
       blocks.rows > few_rows || blocks.column_groups.divisor > 1) {
     return;
@@ -330,7 +335,31 @@ inline void use_few_rows(const Launch& launch, std::int64_t few_rows, Plan& plan
 
 // ---- Indices ----
 
-// The largest offset of any array, in elements.
+// What a kernel's offsets count: elements in arrays of weights and angles, and in operands vectors
+// of so many elements.
+inline std::int64_t offset_unit(const Launch& launch, bool uses_vectors) {
+  return uses_vectors ? vector_elements(launch.dtype) : 1;
+}
+
+inline bool is_of_operand(HeadArray array) {
+  return array == kHeadIn || array == kHeadOut || array == kHeadGrad;
+}
+
+inline bool is_of_operand(TokenArray array) { return array >= kIn && array < kGain; }
+
+// The loops with strides that count units. Strides of operands are multiples of the unit.
+template <typename Array, int kArrays>
+Loops<kArrays> in_units(Loops<kArrays> loops, std::int64_t unit) {
+  for (int array = 0; array < kArrays; ++array) {
+    if (is_of_operand(static_cast<Array>(array))) {
+      for (int d = 0; d < loops.num_dims; ++d) {
+        loops.strides[array][d] /= unit;
+      }
+    }
+  }
+  return loops;
+}
+
 template <int kArrays>
 std::int64_t largest_offset(const Loops<kArrays>& loops) {
   std::int64_t largest = 0;
@@ -344,14 +373,16 @@ std::int64_t largest_offset(const Loops<kArrays>& loops) {
   return largest;
 }
 
-inline std::int64_t largest_offset(const Launch& launch) {
+// Of any array, and within rows.
+inline std::int64_t largest_offset(const Launch& launch, std::int64_t unit) {
+  const std::int64_t of_tokens = largest_offset(in_units<TokenArray>(launch.tokens, unit));
   std::int64_t largest = 0;
   for (int i = 0; i < launch.num_operands; ++i) {
     const Operand& x = launch.operands[i];
     const std::int64_t along_axis =
         (x.axis_size - 1) * std::max({x.in_axis_stride, x.out_axis_stride, std::int64_t{1}});
-    largest =
-        std::max(largest, largest_offset(launch.tokens) + largest_offset(x.heads) + along_axis);
+    largest = std::max(
+        {largest, along_axis, of_tokens + largest_offset(in_units<HeadArray>(x.heads, unit))});
   }
   return largest;
 }
@@ -364,11 +395,11 @@ inline bool needs_64bit_index(const Launch& launch, const Plan& plan) {
   // Counters exceed the last element by up to a block.
   constexpr std::int64_t kMaxCount = std::numeric_limits<std::int32_t>::max() - (1 << 16);
   const Blocks<std::int64_t>& blocks = plan.blocks;
-  const std::int64_t pairs_per_column = plan.uses_vectors ? vector_elements(launch.dtype) : 1;
-  const std::int64_t count = std::max(
-      {blocks.tokens, blocks.rows + blocks.rows_per_block, 2 * blocks.columns * pairs_per_column});
+  const std::int64_t unit = offset_unit(launch, plan.uses_vectors);
+  const std::int64_t count =
+      std::max({blocks.tokens, blocks.rows + blocks.rows_per_block, 2 * blocks.columns * unit});
   return !few_dims || count > kMaxCount ||
-         largest_offset(launch) > std::numeric_limits<std::int32_t>::max();
+         largest_offset(launch, unit) > std::numeric_limits<std::int32_t>::max();
 }
 
 }  // namespace rope::cuda

@@ -134,7 +134,8 @@ class RotateThread {
     for (int i = 0; i < kRows; ++i) {
       const Index row = row_at(first, i);
       if (row < tile_.end_row) {
-        rows_.load(i, find_row<scalar_t>(params_.operands, params_.blocks.q_rows, row, token_),
+        rows_.load(i,
+                   find_row<scalar_t, kPairs>(params_.operands, params_.blocks.q_rows, row, token_),
                    column_);
       }
     }
@@ -240,8 +241,9 @@ class RotateFewRowsThread {
   C10_HOST_DEVICE void load(Index row) {
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
-      rows_.load(t, find_row<scalar_t>(params_.operands, params_.blocks.q_rows, row, tokens_[t]),
-                 column_);
+      rows_.load(
+          t, find_row<scalar_t, kPairs>(params_.operands, params_.blocks.q_rows, row, tokens_[t]),
+          column_);
     }
   }
 

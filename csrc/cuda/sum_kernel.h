@@ -68,8 +68,9 @@ class SumThread {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         if (first + i * lanes < tile_.end_row) {
-          const auto row = find_row<scalar_t>(params_.operands, params_.blocks.q_rows,
-                                              static_cast<Index>(first + i * lanes), token_);
+          const auto row =
+              find_row<scalar_t, kPairs>(params_.operands, params_.blocks.q_rows,
+                                         static_cast<Index>(first + i * lanes), token_);
 #pragma unroll
           for (int v = 0; v < 2; ++v) {
             gradients[i][v] = column.load(row.in, row.in_stride, v);

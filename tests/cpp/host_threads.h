@@ -2,6 +2,7 @@
 #pragma once
 
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <cmath>
@@ -156,6 +157,30 @@ inline at::Tensor strided_values(at::IntArrayRef sizes, at::IntArrayRef strides,
   }
   return reference::random_values({reach + 2 * kGuard}, dtype)
       .as_strided(sizes, strides, kGuard + offset);
+}
+
+// Memory that takes up no space until it is written.
+inline at::Tensor sparse_memory(at::IntArrayRef sizes, at::ScalarType dtype) {
+  const std::size_t bytes = c10::multiply_integers(sizes) * c10::elementSize(dtype);
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) {
+    return {};
+  }
+  return at::from_blob(memory, sizes, [=](void* begin) { munmap(begin, bytes); }, at::dtype(dtype));
+}
+
+// A copy whose outermost stride 32 bits cannot count in elements, only in vectors.
+inline at::Tensor far_apart(const at::Tensor& x) {
+  constexpr std::int64_t kStride = std::int64_t{3} << 31;
+  const at::Tensor memory =
+      sparse_memory({(x.size(0) - 1) * kStride + x[0].numel()}, x.scalar_type());
+  if (!memory.defined()) {
+    return memory;
+  }
+  std::vector<std::int64_t> strides = x.contiguous().strides().vec();
+  strides[0] = kStride;
+  return memory.as_strided(x.sizes(), strides).copy_(x);
 }
 
 template <typename Run>

@@ -150,8 +150,8 @@ void expect_right(const Call& call) {
   expect_same_bits(normalized(call, {{.last_thread_first = true}}), outputs,
                    "the last thread first");
   expect_same_bits(normalized(call, {{}, NormKernels::kWide}), outputs, "as a wide norm");
-  expect_same_bits(normalized(call, {{}, NormKernels::kWideWith64BitIndex}), outputs,
-                   "as a wide norm with 64-bit indices");
+  expect_same_bits(normalized(call, {{}, NormKernels::kWideByElements}), outputs,
+                   "as a wide norm, element by element");
   const std::int64_t axis = call.options.embedding_axis;
   const auto q_layouts = host::other_layouts(call.q, axis);
   for (std::size_t i = 0; i < q_layouts.size(); ++i) {
@@ -186,7 +186,7 @@ TEST(CudaNorm, NormalizesEveryDtypeInEveryForm) {
         const at::Tensor x = random_values({2, 5, 3, 64}, dtype);
         expect_right(call.on(x));
         expect_right(call.weighted(weight_of(x, dtype)).on(x));
-        EXPECT_FALSE(plan(call.on(x)).is_wide);
+        EXPECT_EQ(plan(call.on(x)).is_wide, dtype == at::kDouble);
       }
     });
   });
@@ -524,13 +524,42 @@ TEST(CudaNorm, StaysWithinTheGridUpTo2To33Elements) {
           EXPECT_LE(each->grid_y, 65535);
           EXPECT_LE(each->block_z, 64);
           EXPECT_LE(each->block_x * each->block_y * each->block_z, 512);
-          EXPECT_EQ(each->index_is_64bit, x.numel() > std::int64_t{1} << 31 || !each->uses_vectors);
+          EXPECT_EQ(each->index_is_64bit, !each->uses_vectors);
         }
         EXPECT_LE(gradient.num_parts, std::int64_t{1} << 20);
       });
       EXPECT_EQ(launches, 1);
     }
   }
+}
+
+// The norm of each row, and that of all rows of a token.
+TEST(CudaNorm, ReachesTokensThatAreBillionsOfElementsApart) {
+  const at::Tensor x = random_values({2, 3, 64}, at::kBFloat16);
+  const at::Tensor far = host::far_apart(x);
+  if (!far.defined()) {
+    GTEST_SKIP() << "not enough addresses here";
+  }
+  for (const std::vector<std::int64_t>& axes :
+       std::vector<std::vector<std::int64_t>>{{-1}, {-2, -1}}) {
+    const Call call = norm_apply(random_positions({2, 1}), {.norm_axes = axes});
+    EXPECT_EQ(plan(call.on(far)).is_wide, axes.size() == 2);
+    EXPECT_TRUE(plan(call.on(far)).uses_vectors);
+    const Outputs wanted = normalized(call.on(x));
+    expect_same_bits(normalized(call.on(far)), wanted, "from afar");
+    run(host::in_place(call.on(far)), {far, {}});
+    expect_same_bits({far, {}}, wanted, "in place");
+    far.copy_(x);
+  }
+}
+
+TEST(CudaNorm, HasTheUsualKernelBeyond2To31Elements) {
+  const at::Tensor x = fake({1 << 20, 40, 128});
+  const Call call = norm_apply(at::arange(2).slice(0, 0, 1).expand({1 << 20, 1}));
+  rope::for_each_launch(call.on(x), {x, {}}, [](const Launch& launch) {
+    EXPECT_FALSE(rope::cuda::make_norm_plan(launch).is_wide);
+    EXPECT_FALSE(rope::cuda::make_norm_gradient_plan(launch).is_wide);
+  });
 }
 
 TEST(CudaNorm, IsRightForRandomCalls) {

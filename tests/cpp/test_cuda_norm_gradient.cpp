@@ -252,7 +252,7 @@ void expect_right(const Arguments& arguments) {
   }
   expect_same_bits(gradients(arguments, {{.last_thread_first = true}}), result,
                    "the last thread first");
-  for (const NormKernels kernels : {NormKernels::kWide, NormKernels::kWideWith64BitIndex}) {
+  for (const NormKernels kernels : {NormKernels::kWide, NormKernels::kWideByElements}) {
     const NormGradients wide = gradients(arguments, {{}, kernels});
     expect_same_bits(wide, result, "as a wide norm", /*with_weights=*/false);
     expect_gradients(arguments, wide, "as a wide norm");
@@ -294,7 +294,7 @@ TEST(CudaNormGradient, IsRightForEveryDtypeInEveryForm) {
         const at::Tensor x = random_values({2, 5, 3, 64}, dtype);
         expect_right(of(call.on(x)));
         expect_right(of(call.weighted(weight_of(x, dtype)).on(x)));
-        EXPECT_FALSE(plans(of(call.on(x))).at(0).is_wide);
+        EXPECT_EQ(plans(of(call.on(x))).at(0).is_wide, dtype == at::kDouble);
       }
     });
   });
@@ -477,6 +477,24 @@ TEST(CudaNormGradient, HasSharedMemoryWithoutAsking) {
       }
     }
   });
+}
+
+TEST(CudaNormGradient, ReachesTokensThatAreBillionsOfElementsApart) {
+  const at::Tensor x = random_values({2, 3, 64}, at::kBFloat16);
+  const at::Tensor grad = gradient_for(x);
+  const at::Tensor far_x = host::far_apart(x);
+  const at::Tensor far_grad = host::far_apart(grad);
+  if (!far_x.defined() || !far_grad.defined()) {
+    GTEST_SKIP() << "not enough addresses here";
+  }
+  for (const std::vector<std::int64_t>& axes :
+       std::vector<std::vector<std::int64_t>>{{-1}, {-2, -1}}) {
+    const Call call = norm_apply(random_positions({2, 1}), {.norm_axes = axes})
+                          .weighted(random_values({64}, at::kFloat));
+    const NormGradients wanted = gradients({call.on(x), grad});
+    expect_same_bits(gradients({call.on(far_x), grad}), wanted, "x from afar");
+    expect_same_bits(gradients({call.on(x), far_grad}), wanted, "the gradient from afar");
+  }
 }
 
 TEST(CudaNormGradient, IsRightForRandomCalls) {

@@ -21,6 +21,9 @@ constexpr std::int64_t kKey = std::int64_t{1} << 39;
 constexpr std::int64_t kOutput = std::int64_t{1} << 41;
 constexpr std::int64_t kPositions = std::int64_t{1} << 42;
 
+// Those that are accessed by vectors.
+constexpr at::ScalarType kVectorDtypes[] = {at::kFloat, at::kHalf, at::kBFloat16};
+
 // A tensor without memory.
 at::Tensor fake(at::IntArrayRef sizes, at::ScalarType dtype = at::kBFloat16,
                 std::int64_t address = kInput, at::OptionalIntArrayRef strides = std::nullopt) {
@@ -91,7 +94,7 @@ TEST(CudaPlan, HasTheBlocksThatWereMeasured) {
 }
 
 TEST(CudaPlan, UsesVectorsWhereEveryRowIsAligned) {
-  for (const at::ScalarType dtype : reference::kFloatDtypes) {
+  for (const at::ScalarType dtype : kVectorDtypes) {
     const std::int64_t vector = rope::cuda::vector_elements(dtype);
     for (const bool interleaved : {false, true}) {
       SCOPED_TRACE(c10::str("dtype = ", dtype, ", interleaved = ", interleaved));
@@ -107,8 +110,15 @@ TEST(CudaPlan, UsesVectorsWhereEveryRowIsAligned) {
   }
 }
 
+TEST(CudaPlan, UsesSingleElementsForFloat64) {
+  const at::Tensor table = fake({5, 1, 32}, at::kDouble);
+  const at::Tensor x = fake({5, 3, 64}, at::kDouble);
+  EXPECT_FALSE(plan(by_tokens(5).on(x)).uses_vectors);
+  EXPECT_FALSE(plan(host::apply_cos_sin(table, table).on(x)).uses_vectors);
+}
+
 TEST(CudaPlan, UsesSingleElementsWhereSomeRowIsNotAligned) {
-  for (const at::ScalarType dtype : reference::kFloatDtypes) {
+  for (const at::ScalarType dtype : kVectorDtypes) {
     const std::int64_t vector = rope::cuda::vector_elements(dtype);
     const auto bytes = static_cast<std::int64_t>(c10::elementSize(dtype));
     for (const bool interleaved : {false, true}) {
@@ -306,11 +316,17 @@ TEST(CudaPlan, CountsIn64BitsExactlyWhereSomeOffsetNeedsThem) {
   const auto index_is_64bit = [&](std::int64_t stride, at::ScalarType dtype) {
     return plan(call.on(fake({2, 3, 64}, dtype, kInput, {{stride, 64, 1}}))).index_is_64bit;
   };
-  // The last element is at the stride, two heads and 63 more.
-  EXPECT_FALSE(index_is_64bit(2 * kGiga - 1 - 191, at::kFloat));
-  EXPECT_TRUE(index_is_64bit(2 * kGiga - 191, at::kFloat));
+  // Of single elements, the last row is at the stride and two heads.
+  EXPECT_FALSE(index_is_64bit(2 * kGiga - 1 - 128, at::kDouble));
+  EXPECT_TRUE(index_is_64bit(2 * kGiga - 128, at::kDouble));
+  EXPECT_FALSE(index_is_64bit(2 * kGiga - 1 - 128, at::kFloat));
   EXPECT_FALSE(plan(by_tokens(1 << 16).on(fake({1 << 16, 255, 128}))).index_is_64bit);
-  EXPECT_TRUE(plan(by_tokens(1 << 16).on(fake({1 << 16, 257, 128}))).index_is_64bit);
+  EXPECT_FALSE(plan(by_tokens(1 << 16).on(fake({1 << 16, 257, 128}))).index_is_64bit);
+  // Of vectors: 4 of float32, 8 of bfloat16.
+  EXPECT_FALSE(index_is_64bit(8 * kGiga - 4 - 128, at::kFloat));
+  EXPECT_TRUE(index_is_64bit(8 * kGiga - 128, at::kFloat));
+  EXPECT_FALSE(index_is_64bit(16 * kGiga - 8 - 128, at::kBFloat16));
+  EXPECT_TRUE(index_is_64bit(16 * kGiga - 128, at::kBFloat16));
 }
 
 TEST(CudaPlan, CountsIn64BitsWherePositionsOrTablesNeedThem) {
@@ -328,7 +344,7 @@ TEST(CudaPlan, CountsIn64BitsWherePositionsOrTablesNeedThem) {
 
 TEST(CudaPlan, CountsIn64BitsWhereKNeedsThem) {
   const at::Tensor q = fake({2, 3, 64});
-  const at::Tensor k = fake({2, 3, 64}, at::kBFloat16, kInput, {{2 * kGiga, 64, 1}});
+  const at::Tensor k = fake({2, 3, 64}, at::kBFloat16, kInput, {{16 * kGiga, 64, 1}});
   EXPECT_TRUE(plan(by_tokens(2).on(q, k)).index_is_64bit);
 }
 
@@ -478,7 +494,7 @@ TEST(CudaSumPlan, CutsRowsIntoGroupsOnlyWhereTokensAreFew) {
 }
 
 TEST(CudaSumPlan, UsesVectorsWhereXAndItsGradientAreAligned) {
-  for (const at::ScalarType dtype : reference::kFloatDtypes) {
+  for (const at::ScalarType dtype : kVectorDtypes) {
     const std::int64_t vector = rope::cuda::vector_elements(dtype);
     const auto bytes = static_cast<std::int64_t>(c10::elementSize(dtype));
     const std::vector<std::int64_t> sizes = {5, 3, 8 * vector};
@@ -506,8 +522,9 @@ TEST(CudaSumPlan, CountsIn64BitsExactlyWhereSomeOffsetNeedsThem) {
     EXPECT_EQ(sum_plan(far, near, {32}).index_is_64bit, of_x);
     return of_x;
   };
-  EXPECT_FALSE(index_is_64bit(2 * kGiga - 1 - 191));
-  EXPECT_TRUE(index_is_64bit(2 * kGiga - 191));
+  // In vectors of 8: the last row is at the stride and two heads.
+  EXPECT_FALSE(index_is_64bit(16 * kGiga - 8 - 128));
+  EXPECT_TRUE(index_is_64bit(16 * kGiga - 128));
   // Too many rows, or sums, for 32 bits.
   const std::vector<std::int64_t> sizes = {2 * kGiga, 2};
   const at::Tensor still = fake(sizes, at::kBFloat16, kInput, {{0, 1}});
