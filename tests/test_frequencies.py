@@ -12,6 +12,9 @@ from mpmath import mp, mpf
 from reference import assert_same_bits
 from torch import Tensor
 from torch.library import opcheck
+
+pytest.importorskip("transformers")
+
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
