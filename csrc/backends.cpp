@@ -102,8 +102,7 @@ void check_has_kernels(const std::string& name, const at::Tensor& x) {
       x.device(),
       ". For the kernels, build where torch is a CUDA build and nvcc is there, from the CUDA "
       "toolkit or ",
-      "the pip packages cuda-toolkit[cccl,crt,nvcc,nvvm]: ROPE_CUDA=1 pip install "
-      "--no-build-isolation .");
+      "the pip packages cuda-toolkit[cccl,crt,nvcc,nvvm]: ROPE_CUDA=1 pip install .");
 }
 
 // Norms with more angles than a block has room for are a norm and a rotation too.

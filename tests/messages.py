@@ -143,20 +143,38 @@ def messages_of_python(source: str) -> Iterator[Message]:
                 yield Message(text, call.func.id)
 
 
+def assign(statements: list[ast.stmt], line: int, values: dict[str, list[ast.expr]]) -> None:
+    """Updates what names may hold at a line by the statements before it."""
+    for statement in statements:
+        if statement.lineno >= line:
+            return
+        if isinstance(statement, ast.Assign):
+            for target in statement.targets:
+                if isinstance(target, ast.Name):
+                    values[target.id] = [statement.value]
+        elif isinstance(statement, ast.If):
+            branches = [statement.body, statement.orelse]
+            around = [b for b in branches if b and b[0].lineno <= line <= (b[-1].end_lineno or 0)]
+            ends = (ast.Raise, ast.Return, ast.Continue, ast.Break)
+            outcomes = []
+            for branch in around or [b for b in branches if not (b and isinstance(b[-1], ends))]:
+                outcomes.append(dict(values))
+                assign(branch, line, outcomes[-1])
+            for name in {name for outcome in outcomes for name in outcome}:
+                held = [value for outcome in outcomes for value in outcome.get(name, [])]
+                values[name] = list({id(value): value for value in held}.values())
+        else:
+            for inner in ("body", "handlers", "orelse", "finalbody"):
+                assign(getattr(statement, inner, []), line, values)
+
+
 class Python:
     """The text of expressions at a line of a Python function."""
 
     def __init__(self, function: ast.AST, line: int) -> None:
-        """Collects what the names of the function were last assigned before the line."""
-        assignments = [
-            node
-            for node in ast.walk(function)
-            if isinstance(node, ast.Assign) and node.lineno < line
-        ]
-        self.values: dict[str, ast.expr] = {}
-        for node in sorted(assignments, key=lambda node: node.lineno):
-            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
-            self.values.update(dict.fromkeys(names, node.value))
+        """Collects what the names of the function may hold at the line."""
+        self.values: dict[str, list[ast.expr]] = {}
+        assign(getattr(function, "body", []), line, self.values)
 
     def of(self, node: ast.expr) -> list[str]:
         """Returns the alternatives for the text of an expression."""
@@ -173,7 +191,8 @@ class Python:
                 texts = [*self.of(body), *self.of(orelse)]
                 return texts if all(text.strip(VARYING) for text in texts) else [VARYING]
             case ast.Name(id=name) if name in self.values:
-                return self.of(self.values.pop(name))
+                values = self.values.pop(name)  # One may be made from another of that name.
+                return [text for value in values for text in self.of(value)]
             case ast.Call(func=ast.Name(id="message"), args=[_, argument, rule, got]):
                 return self.of_message(argument, rule, got)
             case ast.Call(func=ast.Attribute(attr="error"), args=[argument, rule, got]):

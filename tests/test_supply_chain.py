@@ -20,7 +20,7 @@ BACKEND = (ROOT / "tools" / "build_backend.py").read_text()
 # torch_rope and all its modules are imported. torch and what the integrations import come before.
 PROGRAM = """
 import importlib, os, pkgutil, sys
-import torch, torch.distributed.tensor, torch.nn.attention
+import torch, torch._dynamo, torch.distributed.tensor, torch.nn.attention
 try:
     import transformers.integrations.hub_kernels, transformers.modeling_utils
 except ImportError:

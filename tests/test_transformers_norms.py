@@ -846,15 +846,17 @@ def qwen3() -> Subject:
     return next(tiny_transformers.subjects(module, {"apply_rotary_pos_emb"}))
 
 
-def test_a_patch_restores_the_forward() -> None:
+@pytest.mark.parametrize("norms", [True, False])
+def test_a_patch_restores_the_forward(norms: bool) -> None:
     original = modeling_qwen3.Qwen3Attention.forward
     with patch(modeling_qwen3) as done:
         name = f"{modeling_qwen3.__name__}.Qwen3Attention"
         assert done.fused == [name]
         ours = modeling_qwen3.Qwen3Attention.forward
         assert ours is not original
-        with patch(modeling_qwen3) as inner:
+        with patch(modeling_qwen3, norms=norms) as inner:
             assert inner.fused == []
+            assert inner.already == [f"{modeling_qwen3.__name__}.apply_rotary_pos_emb", name]
         assert modeling_qwen3.Qwen3Attention.forward is ours
     assert modeling_qwen3.Qwen3Attention.forward is original
     patch(qwen3().model)

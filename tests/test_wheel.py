@@ -178,7 +178,7 @@ def test_another_torch_than_the_library_was_built_for_is_named(version: str) -> 
     completed = import_with(f"torch.__version__ = {version!r}")
     error = completed.stderr.splitlines()[-1]
     assert f"but torch {version} is installed" in error
-    assert "pip install --no-build-isolation " in error
+    assert "pip install " in error
     if THIN == PREFIX:
         built_for = (THIN / "share" / "rope" / "built_for").read_text().split()[1]
         assert error.startswith(f"ImportError: torch_rope was built for torch {built_for}")

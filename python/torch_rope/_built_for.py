@@ -28,7 +28,7 @@ def find_libraries() -> Path | None:
         raise ImportError(
             f"this torch_rope has libraries for torch {', '.join(versions)}, but torch "
             f"{torch.__version__} is installed: install one of these, or build torch_rope for it "
-            "with pip install --no-build-isolation --no-binary torch-rope torch-rope"
+            "with pip install --force-reinstall --no-deps --no-binary torch-rope torch-rope"
         )
     try:
         built_for = FILE.read_text().split()[1]  # "torch 2.15.0"
@@ -37,7 +37,7 @@ def find_libraries() -> Path | None:
     if built_for.split(".")[:2] != [major, minor]:
         raise ImportError(
             f"torch_rope was built for torch {built_for}, but torch {torch.__version__} is "
-            "installed. Build it again, in the folder of its sources: pip install "
-            f"--no-build-isolation . (or install torch {'.'.join(built_for.split('.')[:2])})"
+            "installed. Build it again, in the folder of its sources: pip install . "
+            f"(or install torch {'.'.join(built_for.split('.')[:2])})"
         )
     return None

@@ -214,7 +214,7 @@ def norm_apply_(
         norm_last: Whether to normalize after the rotation instead of before it.
 
     Returns:
-        ``x``, normalized and rotated.
+        ``x``, normalized and rotated. In TorchScript nothing.
 
     Raises:
         ValueError, TypeError, IndexError, NotImplementedError: In the cases listed for
@@ -410,7 +410,7 @@ def norm_apply_cos_sin_(
         norm_last: Whether to normalize after the rotation instead of before it.
 
     Returns:
-        ``x``, normalized and rotated.
+        ``x``, normalized and rotated. In TorchScript nothing.
 
     Raises:
         ValueError, TypeError, IndexError, NotImplementedError: In the cases listed for

@@ -195,7 +195,7 @@ def apply_(
         conjugate: Whether to rotate by the negative angle.
 
     Returns:
-        ``x``, rotated.
+        ``x``, rotated. In TorchScript nothing.
 
     Raises:
         ValueError, TypeError, IndexError, NotImplementedError: In the cases listed for
@@ -364,7 +364,7 @@ def apply_cos_sin_(
         full_width: Whether the tables have a column for each element instead of one for each pair.
 
     Returns:
-        ``x``, rotated.
+        ``x``, rotated. In TorchScript nothing.
 
     Raises:
         ValueError, TypeError, IndexError, NotImplementedError: In the cases listed for

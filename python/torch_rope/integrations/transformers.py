@@ -50,7 +50,8 @@ class Patch:
 
     Attributes:
         replaced: The functions that the call replaced, as ``module.function``.
-        already: The functions that an earlier call had replaced; they stay replaced on exit.
+        already: The functions, and the classes with a forward, that an earlier call had replaced;
+            they stay replaced on exit.
         left_alone: The functions that the operators cannot express, each with the reason.
         fused: The classes, as ``module.class``, whose forward runs norms and rotations together
             since the call.
@@ -156,9 +157,8 @@ def patch(model_or_module: nn.Module | ModuleType | None = None, *, norms: bool 
     done = Patch()
     modules = _modules(model_or_module)
     found = [module for module in modules if _patch_functions(module, done)]
-    if norms:
-        for module in found:
-            _patch_forwards(module, done)
+    for module in found:
+        _patch_forwards(module, done, norms)
     if not found:
         rule = f"have one of the functions {', '.join(FUNCTIONS)} in its modules"
         raise ValueError(message(_PATCH, "model_or_module", rule, _describe(model_or_module)))
@@ -217,14 +217,17 @@ def _patch_functions(module: ModuleType, done: Patch) -> bool:
     return found
 
 
-def _patch_forwards(module: ModuleType, done: Patch) -> None:
-    """Replaces the forwards of a module's classes that have norms next to rotations."""
+def _patch_forwards(module: ModuleType, done: Patch, norms: bool) -> None:
+    """Replaces forwards of classes that have norms next to rotations, if ``norms``."""
     for layer in list(vars(module).values()):
         if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
             continue
         if layer.__module__ != module.__name__ or "forward" not in vars(layer):
             continue
         if _is_ours(layer, "forward"):
+            done.already.append(_name(module, layer.__name__))
+            continue
+        if not norms:
             continue
         try:
             ours = fused_forward(layer, FUNCTIONS)
