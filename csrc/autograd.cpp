@@ -259,16 +259,17 @@ Outputs record(const Call& call, const Call* to_run) {
 Outputs rotate_with_autograd(const Call& call) {
   const bool tangent = any_has_tangent(call);
   const bool angles = angles_require_grad(call);
-  const bool records =
-      at::GradMode::is_enabled() && (angles || q_requires_grad(call) || k_requires_grad(call));
   if (call.in_place) {
     // Check before anything is written: more than one call may follow.
     check(call);
     check_may_change(call.q);
     check_may_change(call.k);
-    torch::autograd::check_inplace(call.q, records);
+    const auto check_inplace = [&](const at::Tensor& x, bool requires_grad) {
+      torch::autograd::check_inplace(x, at::GradMode::is_enabled() && (angles || requires_grad));
+    };
+    check_inplace(call.q, q_requires_grad(call));
     if (call.is_pair) {
-      torch::autograd::check_inplace(call.k, records);
+      check_inplace(call.k, k_requires_grad(call));
     }
     if (angles || tangent || call.normalizes) {
       return rotate_and_copy(call);

@@ -265,3 +265,27 @@ def test_an_inference_tensor_is_refused_before_it_is_written(device: str) -> Non
     with torch.inference_mode():
         torch_rope.apply_(x, torch.tensor(3, device=device))
     assert not torch.equal(x, copy)
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_a_view_that_autograd_refuses_may_be_changed_beside_one_that_records(
+    device: str, norms: bool
+) -> None:
+    positions = torch.arange(3, device=device)
+    weights = [(None, None)] if norms else []
+    rotate_ = torch_rope.norm_apply_ if norms else torch_rope.apply_
+    rotate = torch_rope.norm_apply if norms else torch_rope.apply
+    leaf = random_values((3, 8), device=device).requires_grad_()
+    q, k = leaf * 2, random_values((2, 3, 8), device=device).unbind(0)[0]
+    expected = rotate((q, k), *weights, positions)
+    rotate_((q, k), *weights, positions)
+    assert_same_bits(q, expected[0])
+    assert_same_bits(k, expected[1])
+    assert q.requires_grad
+    assert not k.requires_grad
+    # Where it would be recorded it is refused, and nothing is written.
+    q, k = leaf * 2, leaf.unbind(0)[0]
+    copy = q.clone()
+    with pytest.raises(RuntimeError, match="view"):
+        rotate_((q, k), *weights, positions[0])
+    assert_same_bits(q, copy)
