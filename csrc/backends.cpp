@@ -89,9 +89,8 @@ Outputs rotate_on_cpu(const Call& call) {
 NormGradients norm_gradients_on_cpu(const NormGradientCall& call) {
   check(call);
   check_rows_exist(call);
-  return is_unfused(call, /*weights_may_vary=*/false)
-             ? unfused_norm_gradients(call)
-             : fused_norm_gradients(call, cpu::normalize_gradient);
+  return is_unfused_gradient(call) ? unfused_norm_gradients(call)
+                                   : fused_norm_gradients(call, cpu::normalize_gradient);
 }
 
 void check_has_kernels(const std::string& name, const at::Tensor& x) {
@@ -106,14 +105,15 @@ void check_has_kernels(const std::string& name, const at::Tensor& x) {
 }
 
 // Norms with more angles than a block has room for are a norm and a rotation too.
-bool is_unfused_on_cuda(const Call& call, bool weights_may_vary) {
-  return is_unfused(call, weights_may_vary) || rotary_dim(call, call.q) > 2 * cuda::kMostNormPairs;
+bool has_too_many_pairs(const Call& call) {
+  return rotary_dim(call, call.q) > 2 * cuda::kMostNormPairs;
 }
 
 Outputs rotate_on_cuda(const Call& call) {
   check_has_kernels(call.name(), call.q);
   Outputs outputs = check_and_allocate<empty_like>(call);
-  if (call.normalizes && is_unfused_on_cuda(call, /*weights_may_vary=*/true)) {
+  if (call.normalizes &&
+      (is_unfused(call, /*weights_may_vary=*/true) || has_too_many_pairs(call))) {
     normalize_unfused(call, outputs);
     return outputs;
   }
@@ -127,7 +127,7 @@ Outputs rotate_on_cuda(const Call& call) {
 NormGradients norm_gradients_on_cuda(const NormGradientCall& call) {
   check_has_kernels(call.name(), call.q);
   check(call);
-  if (is_unfused_on_cuda(call, /*weights_may_vary=*/false)) {
+  if (is_unfused_gradient(call) || has_too_many_pairs(call)) {
     return unfused_norm_gradients(call);
   }
   return fused_norm_gradients(call, [&](const Launch& launch, MakeWeightSums make_weight_sums) {

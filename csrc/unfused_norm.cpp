@@ -40,6 +40,13 @@ bool is_unfused_one(const Call& call, const at::Tensor& x, const at::Tensor& wei
   return false;
 }
 
+// Kernels sum the gradients of all weights in each block: those of a weight for each token would
+// take more memory than all else.
+bool has_many_weights(bool is_wanted, const at::Tensor& weight) {
+  constexpr std::int64_t kMostWeights = 128;  // as of heads
+  return is_wanted && weight.defined() && weight.numel() > kMostWeights * weight.size(-1);
+}
+
 at::Tensor normalize_and_rotate(const Call& call) {
   const at::Tensor x = call.q.to(at::toOpMathType(call.q.scalar_type()));
   return call.options.norm_last ? dispatch(norm_of(call, dispatch(rotation_of(call, x)).q)).q
@@ -47,6 +54,13 @@ at::Tensor normalize_and_rotate(const Call& call) {
 }
 
 NormGradients gradients_of_one(const NormGradientCall& call) {
+  if (has_many_weights(call.wants_q_weight(), call.q_weight)) {
+    NormGradientCall of_x = call;
+    NormGradientCall of_weight = call;
+    of_x.wants = {call.wants_q(), false, false, false};
+    of_weight.wants = {false, false, true, false};
+    return {.q = norm_gradients(of_x).q, .q_weight = decomposed_norm_gradients(of_weight).q_weight};
+  }
   const at::ScalarType real = at::toOpMathType(call.q.scalar_type());
   const auto rotate = [&](const at::Tensor& x, bool transposed) {
     Call rotation = rotation_of(call, x);
@@ -72,6 +86,12 @@ NormGradients gradients_of_one(const NormGradientCall& call) {
 bool is_unfused(const Call& call, bool weights_may_vary) {
   return is_unfused_one(call, call.q, call.q_weight, weights_may_vary) ||
          (call.is_pair && is_unfused_one(call, call.k, call.k_weight, weights_may_vary));
+}
+
+bool is_unfused_gradient(const NormGradientCall& call) {
+  return is_unfused(call, /*weights_may_vary=*/false) ||
+         has_many_weights(call.wants_q_weight(), call.q_weight) ||
+         has_many_weights(call.wants_k_weight(), call.k_weight);
 }
 
 // Of a pair, each is a call of its own: one of them may be a launch, and then has the bits of one.

@@ -542,6 +542,44 @@ def test_norms_of_a_pair_keep_both_and_their_weights(
     assert_same_memory(saved, (q, k, *given, *angles))
 
 
+# Of more rows than weights have gradients in the kernel.
+@pytest.mark.parametrize("shape", [(400, 1, 64), (400, 3, 64)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("norm_last", [False, True])
+def test_a_weight_for_each_token_has_its_gradient(
+    device: str, norm_last: bool, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    x = random_values((400, 3, 64), dtype, device).requires_grad_()
+    k = random_values((400, 2, 64), dtype, device, seed=1).requires_grad_()
+    weight = random_values(shape, dtype, device, seed=2).requires_grad_()
+    k_weight = random_values((64,), dtype, device, seed=3).requires_grad_()
+    positions = torch.arange(400, device=device)[:, None]
+    inputs, weights = (x, k), (weight, k_weight)
+    outputs = torch_rope.norm_apply(inputs, weights, positions, norm_last=norm_last)
+    actual = torch.autograd.grad(outputs, (*inputs, *weights), outputs)
+    for index, (one, gain) in enumerate(zip(inputs, weights, strict=True)):
+        with torch_rope.composed():
+            output = torch_rope.norm_apply(one, gain, positions, norm_last=norm_last)
+        expected = torch.autograd.grad(output, (one, gain), outputs[index].detach())
+        torch.testing.assert_close(actual[index], expected[0])
+        torch.testing.assert_close(actual[2 + index], expected[1], rtol=1e-4, atol=1e-5)
+    # With the bits that it has alone.
+    alone = torch_rope.norm_apply(x, weight.detach(), positions, norm_last=norm_last)
+    (of_x,) = torch.autograd.grad(alone, x, outputs[0].detach())
+    assert_same_bits(of_x, actual[0])
+
+
+def test_a_weight_for_each_token_needs_no_more_memory_than_x() -> None:
+    x = random_values((4000, 8, 64)).requires_grad_()
+    weight = random_values((4000, 8, 64), seed=1).requires_grad_()
+    output = torch_rope.norm_apply(x, weight, torch.arange(4000)[:, None])
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        torch.autograd.grad(output, (x, weight), output.detach())
+    events = profiler.profiler.kineto_results.events()
+    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    assert max(sizes) <= 2 * x.nbytes
+
+
 def test_nothing_is_saved_where_no_gradient_is_asked_for(device: str) -> None:
     x = random_values((9, 32), device=device)
     assert not saved_by(lambda: torch_rope.norm_apply(x, x[0], torch.arange(9, device=device)))
