@@ -14,7 +14,9 @@ import inspect
 import os
 import pickle
 import re
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
 from importlib import import_module
@@ -431,6 +433,24 @@ def test_an_inner_patch_leaves_what_the_outer_replaced() -> None:
             assert inner.replaced == []
             assert inner.already == [f"{modeling_llama.__name__}.apply_rotary_pos_emb"]
         assert modeling_llama.apply_rotary_pos_emb is ours
+
+
+def test_patches_of_many_threads_are_all_undone() -> None:
+    original = modeling_llama.apply_rotary_pos_emb
+    threads = 4
+    for _ in range(10):
+        barrier = threading.Barrier(threads)
+
+        def run(barrier: threading.Barrier = barrier) -> Patch:
+            barrier.wait()
+            return patch(modeling_llama)
+
+        with ThreadPoolExecutor(threads) as pool:
+            done = [future.result() for future in [pool.submit(run) for _ in range(threads)]]
+        assert sum(bool(one.replaced) for one in done) == 1
+        assert sum(bool(one.already) for one in done) == threads - 1
+        unpatch()
+        assert modeling_llama.apply_rotary_pos_emb is original
 
 
 def test_a_model_patches_its_own_modules_alone() -> None:

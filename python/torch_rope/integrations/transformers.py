@@ -6,6 +6,7 @@ of the package ``kernels``. docs/guides/transformers.md lists the models, and th
 """
 
 import sys
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -43,6 +44,9 @@ _Owner = ModuleType | type[nn.Module]
 # The original and the replacement, by owner and name.
 _replaced: dict[tuple[_Owner, str], tuple[Function, Function]] = {}
 
+# Held while anything is replaced or restored: what another thread has replaced is no original.
+_lock = threading.Lock()
+
 
 @dataclass
 class Patch:
@@ -77,13 +81,14 @@ class Patch:
 
     def unpatch(self) -> None:
         """Restores what this call replaced."""
-        for key, (_, ours) in list(_replaced.items()):
-            if any(ours is one for one in self._installed):
-                _restore(*key)
-        self.replaced.clear()
-        self.fused.clear()
-        self._installed.clear()
-        forget(self._proven)
+        with _lock:
+            for key, (_, ours) in list(_replaced.items()):
+                if any(ours is one for one in self._installed):
+                    _restore(*key)
+            self.replaced.clear()
+            self.fused.clear()
+            self._installed.clear()
+            forget(self._proven)
 
     def __enter__(self) -> "Patch":
         """Returns itself; the functions are already replaced."""
@@ -156,14 +161,15 @@ def patch(model_or_module: nn.Module | ModuleType | None = None, *, norms: bool 
     """
     done = Patch()
     modules = _modules(model_or_module)
-    found = [module for module in modules if _patch_functions(module, done)]
-    for module in found:
-        _patch_forwards(module, done, norms)
+    with _lock:
+        found = [module for module in modules if _patch_functions(module, done)]
+        for module in found:
+            _patch_forwards(module, done, norms)
+        if isinstance(model_or_module, nn.Module) and found:
+            done._proven = prove(model_or_module)
     if not found:
         rule = f"have one of the functions {', '.join(FUNCTIONS)} in its modules"
         raise ValueError(message(_PATCH, "model_or_module", rule, _describe(model_or_module)))
-    if isinstance(model_or_module, nn.Module):
-        done._proven = prove(model_or_module)
     return done
 
 
@@ -186,14 +192,15 @@ def unpatch(model_or_module: nn.Module | ModuleType | None = None) -> None:
         True
     """
     modules = None if model_or_module is None else _modules(model_or_module, _UNPATCH)
-    if isinstance(model_or_module, nn.Module):
-        forget(list(model_or_module.modules()))
-    elif model_or_module is None:
-        forget()
-    for owner, name in list(_replaced):
-        module = sys.modules.get(owner.__module__) if isinstance(owner, type) else owner
-        if modules is None or module in modules:
-            _restore(owner, name)
+    with _lock:
+        if isinstance(model_or_module, nn.Module):
+            forget(list(model_or_module.modules()))
+        elif model_or_module is None:
+            forget()
+        for owner, name in list(_replaced):
+            module = sys.modules.get(owner.__module__) if isinstance(owner, type) else owner
+            if modules is None or module in modules:
+                _restore(owner, name)
 
 
 def _patch_functions(module: ModuleType, done: Patch) -> bool:
