@@ -12,7 +12,8 @@ namespace rope {
 // weights_may_vary: there is a kernel for weights that vary along dimensions along which angles do.
 bool is_unfused(const Call& call, bool weights_may_vary);
 
-// The same of its gradients.
+// The same of its gradients, which no kernel has for weights of many rows either: those of the
+// weight are then computed by ATen's operators.
 bool is_unfused_gradient(const NormGradientCall& call);
 
 // Writes what such a call returns to outputs. Intermediate results have the opmath type, so each

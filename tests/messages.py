@@ -162,7 +162,7 @@ def assign(statements: list[ast.stmt], line: int, values: dict[str, list[ast.exp
                 assign(branch, line, outcomes[-1])
             for name in {name for outcome in outcomes for name in outcome}:
                 held = [value for outcome in outcomes for value in outcome.get(name, [])]
-                values[name] = list({id(value): value for value in held}.values())
+                values[name] = list(dict.fromkeys(held))
         else:
             for inner in ("body", "handlers", "orelse", "finalbody"):
                 assign(getattr(statement, inner, []), line, values)

@@ -67,16 +67,14 @@ def test_long_runs_keep_memory_flat(tokens: int, trains: bool, calls: int) -> No
     assert int(grown) < 8 << 20
 
 
-def allocated_in(call: Callable[[], object]) -> int:
-    """Counts the bytes that PyTorch allocates in a call (each block, whether freed or not)."""
+def allocations_in(call: Callable[[], object]) -> list[int]:
+    """Returns the bytes of each block that PyTorch allocates in a call, whether freed or not."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         call()
-    return sum(
-        max(event.self_cpu_memory_usage, 0)
-        for event in profile.events()
-        if event.name == "[memory]" or event.self_cpu_memory_usage > 0
-    )
+    return [
+        event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0
+    ]
 
 
 def strided(x: Tensor) -> Tensor:
@@ -102,10 +100,19 @@ def test_in_place_nothing_is_allocated(
         lambda: torch_rope.norm_apply_((q, k), None, positions, norm_axes=(-2, -1)),
         lambda: torch_rope.norm_apply_cos_sin_(q, weight, table, table, norm_last=True),
     ]
-    assert allocated_in(lambda: q.clone()) >= q.numel() * q.element_size()  # It counts.
+    assert sum(allocations_in(lambda: q.clone())) >= q.numel() * q.element_size()  # It counts.
     for call in calls:
         call()
-        assert allocated_in(call) == 0
+        assert sum(allocations_in(call)) == 0
+
+
+def test_a_weight_for_each_token_needs_no_more_memory_than_x() -> None:
+    x = random_values((4000, 8, 64)).requires_grad_()
+    weight = random_values((4000, 8, 64), seed=1).requires_grad_()
+    output = torch_rope.norm_apply(x, weight, torch.arange(4000)[:, None])
+    grad = output.detach()
+    sizes = allocations_in(lambda: torch.autograd.grad(output, (x, weight), grad))
+    assert max(sizes) <= 2 * x.nbytes
 
 
 ADVISED = """

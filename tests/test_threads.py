@@ -4,32 +4,18 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from threading import Barrier
 from typing import Any
 
 import pytest
 import torch
 import torch_rope
 from attention import EMBEDDING, Attention
+from concurrency import THREADS, at_once
 from reference import assert_same_bits, random_inv_freq, random_positions, random_values
 from torch import Tensor, nn
 
-THREADS = 8
 ROUNDS = 20
-
-
-def at_once(work: Callable[[int], Any]) -> list[Any]:
-    """Calls a function in many threads that start together; returns what it returned in each."""
-    barrier = Barrier(THREADS)
-
-    def start(thread: int) -> Any:
-        barrier.wait()
-        return work(thread)
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(start, range(THREADS)))
 
 
 def assert_same(actual: Any, expected: Any) -> None:

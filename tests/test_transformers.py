@@ -14,9 +14,7 @@ import inspect
 import os
 import pickle
 import re
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
 from importlib import import_module
@@ -26,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch
+from concurrency import THREADS, at_once
 from reference import assert_same_bits, random_values
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
@@ -437,18 +436,10 @@ def test_an_inner_patch_leaves_what_the_outer_replaced() -> None:
 
 def test_patches_of_many_threads_are_all_undone() -> None:
     original = modeling_llama.apply_rotary_pos_emb
-    threads = 4
     for _ in range(10):
-        barrier = threading.Barrier(threads)
-
-        def run(barrier: threading.Barrier = barrier) -> Patch:
-            barrier.wait()
-            return patch(modeling_llama)
-
-        with ThreadPoolExecutor(threads) as pool:
-            done = [future.result() for future in [pool.submit(run) for _ in range(threads)]]
+        done = at_once(lambda _: patch(modeling_llama))
         assert sum(bool(one.replaced) for one in done) == 1
-        assert sum(bool(one.already) for one in done) == threads - 1
+        assert sum(bool(one.already) for one in done) == THREADS - 1
         unpatch()
         assert modeling_llama.apply_rotary_pos_emb is original
 

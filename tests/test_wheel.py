@@ -178,14 +178,16 @@ def test_another_torch_than_the_library_was_built_for_is_named(version: str) -> 
     completed = import_with(f"torch.__version__ = {version!r}")
     error = completed.stderr.splitlines()[-1]
     assert f"but torch {version} is installed" in error
-    assert "pip install " in error
     if THIN == PREFIX:
         built_for = (THIN / "share" / "rope" / "built_for").read_text().split()[1]
         assert error.startswith(f"ImportError: torch_rope was built for torch {built_for}")
+        assert "in the folder of its sources: pip install . (or install torch " in error
     else:
         versions = sorted(path.name.split("_")[1:] for path in PREFIX.glob("torch_*_*"))
         names = ", ".join(".".join(parts) for parts in versions)
         assert error.startswith(f"ImportError: this torch_rope has libraries for torch {names}")
+        command = "pip install --force-reinstall --no-deps --no-binary torch-rope torch-rope"
+        assert error.endswith(command)
 
 
 BUILT_FOR = """

@@ -165,11 +165,11 @@ def patch(model_or_module: nn.Module | ModuleType | None = None, *, norms: bool 
         found = [module for module in modules if _patch_functions(module, done)]
         for module in found:
             _patch_forwards(module, done, norms)
-        if isinstance(model_or_module, nn.Module) and found:
+        if not found:
+            rule = f"have one of the functions {', '.join(FUNCTIONS)} in its modules"
+            raise ValueError(message(_PATCH, "model_or_module", rule, _describe(model_or_module)))
+        if isinstance(model_or_module, nn.Module):
             done._proven = prove(model_or_module)
-    if not found:
-        rule = f"have one of the functions {', '.join(FUNCTIONS)} in its modules"
-        raise ValueError(message(_PATCH, "model_or_module", rule, _describe(model_or_module)))
     return done
 
 
